@@ -1,0 +1,1 @@
+"""lora-gan: adversarial, reward-guided fine-tuning of one frozen language model with two LoRA adapters."""

@@ -1,0 +1,16 @@
+"""Callbacks: they turn the module's knobs and watch the round; the module does not know them."""
+
+from lora_gan.callbacks.baseline import MovingAverageBaseline
+from lora_gan.callbacks.curriculum import Curriculum, Phase
+from lora_gan.callbacks.predictions import PredictionWriter
+from lora_gan.callbacks.progress import RoundProgressBar
+from lora_gan.callbacks.text import TextMetrics
+
+__all__ = [
+    "Curriculum",
+    "MovingAverageBaseline",
+    "Phase",
+    "PredictionWriter",
+    "RoundProgressBar",
+    "TextMetrics",
+]

@@ -1,0 +1,55 @@
+"""Phases of a run: warm up, then mix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import lightning as L
+
+from lora_gan.errors import LoraGANError
+from lora_gan.module import LoraGANModule
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What counts from one round on; what is not given stays as it was.
+
+    Args:
+        start: First round of the phase, from 0.
+        supervised_weight: Weight of the supervised loss.
+        policy_weight: Weight of the policy loss; at 0, and with the discriminator not learning, nothing is sampled.
+        adversarial_weight: Weight of the discriminator's score in the reward.
+        kl_coefficient: Weight of the KL term.
+        discriminator_learning: Whether the discriminator learns.
+    """
+
+    start: int
+    supervised_weight: float | None = None
+    policy_weight: float | None = None
+    adversarial_weight: float | None = None
+    kl_coefficient: float | None = None
+    discriminator_learning: bool | None = None
+
+
+class Curriculum(L.Callback):
+    """Turns the module's knobs at the first round of each phase.
+
+    Args:
+        phases: The phases, by their first rounds.
+    """
+
+    def __init__(self, phases: list[Phase]) -> None:
+        starts = [phase.start for phase in phases]
+        if starts != sorted(set(starts)) or (starts and starts[0] < 0):
+            raise LoraGANError(f"phases must start at growing rounds from 0 on, got {starts}")
+        self.phases = phases
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LoraGANModule)
+        for phase in self.phases:
+            if phase.start == trainer.global_step:
+                settings = {f.name: getattr(phase, f.name) for f in fields(phase) if f.name != "start"}
+                pl_module.knobs.set(**{name: value for name, value in settings.items() if value is not None})

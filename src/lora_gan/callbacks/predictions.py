@@ -1,0 +1,40 @@
+"""What ``predict`` leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+logger = logging.getLogger(__name__)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes the answers of ``predict`` as JSON lines: prompt, answer, target, reward.
+
+    Args:
+        file: Name of the file in the run's folder.
+    """
+
+    def __init__(self, file: str = "predictions.jsonl") -> None:
+        super().__init__("epoch")
+        self.file = file
+
+    def write_on_epoch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        path = Path(trainer.log_dir or ".") / self.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as stream:
+            for record in (record for batch in predictions for record in batch):
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        logger.info("answers written to %s", path)

@@ -1,0 +1,109 @@
+"""``python -m src.cli`` or ``lora-gan``: fit, validate, test, predict (LightningCLI), chat and export."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lora_gan.errors import LoraGANError
+from lora_gan.module import LoraGANModule
+from lora_gan.saved import chat, export, write_adapters
+
+logger = logging.getLogger("lora_gan")
+
+COMMANDS: dict[str, Callable[..., None]] = {"chat": chat, "export": export}
+
+
+class CLI(LightningCLI):
+    """LightningCLI whose base model also names the tokenizer, and whose ``fit`` ends with the held-out test."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": "python -m src.cli",
+                "description": "Adversarial, reward-guided fine-tuning with two LoRA adapters on one frozen model. "
+                "Start: fit --config configs/gan.yaml. Further commands: chat, export.",
+            },
+            args=list(args) if args is not None else None,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+        parser.add_argument("--test_after_fit", type=bool, default=True, help="End fit with the held-out test.")
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint, write the adapters, and say what can be done with them."""
+        assert self.trainer is not None
+        if not isinstance(self.model, LoraGANModule):
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if self._get(self.config["fit"], "test_after_fit") and is_overridden("test_dataloader", self.datamodule):
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+        if self.trainer.is_global_zero and self.trainer.log_dir:
+            write_adapters(self.model, Path(self.trainer.log_dir))
+            print(closing_lines(self.trainer, best))
+
+
+def closing_lines(trainer: L.Trainer, best: str) -> str:
+    """Where the run's results lie and how to go on."""
+    folder = _relative(trainer.log_dir or "")
+    last = next((c.last_model_path for c in trainer.callbacks if getattr(c, "last_model_path", "")), "") or best
+    lines = [f"run          {folder}", f"adapters     {folder}/adapters/generator, {folder}/adapters/discriminator"]
+    if best:
+        lines += [
+            f"checkpoints  best {_relative(best)}, last {_relative(last)}",
+            f"resume       python -m src.cli fit --config {folder}/config.yaml --ckpt_path {_relative(last)} "
+            "--trainer.max_steps <rounds>",
+            f"chat         python -m src.cli chat --ckpt_path {_relative(best)}",
+            f"export       python -m src.cli export --ckpt_path {_relative(best)} --merge true --output exported",
+        ]
+    return "\n".join(lines)
+
+
+def _relative(path: str) -> str:
+    return os.path.relpath(path) if path else path
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; mistakes of the user end in one message and exit status 2, without a traceback."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    _quiet()
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            auto_cli(COMMANDS[arguments[0]], args=arguments[1:], as_positional=False)
+        else:
+            CLI(arguments)
+    except LoraGANError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _quiet() -> None:
+    """Show our own log lines, and leave out the libraries' advice that does not apply here."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    if not logger.handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

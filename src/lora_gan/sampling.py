@@ -1,0 +1,246 @@
+"""Prompts → Rollout. Most of a round is spent here.
+
+The prompt is computed once and its keys and values are shared out to the k answers; the cache has its final size from
+the start; answers that end leave the batch; the sampled ids and their log-probabilities are kept as they were drawn.
+Uniform numbers decide each token, drawn for all answers beforehand: what one answer becomes does not depend on when
+another ends, and the same numbers can be used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as pad_tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from lora_gan.backbone import Backbone
+from lora_gan.errors import LoraGANError
+from lora_gan.types import Rollout
+
+TRIES = 8  # numbers kept for each token where top-p may reject the first
+DENSITY = 0.75  # finished answers stay in the batch until fewer than this share of it is unfinished
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Args:
+        max_new_tokens: Length limit in tokens; an answer without EOS by then is truncated.
+        temperature: Divides the logits; log-probabilities are those of the divided logits everywhere.
+        top_p: Draw from the smallest set of tokens with at least this mass. Below 1 the log-probabilities kept are
+            still those of the whole vocabulary, so policy gradients are no longer exactly on-policy.
+        top_k: Draw from this many most likely tokens; 0 is all.
+        do_sample: false takes the most likely token each time (greedy decoding).
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    do_sample: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise LoraGANError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature <= 0:
+            raise LoraGANError(
+                f"temperature must be > 0, got {self.temperature}; for greedy decoding set do_sample: false"
+            )
+        if not 0 < self.top_p <= 1:
+            raise LoraGANError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise LoraGANError(f"top_k must be at least 0 (0 is the whole vocabulary), got {self.top_k}")
+
+
+class _Buffer(DynamicLayer):
+    """One layer's keys and values in a buffer of the final length, instead of growing by ``cat``."""
+
+    def __init__(self, keys: Tensor, values: Tensor, k: int, capacity: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.length = keys.shape[-2]
+        self.key_buffer = self._allocate(keys, k, capacity)
+        self.value_buffer = self._allocate(values, k, capacity)
+        self._show()
+
+    @staticmethod
+    def _allocate(prompt: Tensor, k: int, capacity: int) -> Tensor:
+        rows, heads, length, size = prompt.shape
+        buffer = prompt.new_empty(rows * k, heads, capacity, size)
+        buffer[:, :, :length] = prompt.repeat_interleave(k, dim=0)
+        return buffer
+
+    def _show(self) -> None:
+        self.keys, self.values = self.key_buffer[:, :, : self.length], self.value_buffer[:, :, : self.length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        new = slice(self.length, self.length + key_states.shape[-2])
+        self.key_buffer[:, :, new], self.value_buffer[:, :, new] = key_states, value_states
+        self.length = new.stop
+        self._show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.key_buffer, self.value_buffer = self.key_buffer[indices], self.value_buffer[indices]
+        self._show()
+
+
+@torch.no_grad()
+def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling) -> Rollout:
+    """Draw k answers for each of B prompts in the backbone's active mode.
+
+    Args:
+        backbone: Enter its mode first, ``with backbone.generator(): sample(…)``.
+        prompts: B token tensors (P,).
+        k: Answers for each prompt, at least 1.
+        how: Temperature, length limit and so on.
+
+    Raises:
+        LoraGANError: A prompt and the answer would not fit into the context.
+    """
+    lengths = torch.tensor([len(p) for p in prompts], device=prompts[0].device)
+    width = int(lengths.max())
+    if width + how.max_new_tokens > backbone.context_length:
+        raise LoraGANError(
+            f"the longest prompt has {width} tokens; with max_new_tokens {how.max_new_tokens} that is more than the "
+            f"model's context of {backbone.context_length}: lower data.max_prompt_tokens or sampling.max_new_tokens"
+        )
+    n, device = len(prompts) * k, prompts[0].device
+    ids = torch.zeros(n, how.max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(n, how.max_new_tokens, device=device)
+    ends = torch.full((n,), how.max_new_tokens, device=device)
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
+    uniform = torch.rand(n, how.max_new_tokens, 1 if how.top_p == 1 else TRIES, device=device, dtype=torch.float64)
+    eos = torch.tensor(_eos_ids(backbone), device=device)
+
+    decoder = _Decoder(backbone, prompts, lengths, k, how.max_new_tokens)
+    logits = decoder.first_logits
+    alive = torch.arange(n, device=device)  # which answer each row of the decoder's batch is
+    for t in range(how.max_new_tokens):
+        scaled = logits.float() / how.temperature
+        token = choose(scaled, how, uniform[alive, t])
+        ids[alive, t] = token
+        logprobs[alive, t] = scaled.gather(1, token[:, None]).squeeze(1) - scaled.logsumexp(1)
+        over = torch.isin(token, eos) & ~finished[alive]
+        finished[alive[over]] = True
+        ends[alive[over]] = t + 1
+        going = ~finished[alive]
+        if t + 1 == how.max_new_tokens or not going.any():
+            break
+        if going.float().mean() < DENSITY:
+            decoder.keep(going)
+            alive, token = alive[going], token[going]
+        logits = decoder.step(token)
+
+    steps = int(ends.max())
+    mask = torch.arange(steps, device=device) < ends[:, None]
+    ids, logprobs = ids[:, :steps] * mask, logprobs[:, :steps] * mask
+    answers = [row[:end] for row, end in zip(ids.tolist(), ends.tolist(), strict=True)]
+    texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return Rollout(ids, mask, logprobs, ~finished, tuple(texts), k)
+
+
+class _Decoder:
+    """Runs the model token by token behind left-padded prompts."""
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[Tensor], lengths: Tensor, k: int, room: int) -> None:
+        self.model = backbone.causal_lm
+        width = int(lengths.max())
+        column = torch.arange(width, device=lengths.device)
+        real = column >= (width - lengths)[:, None]  # (B, P)
+        ids = torch.stack([pad_tensor(p, (width - len(p), 0)) for p in prompts])
+        causal = column <= column[:, None]
+        visible = (causal & real[:, None, :]) | torch.eye(width, dtype=torch.bool, device=lengths.device)
+        positions = (column - (width - lengths)[:, None]).clamp(min=0)
+        cache = DynamicCache()
+        output = self.model(
+            input_ids=ids,
+            attention_mask=None if bool(real.all()) else visible[:, None],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = Cache(layers=[_Buffer(layer.keys, layer.values, k, width + room) for layer in cache.layers])
+        self.first_logits = output.logits[:, -1].repeat_interleave(k, dim=0)  # (N, V)
+        self.position = lengths.repeat_interleave(k)  # (N,) of the next token
+        padding = None if bool(real.all()) else real.repeat_interleave(k, dim=0)
+        self.seen = None if padding is None else pad_tensor(padding, (0, room), value=True)
+        self.columns = width
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the rows where ``rows`` (n,) is True."""
+        for layer in self.cache.layers:
+            layer.batch_select_indices(rows)
+        self.position = self.position[rows]
+        self.seen = None if self.seen is None else self.seen[rows]
+
+    def step(self, token: Tensor) -> Tensor:
+        """Append one token to each row, (n,) → logits of the next, (n, V)."""
+        self.columns += 1
+        output = self.model(
+            input_ids=token[:, None],
+            attention_mask=None if self.seen is None else self.seen[:, None, None, : self.columns],
+            position_ids=self.position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.position = self.position + 1
+        return output.logits[:, -1]
+
+
+def choose(logits: Tensor, how: Sampling, uniform: Tensor) -> Tensor:
+    """One token for each row of ``logits`` (n, V), decided by ``uniform`` (n, tries) in [0, 1).
+
+    The cumulative distribution is inverted at the first number. For top-p the vocabulary is not sorted: a drawn token
+    belongs to the nucleus if the tokens more likely than it have less mass than ``top_p``; if it does not, the next
+    number is tried. This is rejection sampling, so the distribution is exactly that of the nucleus. Rows in which all
+    tries fail (one in 10⁸ at top_p 0.9) are sorted.
+    """
+    if not how.do_sample:
+        return logits.argmax(-1)
+    if how.top_k:
+        smallest = logits.topk(min(how.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    token = _invert(cumulative, uniform[:, 0])
+    if how.top_p == 1:
+        return token
+    rows = torch.arange(len(token), device=token.device)
+    for attempt in range(1, TRIES + 1):
+        rows = rows[_more_likely(probabilities[rows], token[rows]) >= how.top_p]
+        if len(rows) == 0:
+            return token
+        if attempt < TRIES:
+            token[rows] = _invert(cumulative[rows], uniform[rows, attempt])
+    mass, order = probabilities[rows].sort(descending=True)
+    nucleus = mass * (mass.cumsum(-1) - mass < how.top_p)
+    place = _invert(nucleus.cumsum(-1, dtype=torch.float64), uniform[rows, -1])
+    token[rows] = order.gather(1, place[:, None]).squeeze(1)
+    return token
+
+
+def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Index of the first entry of ``cumulative`` (n, V) above ``uniform`` (n,) times its total."""
+    place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return place.squeeze(1).clamp(max=cumulative.shape[-1] - 1)
+
+
+def _more_likely(probabilities: Tensor, token: Tensor) -> Tensor:
+    """Mass of the tokens that are more likely than ``token`` (n,) in each row of ``probabilities`` (n, V)."""
+    own = probabilities.gather(1, token[:, None])
+    return torch.where(probabilities > own, probabilities, 0).sum(-1)
+
+
+def _eos_ids(backbone: Backbone) -> list[int]:
+    """All tokens at which the model stops: chat models name several in their generation settings."""
+    settings = backbone.causal_lm.generation_config
+    named = settings.eos_token_id if settings is not None else None
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    return sorted({*ids, backbone.tokenizer.eos_token_id})

@@ -1,0 +1,117 @@
+"""The prompt tree: one prompt, many branches, one row.
+
+For one prompt a round looks at K sampled answers, the target and some junk. Padded rows would compute the prompt again
+for each of them. Here they share it::
+
+    [ prompt | answer 1 | answer 2 | … | target | junk ]      ids            (L,)
+      0..P-1   P..        P..            P..      P..         position_ids   (L,)
+      0        1          2              …        …           segments       (L,)
+
+A token sees the prompt and the tokens before it in its own branch, and nothing else, so each branch is computed exactly
+as if it stood alone behind the prompt: logits, losses and gradients equal those of separate rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from lora_gan.tensors import lengths_mask, pad
+
+PROMPT, PADDING = 0, -1  # segments; branches count from 1
+
+
+@dataclass(frozen=True)
+class Branches:
+    """All branches of one kind (sampled, target, …) of all trees, prompt by prompt."""
+
+    row: Tensor  # (M,) the tree in which each branch grows
+    ids: Tensor  # (M, T) the branch's tokens, 0 after its end
+    mask: Tensor  # (M, T) bool: True on its tokens
+    columns: Tensor  # (M, T) where each token stands in its tree, 0 where masked
+    parents: Tensor  # (M, T) where the token before it stands, so where it is predicted from, 0 where masked
+
+    @property
+    def last(self) -> Tensor:
+        """(M,) where each branch's last token stands in its tree."""
+        return self.columns.amax(-1)
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """B prompts with their branches; ``branches`` names them by kind."""
+
+    ids: Tensor  # (B, L)
+    position_ids: Tensor  # (B, L) go on from the prompt in each branch
+    segments: Tensor  # (B, L) PROMPT, 1, 2, … for the row's branches, PADDING
+    branches: Mapping[str, Branches]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, 1, L, L) bool, True where the query (third axis) sees the key (fourth)."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        not_after = self.position_ids[:, None, :] <= self.position_ids[:, :, None]
+        return (((key == PROMPT) | (key == query)) & not_after)[:, None]
+
+
+def grow(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
+    """Build the tree of a batch.
+
+    Args:
+        prompts: B token tensors (P,), none empty: a branch's first token is predicted from the prompt's last.
+        answers: for each kind and each prompt the branches, token tensors (T,), none empty.
+    """
+    shapes = {kind: [[len(a) for a in row] for row in rows] for kind, rows in answers.items()}
+    rows, positions, segments = [], [], []
+    for b, prompt in enumerate(prompts):
+        branches = [branch for per_prompt in answers.values() for branch in per_prompt[b]]
+        lengths = [len(branch) for branch in branches]
+        if len(prompt) == 0 or 0 in lengths:
+            raise ValueError("a prompt tree needs at least one token in the prompt and in each branch")
+        rows.append(torch.cat([prompt, *branches]))
+        positions.append(torch.cat([torch.arange(len(prompt)), *(len(prompt) + torch.arange(n) for n in lengths)]))
+        segments.append(torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([len(prompt), *lengths])))
+    device = prompts[0].device
+    return PromptTree(
+        ids=pad(rows),
+        position_ids=pad(positions).to(device),
+        segments=pad(segments, PADDING).to(device),
+        branches=_locate([len(p) for p in prompts], shapes, answers, device),
+    )
+
+
+def _locate(
+    prompt_lengths: Sequence[int],
+    shapes: Mapping[str, Sequence[Sequence[int]]],
+    answers: Mapping[str, Sequence[Sequence[Tensor]]],
+    device: torch.device,
+) -> dict[str, Branches]:
+    """Where the tokens of each branch stand: branches follow the prompt in the order of the kinds."""
+    starts = list(prompt_lengths)
+    located = {}
+    for kind, per_prompt in shapes.items():
+        begin: list[int] = []
+        for b, lengths in enumerate(per_prompt):
+            ends = list(accumulate(lengths, initial=starts[b]))
+            begin += ends[:-1]
+            starts[b] = ends[-1]
+        row = torch.tensor([b for b, lengths in enumerate(per_prompt) for _ in lengths], dtype=torch.long)
+        length = torch.tensor([n for lengths in per_prompt for n in lengths], dtype=torch.long)
+        mask = lengths_mask(length, int(length.max()) if len(length) else 0)
+        columns = torch.where(mask, torch.tensor(begin, dtype=torch.long)[:, None] + torch.arange(mask.shape[1]), 0)
+        parents = torch.where(mask, columns - 1, 0)
+        if parents.numel():
+            parents[:, 0] = torch.tensor(prompt_lengths)[row] - 1
+        ids = [branch for branches in answers[kind] for branch in branches]
+        located[kind] = Branches(
+            row.to(device),
+            pad(ids) if ids else torch.zeros(0, 0, dtype=torch.long, device=device),
+            mask.to(device),
+            columns.to(device),
+            parents.to(device),
+        )
+    return located

@@ -1,0 +1,138 @@
+"""The data that a round hands on. Every shape of the project stands here.
+
+Axes: B prompts, K answers for each prompt, N = B·K answers (answer ``n`` belongs to prompt ``n // K``),
+P prompt tokens, T answer tokens, M branches of a prompt tree, L tokens of a prompt tree, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A wrong or worse answer to a prompt; ``kind`` says in what way, so that accuracy can be told by kind."""
+
+    text: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with what is known about good and bad answers to it.
+
+    ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted answer without EOS.
+    ``references`` are all accepted answers, the target first. ``group`` is what must not cross a split.
+    """
+
+    prompt: str
+    target: str
+    references: tuple[str, ...] = ()
+    negatives: tuple[Negative, ...] = ()
+    group: str = ""
+    source: str = ""
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """B tokenised examples. Answers (targets, negatives) end with EOS; nothing is padded."""
+
+    examples: tuple[Example, ...]  # B
+    prompt_ids: tuple[Tensor, ...]  # B tensors (P,)
+    target_ids: tuple[Tensor, ...]  # B tensors (T,)
+    negative_ids: tuple[tuple[Tensor, ...], ...]  # B tuples of tensors (T,), in the order of Example.negatives
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.examples)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(example.target for example in self.examples)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
+        """The same batch with its tensors on ``device`` (Lightning moves batches through this)."""
+
+        def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(t.to(device, non_blocking=non_blocking) for t in tensors)
+
+        negatives = tuple(move(row) for row in self.negative_ids)
+        return PromptBatch(self.examples, move(self.prompt_ids), move(self.target_ids), negatives)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """K sampled answers for each of B prompts, exactly as they were sampled."""
+
+    ids: Tensor  # (N, T) token ids, pad after the end
+    mask: Tensor  # (N, T) bool: True on sampled tokens, EOS included
+    logprobs: Tensor  # (N, T) log-probability of each token at the sampling temperature, 0 where masked
+    truncated: Tensor  # (N,) bool: stopped by the length limit, so without EOS
+    texts: tuple[str, ...]  # N decoded answers
+    k: int
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Rollout:
+        """No answers, for a round that only learns from targets."""
+        ids = torch.zeros(0, 0, dtype=torch.long, device=device)
+        return cls(ids, ids.bool(), ids.float(), torch.zeros(0, dtype=torch.bool, device=device), (), 0)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.texts)
+
+    @property
+    def answer_ids(self) -> tuple[Tensor, ...]:
+        """N tensors (T,) without padding."""
+        lengths = self.mask.sum(-1).tolist()
+        return tuple(row[:length] for row, length in zip(self.ids, lengths, strict=True))
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a reward may look at besides the texts: the reference model's view of the answers."""
+
+    k: int  # answers for each prompt: answer n belongs to batch.examples[n // k]
+    logprobs: Tensor  # (N, T) log-probability of each answer token under the base (adapters off), temperature 1
+    mask: Tensor  # (N, T) bool: True on answer tokens, EOS included
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of a rollout and of the batch's targets."""
+
+    total: Tensor  # (N,) weighted sum of the parts
+    parts: Mapping[str, Tensor]  # name → (N,), each before its weight
+    target_total: Tensor  # (B,) the same reward given to the targets
+    reference_logprobs: Tensor  # (N, T) under the base, at the sampling temperature
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers of one player to a batch of an evaluation, one for each prompt, with their rewards."""
+
+    examples: tuple[Example, ...]  # B
+    texts: tuple[str, ...]  # B
+    truncated: Tensor  # (B,) bool
+    reward: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the discriminator thought of the sampled answers before it learned from them."""
+
+    sampled: Tensor  # (N,) detached scores
+    metrics: Mapping[str, Tensor]  # scalars to log
+
+
+@dataclass(frozen=True)
+class Credit:
+    """How much better each sampled token's answer was than expected; no gradient."""
+
+    advantages: Tensor  # (N, T)
+    metrics: Mapping[str, Tensor]

@@ -165,7 +165,7 @@ class StatementsDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """One epoch, freshly shuffled and packed; the trainer asks for the next one."""
-        if self.trainer is None or getattr(self.trainer, "reload_dataloaders_every_n_epochs") != 1:
+        if self.trainer is None or self.trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
             raise LoraGANError(
                 "statements are packed anew in each epoch: set trainer.reload_dataloaders_every_n_epochs: 1"
             )
@@ -275,7 +275,7 @@ class PretrainModule(L.LightningModule):
         """Write the folder; the model card tells what the written weights know."""
         tokenizer = self.data.tokenizer
         tokenizer.model_max_length = self.config.n_positions
-        model = copy.deepcopy(self.model).cpu().to(torch.float16)
+        model = copy.deepcopy(self.model).cpu().half()  # type: ignore[no-untyped-call]
         model.config.update({"embd_pdrop": 0.0, "resid_pdrop": 0.0})
         model.save_pretrained(self.output)
         model.config.dtype = torch.float32  # half precision is for the disk: load, compute and train in full

@@ -1,0 +1,8 @@
+"""Prompts with what is known about good and bad answers: sources of examples and the data module that serves them."""
+
+from lora_gan.data.alpaca import Alpaca
+from lora_gan.data.builtin import BuiltinWorld
+from lora_gan.data.datamodule import InstructionDataModule
+from lora_gan.data.source import Source
+
+__all__ = ["Alpaca", "BuiltinWorld", "InstructionDataModule", "Source"]

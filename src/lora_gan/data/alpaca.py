@@ -1,0 +1,106 @@
+"""Alpaca and every file in its format: instruction, input (may be empty or absent), output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from lora_gan.data.files import Row, read_rows
+from lora_gan.data.source import Source, fill
+from lora_gan.errors import LoraGANError
+from lora_gan.types import Example
+
+_NO_INPUT = re.compile(r"[<`\s]*(no\s*input|n/a|none)[>`.\s]*", re.IGNORECASE)
+_NO_OUTPUT = re.compile(r"[<`\s]*no\s*output\b", re.IGNORECASE)
+_URL = re.compile(r"<?(https?://|www\.)\S+", re.IGNORECASE)
+_PICTURE = re.compile(r"[<\[(].{0,20}\b(picture|image|photo)\b.{0,20}\battached\b.{0,20}[>\])]", re.IGNORECASE)
+_NEXT_ROW = re.compile(r"^\s*(##\s*$|\d+\.\s*Instruction:)", re.MULTILINE)  # a Markdown heading has text after its #
+
+
+class Alpaca(Source):
+    """Alpaca, or a file of your own in its format."""
+
+    path: str
+
+    def __init__(
+        self,
+        path: str = "yahma/alpaca-cleaned",
+        template: str = "### Prompt:\n{instruction}\n{input}\n\n### Response:\n",
+        template_without_input: str = "### Prompt:\n{instruction}\n\n### Response:\n",
+        limit: int | None = None,
+    ) -> None:
+        """
+        Args:
+            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
+            template: The prompt of a row that has an input. It ends where the answer begins.
+            template_without_input: The prompt of a row that has none.
+            limit: Use only the first so many usable rows.
+        """
+        super().__init__()
+        if limit is not None and limit < 1:
+            raise LoraGANError(f"limit must be at least 1, got {limit}; leave it out to use every row")
+        fill(template, instruction="", input="")
+        fill(template_without_input, instruction="")
+        self.path = path
+        self.template = template
+        self.template_without_input = template_without_input
+        self.limit = limit
+
+    def rows(self) -> Iterable[Example]:
+        self.dropped.clear()
+        self.repaired.clear()
+        return islice(self._usable(), self.limit)
+
+    def _usable(self) -> Iterator[Example]:
+        for row in read_rows(self.path):
+            example = self._example(row)
+            if example is not None:
+                yield example
+
+    def _example(self, row: Row) -> Example | None:
+        instruction = row.text("instruction")
+        context = self._context(row.text("input", default=""))
+        output = self._output(row.text("output"))
+        reason = _fault(instruction, context, output)
+        if reason:
+            self.dropped[reason] += 1
+            return None
+        if context:
+            prompt = fill(self.template, instruction=instruction, input=context)
+        else:
+            prompt = fill(self.template_without_input, instruction=instruction)
+        group = f"{_normal(instruction)}\n{_normal(context)}"
+        return Example(prompt, output, references=(output,), group=group, source=self.name)
+
+    def _context(self, text: str) -> str:
+        if _NO_INPUT.fullmatch(text):
+            self.repaired["no_input"] += 1
+            return ""
+        return text
+
+    def _output(self, text: str) -> str:
+        """``text`` up to where a second row was merged into it."""
+        merged = _NEXT_ROW.search(text)
+        if merged:
+            self.repaired["merged_row_cut"] += 1
+            return text[: merged.start()].strip()
+        return text
+
+
+def _fault(instruction: str, context: str, output: str) -> str:
+    if not instruction:
+        return "empty_instruction"
+    if not output:
+        return "empty_output"
+    if _NO_OUTPUT.match(output):
+        return "no_output"
+    if _URL.fullmatch(context):
+        return "url_input"
+    if _PICTURE.fullmatch(context):
+        return "picture_input"
+    return ""
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,0 +1,285 @@
+"""One data module for every source: split, thin, tokenise, drop what does not fit, serve batches of prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lora_gan.data.alpaca import Alpaca
+from lora_gan.data.builtin import BuiltinWorld
+from lora_gan.data.source import Source
+from lora_gan.data.splits import SPLITS, Placed, digest, one_wording_each, place
+from lora_gan.data.tokenizer import Encoded, Ids, encode, load_tokenizer
+from lora_gan.errors import DataError, LoraGANError
+from lora_gan.types import Example, PromptBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("lora_gan")
+
+SHORTEST_ANSWER = 2  # a token and EOS
+UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is served of one split, and how many examples were left out for what reason."""
+
+    items: tuple[Encoded, ...]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class InstructionDataModule(L.LightningDataModule):
+    """Prompts with targets, references and negatives, from any source."""
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        path: str | None = None,
+        tokenizer: str = "builtin",
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_prompt_tokens: int = 512,
+        max_target_tokens: int = 512,
+        max_tokens: int | None = None,
+        validation: float = 0.1,
+        test: float = 0.2,
+        max_validation: int | None = None,
+        max_test: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        """
+        Args:
+            source: Where the examples come from; left out, it is the built-in world (or Alpaca where path is given).
+            path: A local file or hub id that the source reads instead of its own.
+            tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
+            batch_size: Prompts in a round of training.
+            eval_batch_size: Prompts in a batch of validation, test and prediction.
+            max_prompt_tokens: Longer prompts are dropped and counted.
+            max_target_tokens: Longer targets (EOS included) are dropped and counted.
+            max_tokens: The most that prompt and answer may hold together; left out, what the tokenizer says.
+            validation: Share of the groups held out for validation, where the source has no official split.
+            test: Share of the groups held out for the test, where the source has no official split.
+            max_validation: Use only so many validation examples, drawn by hash.
+            max_test: Use only so many test examples, drawn by hash.
+            seed: Decides the split and the order of training.
+            num_workers: Processes that prepare batches; 0 does it in the main process.
+        """
+        super().__init__()
+        sizes = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_target_tokens": max_target_tokens,
+            "max_tokens": max_tokens,
+            "max_validation": max_validation,
+            "max_test": max_test,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise LoraGANError(f"{name} must be at least 1, got {size}; set data.init_args.{name}")
+        _check_fractions(validation, test)
+        if num_workers < 0:
+            raise LoraGANError(f"num_workers must be at least 0, got {num_workers}; 0 uses the main process")
+        if path is None:
+            self.source = source or BuiltinWorld()
+        else:
+            self.source = (source or Alpaca()).with_path(path)
+        self.tokenizer_name = tokenizer
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_target_tokens = max_target_tokens
+        self.max_tokens = max_tokens
+        self.fractions = {"validation": validation, "test": test}
+        self.limits = {"validation": max_validation, "test": max_test}
+        self.seed = seed
+        self.num_workers = num_workers
+        self.splits: dict[str, Split] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.tokenizer_name)
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a prompt and its answer may hold together."""
+        return self.max_tokens or min(int(self.tokenizer.model_max_length), UNLIMITED)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the source once, for all stages."""
+        if self.splits:
+            return
+        examples = list(self.source.rows())
+        if not examples:
+            raise DataError(
+                f"{self._origin} gives no usable row (dropped: {_told(self.source.dropped)}); mend the rows"
+            )
+        split = {name: self._fit(placed) for name, placed in place(examples, self.fractions, self.seed).items()}
+        held_out = {name: self._thin(name, split[name]) for name in SPLITS[1:]}
+        self.splits = split | held_out
+        self._report()
+        if not any(split.items for split in self.splits.values()):
+            raise self._nothing_fits(examples)
+
+    def train_dataloader(self) -> DataLoader[Encoded]:
+        """A new order each epoch; the last, smaller batch is left out unless it is the only one."""
+        items = self._items("train")
+        if len(items) < self.batch_size:
+            log.warning(
+                "only %d training examples for data.init_args.batch_size=%d: a round takes all of them",
+                len(items),
+                self.batch_size,
+            )
+        return DataLoader(
+            cast(Dataset[Encoded], items),
+            batch_size=self.batch_size,
+            sampler=SeededSampler(len(items), self.seed),
+            drop_last=len(items) >= self.batch_size,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> DataLoader[Encoded]:
+        return self._eval_dataloader("validation")
+
+    def test_dataloader(self) -> DataLoader[Encoded]:
+        return self._eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Encoded]:
+        """The test prompts."""
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, name: str) -> DataLoader[Encoded]:
+        return DataLoader(
+            cast(Dataset[Encoded], self._items(name)),
+            batch_size=self.eval_batch_size,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
+
+    def _items(self, name: str) -> tuple[Encoded, ...]:
+        items = self.splits[name].items
+        if not items and name == "validation":
+            log.warning("no validation examples: validation is skipped; raise data.init_args.validation to get some")
+        elif not items:
+            raise DataError(
+                f"{self._origin} leaves no {name} examples (dropped: {_told(self.splits[name].dropped)}); "
+                "give more rows, or change data.init_args.validation and data.init_args.test"
+            )
+        return items
+
+    def _fit(self, placed: Placed) -> Split:
+        """Tokenises and leaves out what is too long: examples, or single negatives."""
+        dropped = Counter(placed.dropped)
+        items = []
+        for item in encode(self.tokenizer, placed.examples):
+            if len(item.prompt_ids) > min(self.max_prompt_tokens, self.context - SHORTEST_ANSWER):
+                dropped["prompt_too_long"] += 1
+            elif not self._answer_fits(item, item.target_ids):
+                dropped["target_too_long"] += 1
+            else:
+                fitting = self._fitting_negatives(item)
+                dropped["negative_too_long"] += len(item.negative_ids) - len(fitting.negative_ids)
+                items.append(fitting)
+        return Split(tuple(items), +dropped)
+
+    def _thin(self, name: str, split: Split) -> Split:
+        """A held-out split asks each item in one wording, and no more of them than its limit."""
+        chosen = one_wording_each([item.example for item in split.items], self.seed)
+        kept = sorted(chosen[: self.limits[name]])
+        left_out = Counter(other_wording=len(split.items) - len(chosen), over_the_limit=len(chosen) - len(kept))
+        return Split(tuple(split.items[i] for i in kept), split.dropped + left_out)
+
+    def _answer_fits(self, item: Encoded, answer: Ids) -> bool:
+        return len(answer) <= min(self.max_target_tokens, self.context - len(item.prompt_ids))
+
+    def _fitting_negatives(self, item: Encoded) -> Encoded:
+        pairs = zip(item.example.negatives, item.negative_ids, strict=True)
+        fitting = [(negative, ids) for negative, ids in pairs if self._answer_fits(item, ids)]
+        if len(fitting) == len(item.negative_ids):
+            return item
+        example = replace(item.example, negatives=tuple(negative for negative, _ in fitting))
+        return replace(item, example=example, negative_ids=tuple(ids for _, ids in fitting))
+
+    def _nothing_fits(self, examples: Sequence[Example]) -> DataError:
+        items = encode(self.tokenizer, examples)
+        prompt = max(len(item.prompt_ids) for item in items)
+        target = max(len(item.target_ids) for item in items)
+        return DataError(
+            f"no example of {self._origin} fits: the longest prompt has {prompt} tokens "
+            f"(max_prompt_tokens {self.max_prompt_tokens}), the longest target {target} "
+            f"(max_target_tokens {self.max_target_tokens}), and together they may have {self.context}; "
+            "raise these data.init_args, take a base with a longer context, or shorten the rows"
+        )
+
+    @property
+    def _origin(self) -> str:
+        return f"{self.source.name} ({self.source.path})" if self.source.path else self.source.name
+
+    def _report(self) -> None:
+        lines = [f"data: {self._origin}, rows dropped: {_told(self.source.dropped)}"]
+        lines.append(f"  rows repaired: {_told(self.source.repaired)}")
+        lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
+        for name, split in self.splits.items():
+            groups = len({item.example.group for item in split.items})
+            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {_told(split.dropped)}")
+        log.info("\n".join(lines))
+
+
+class SeededSampler(Sampler[int]):
+    """Each index once, in an order that (seed, epoch) decides. Lightning calls :meth:`set_epoch`."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(int(digest(self.seed, self.epoch)[:15], 16))
+        yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+def collate(items: Sequence[Encoded]) -> PromptBatch:
+    """B examples as one batch, ragged."""
+    return PromptBatch(
+        examples=tuple(item.example for item in items),
+        prompt_ids=tuple(_tensor(item.prompt_ids) for item in items),
+        target_ids=tuple(_tensor(item.target_ids) for item in items),
+        negative_ids=tuple(tuple(_tensor(ids) for ids in item.negative_ids) for item in items),
+    )
+
+
+def _tensor(ids: Ids) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _told(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
+
+
+def _check_fractions(validation: float, test: float) -> None:
+    for name, share in (("validation", validation), ("test", test)):
+        if not 0 <= share < 1:
+            raise LoraGANError(f"{name} must be a share from 0 to below 1, got {share}; set data.init_args.{name}")
+    if validation + test >= 1:
+        raise LoraGANError(
+            f"validation {validation} and test {test} leave nothing to train on; make their sum less than 1"
+        )

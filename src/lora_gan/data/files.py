@@ -1,0 +1,189 @@
+"""Rows of local files (json, jsonl, csv, parquet; gzip where it ends in .gz) and of data sets on the hub.
+
+Whatever is wrong with a file ends in a :class:`DataError` that names the file, the row and the field.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_gan.errors import DataError
+
+FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One raw row and where it stands."""
+
+    values: Mapping[str, object]
+    where: str  # "my.json, row 7"
+
+    def text(self, field: str, default: str | None = None) -> str:
+        """The cleaned text of ``field``; ``default`` where it is absent or null, an error where that is None."""
+        value = self.values.get(field)
+        if value is None and default is not None:
+            return default
+        if field not in self.values:
+            found = ", ".join(map(str, self.values)) or "none"
+            raise DataError(f"{self.where}: the field {field!r} is missing (fields found: {found}); add or rename it")
+        if not isinstance(value, str):
+            kind = "null" if value is None else type(value).__name__
+            raise DataError(f"{self.where}: the field {field!r} is {kind}, not text; mend or delete the row")
+        return clean(value)
+
+
+def clean(text: str) -> str:
+    r"""NFC, lines ended by \n, no control characters or lone surrogates, no blank ends; emoji stay."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", _CONTROL.sub("", lines)).strip()
+
+
+def read_rows(path: str, split: str = "train") -> Iterator[Row]:
+    """The rows of a local file or, where no file has this name, of ``split`` of a data set on the hub."""
+    file = Path(path).expanduser()
+    is_file_name = _format(file) in FORMATS or not _HUB_ID.fullmatch(path) or path.startswith(".")
+    return _read_file(file) if is_file_name or os.path.exists(file) else _read_hub(path, split)
+
+
+def _format(file: Path) -> str:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+
+
+def _read_file(file: Path) -> Iterator[Row]:
+    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    content = _content(file)
+    kind = _format(file)
+    if kind == ".parquet":
+        rows = _parquet_rows(file, content)
+    elif kind in readers:
+        rows = readers[kind](file, _decode(file, content))
+    else:
+        raise DataError(
+            f"{file}: the format {kind or 'without a suffix'} is not known; use one of {', '.join(FORMATS)}"
+        )
+    yield from rows
+
+
+def _content(file: Path) -> bytes:
+    try:
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix.lower() == ".gz" else content
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{file}: there is no such file, looking from {Path.cwd()}; check data.init_args.path"
+        ) from error
+    except IsADirectoryError as error:
+        raise DataError(f"{file} is a folder; name a file in it ({', '.join(FORMATS)})") from error
+    except OSError as error:  # gzip.BadGzipFile is one too
+        raise DataError(
+            f"{file} cannot be read: {error.strerror or error}; check the file and its permissions"
+        ) from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{file} is not a whole gzip file: {error}; fetch it again") from error
+    if not content.strip():
+        raise DataError(f"{file} is empty; give a file with at least one row")
+    return content
+
+
+def _decode(file: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{file}, line {line}: byte {error.start} is not valid UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def _json_rows(file: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
+            "mend it, or call the file .jsonl if each line is an object of its own"
+        ) from error
+    if not isinstance(rows, list):
+        raise DataError(f"{file} holds a JSON {type(rows).__name__}, not a list; give a list of objects")
+    for number, row in enumerate(rows, start=1):
+        yield _object_row(row, f"{file}, row {number}")
+
+
+def _jsonl_rows(file: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}, column {error.colno}: not valid JSON ({error.msg}); the line may be cut short, "
+                    "mend or delete it"
+                ) from error
+            yield _object_row(row, where)
+
+
+def _object_row(row: object, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a JSON {type(row).__name__}, not an object; write it as {{field: value}}")
+    return Row(row, where)
+
+
+def _csv_rows(file: Path, text: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                raise DataError(
+                    f"{file}, row {number}: more cells than the {len(reader.fieldnames or ())} columns of the header; "
+                    "put cells that hold commas in double quotes"
+                )
+            yield Row(row, f"{file}, row {number}")
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num}: not valid CSV ({error}); mend the quotes") from error
+
+
+def _parquet_rows(file: Path, content: bytes) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(io.BytesIO(content)).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file} is not a whole parquet file: {error}; fetch it again") from error
+    return _numbered(rows, str(file))
+
+
+def _read_hub(name: str, split: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated classes
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{name!r} is neither a file here (looking from {Path.cwd()}) nor could it be loaded from the hub: "
+            f"{type(error).__name__}: {reason}; give the path of a local file ({', '.join(FORMATS)}), "
+            "or check the name and the network"
+        ) from error
+    yield from _numbered(rows, name)
+
+
+def _numbered(rows: Iterable[Mapping[str, object]], name: str) -> Iterator[Row]:
+    return (Row(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1))

@@ -1,0 +1,73 @@
+"""Loading a tokenizer, and examples as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from lora_gan.errors import LoraGANError
+from lora_gan.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example and its ids. Answers end with EOS; ``negative_ids`` are in the order of ``example.negatives``."""
+
+    example: Example
+    prompt_ids: Ids
+    target_ids: Ids
+    negative_ids: tuple[Ids, ...]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id; "builtin" is the one that comes with the package."""
+    from transformers import AutoTokenizer
+
+    folder = str(files("lora_gan") / "builtin") if name == "builtin" else name
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the hub client raises a dozen unrelated classes
+        reason = " ".join(str(error).split())
+        raise LoraGANError(
+            f"the tokenizer {name!r} is neither a folder here nor could it be loaded from the hub: "
+            f'{type(error).__name__}: {reason}; give a folder that holds tokenizer.json, a hub id, or "builtin"'
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise LoraGANError(
+            f"the tokenizer {name!r} has no EOS token, so no answer could end; "
+            "set eos_token in its tokenizer_config.json to a token of its vocabulary"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Encoded]:
+    """Ids of the examples, prompt and answers apart, so that they meet at the same border as in generation."""
+    prompts = _ids(tokenizer, [example.prompt for example in examples])
+    targets = _ids(tokenizer, [example.target for example in examples], literal=True)
+    negatives = iter(_ids(tokenizer, [n.text for example in examples for n in example.negatives], literal=True))
+    start, end = _start(tokenizer), (int(tokenizer.eos_token_id),)
+    return [
+        Encoded(example, start + prompt, target + end, tuple(next(negatives) + end for _ in example.negatives))
+        for example, prompt, target in zip(examples, prompts, targets, strict=True)
+    ]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = False) -> list[Ids]:
+    """``literal`` spells special tokens out, so that an answer that quotes "<|endoftext|>" does not end there."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=literal, verbose=False)
+    return [tuple(ids) for ids in encoded["input_ids"]]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """BOS where this tokenizer puts one before a text (Llama does, GPT-2 does not)."""
+    first = tokenizer("a")["input_ids"][0]
+    return (first,) if first == tokenizer.bos_token_id else ()

@@ -20,7 +20,9 @@ from lora_gan.pretrain import (
     completes,
     completions,
     knowledge_probe,
+    own_document,
     pack,
+    sinusoids,
     train_tokenizer,
 )
 
@@ -106,6 +108,19 @@ def test_packing_loses_no_token() -> None:
     rows = pack(documents, block_size=3)
     assert rows.tolist() == [[1, 2, 0, 3], [3, 0, 4, 5], [5, 0, 1, 2]]
     assert rows[:, 1:].flatten().tolist()[:7] == [2, 0, 3, 0, 4, 5, 0]
+
+
+def test_a_statement_sees_itself_only() -> None:
+    mask = own_document(torch.tensor([[7, 0, 8, 9, 0]]), eos=0)
+    assert mask.int().tolist() == [
+        [[[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 1]]]
+    ]
+
+
+def test_sinusoids() -> None:
+    table = sinusoids(3, 4)  # frequencies 1 and 0.01
+    torch.testing.assert_close(table[0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    torch.testing.assert_close(table[2], torch.tensor([0.90930, 0.02, -0.41615, 0.9998]), atol=1e-4, rtol=0)
 
 
 def test_completions_label_the_object_and_its_full_stop() -> None:

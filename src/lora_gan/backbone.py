@@ -66,12 +66,10 @@ class Backbone(nn.Module):
         dtype: Number format of the frozen base's weights; adapters and head stay in float32.
     """
 
-    def __init__(
-        self, base: str, generator: LoraSettings, discriminator: LoraSettings, dtype: str = "float32"
-    ) -> None:
+    def __init__(self, base: str, generator: LoraSettings, discriminator: LoraSettings, dtype: str = "float32") -> None:
         super().__init__()
-        self.tokenizer = load_tokenizer(base)
         model = load_base(base, dtype)
+        self.tokenizer = load_tokenizer(base)
         self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
         settings = {GENERATOR: generator, DISCRIMINATOR: discriminator}
         self.lm: PeftModel = get_peft_model(model, _peft_config(model, generator), adapter_name=GENERATOR)
@@ -194,7 +192,6 @@ class Backbone(nn.Module):
         """What the player's optimizer may move: its LoRA matrices and, for the discriminator, the head."""
         lora = [p for name, p in self.lm.named_parameters() if f".{player}." in name]
         return lora + (list(self.judge_head.parameters()) if player == DISCRIMINATOR else [])
-
 
 
 def load_base(base: str, dtype: str = "float32") -> PreTrainedModel:

@@ -8,11 +8,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
-import torch
 from jsonargparse import auto_cli
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -25,10 +24,19 @@ logger = logging.getLogger("lora_gan")
 COMMANDS: dict[str, Callable[..., None]] = {"chat": chat, "export": export}
 
 
+class Parser(LightningArgumentParser):
+    """Says what is wrong with a setting without printing the whole configuration behind it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:")
+        told = [line for line in message.splitlines() if not line.strip().startswith(noise)]
+        self.exit(2, "error: " + "\n".join(told) + "\nfit --help lists the settings; --print_config shows them all\n")
+
+
 class CLI(LightningCLI):
     """LightningCLI whose base model also names the tokenizer, and whose ``fit`` ends with the held-out test."""
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -43,7 +51,8 @@ class CLI(LightningCLI):
                 "description": "Adversarial, reward-guided fine-tuning with two LoRA adapters on one frozen model. "
                 "Start: fit --config configs/gan.yaml. Further commands: chat, export.",
             },
-            args=list(args) if args is not None else None,
+            parser_class=Parser,
+            args=args,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -91,10 +100,20 @@ def main(args: Sequence[str] | None = None) -> None:
         if arguments and arguments[0] in COMMANDS:
             auto_cli(COMMANDS[arguments[0]], args=arguments[1:], as_positional=False)
         else:
-            CLI(arguments)
-    except LoraGANError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+            CLI(None if args is None else arguments)
+    except Exception as error:
+        mistake = _mistake_behind(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _mistake_behind(error: BaseException | None) -> LoraGANError | None:
+    """The user's mistake that led to ``error``: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, LoraGANError):
+        error = error.__cause__
+    return error
 
 
 def _quiet() -> None:

@@ -79,4 +79,3 @@ def bundled_minilm() -> Path | None:
     if found != MINILM_SHA256:
         raise LoraGANError(f"{weights} is not the official {MINILM} (sha256 {found}); reinstall {MINILM_WHEEL}==0.1.0")
     return weights.parent
-

@@ -1,7 +1,7 @@
 """LoraGANModule: one round of training, readable from top to bottom in ``training_step``.
 
-Nothing flows back inside a round. What crosses rounds is a handful of named knobs: callbacks write them, the round reads
-them. A new variant is a new class behind a seam (reward, objective, advantage, policy loss), never a branch in here.
+Nothing flows back inside a round. What crosses rounds is a handful of named knobs: callbacks write them, the round
+reads them. A new variant is a new class behind a seam (reward, objective, advantage, policy loss), never a branch.
 """
 
 from __future__ import annotations
@@ -154,11 +154,16 @@ class LoraGANModule(L.LightningModule):
 
     # the round
 
+    @property
+    def judging(self) -> bool:
+        """Whether the discriminator takes part in this round: it learns, or its score is paid."""
+        return bool(self.knobs.discriminator_learning or self.knobs.adversarial_weight)
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         """One round: play, score, judge, credit, learn."""
         with self._counted_round():
             rollout = self.play(batch)
-            scores = self.score(rollout, batch)
+            scores = self.score(rollout, batch, with_targets=self.judging)
             judgement = self.update_discriminator(rollout, scores, batch)
             paid = self.pay(scores, judgement)
             credit = self.credit(rollout, paid, judgement)
@@ -167,30 +172,33 @@ class LoraGANModule(L.LightningModule):
 
     def play(self, batch: PromptBatch) -> Rollout:
         """k answers for each prompt, no gradient; none in a round that has no use for them."""
-        if not (self.knobs.policy_weight or self.knobs.kl_coefficient or self.knobs.discriminator_learning):
+        if not (self.knobs.policy_weight or self.knobs.kl_coefficient or self.judging):
             return Rollout.empty(self.device)
         with self.backbone.generator():
             return sample(self.backbone, batch.prompt_ids, self.answers_per_prompt, self.sampling)
 
-    def score(self, rollout: Rollout, batch: PromptBatch) -> Scores:
+    def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the answers and, by the same measure, of the targets; the reference pass happens here."""
-        tree = grow(batch.prompt_ids, {SAMPLED: _by_prompt(rollout, len(batch)), TARGET: _each(batch.target_ids)})
+        targets = batch if with_targets else PromptBatch.empty()
+        tree = grow(
+            batch.prompt_ids,
+            {SAMPLED: _by_prompt(rollout, len(batch)), TARGET: _each(targets.target_ids, len(batch))},
+        )
         with self.backbone.reference():
             reference = self.backbone.logprobs(tree)
             temperature = self.sampling.temperature
             tempered = reference if temperature == 1 else self.backbone.logprobs(tree, {SAMPLED: temperature})
         mask = {kind: branches.mask for kind, branches in tree.branches.items()}
-        sampled = weighted_sum(
-            self.rewards, rollout.texts, batch, RewardContext(rollout.k, reference[SAMPLED], mask[SAMPLED])
-        )
-        targets = weighted_sum(self.rewards, batch.targets, batch, RewardContext(1, reference[TARGET], mask[TARGET]))
-        return Scores(sampled.total, sampled.parts, targets.total, tempered[SAMPLED])
+        sampled = RewardContext(rollout.k, reference[SAMPLED], mask[SAMPLED])
+        paid = weighted_sum(self.rewards, rollout.texts, batch, sampled)
+        wanted = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, reference[TARGET], mask[TARGET]))
+        return Scores(paid.total, paid.parts, wanted.total, tempered[SAMPLED])
 
     def update_discriminator(self, rollout: Rollout, scores: Scores, batch: PromptBatch) -> Judgement:
         """The discriminator judges the fresh answers, then learns from them."""
-        learning = bool(self.knobs.discriminator_learning)
-        if not (learning or self.knobs.adversarial_weight):
+        if not self.judging:
             return Judgement(torch.zeros_like(scores.total), {})
+        learning = bool(self.knobs.discriminator_learning)
         tree = self._judged_tree(rollout, batch)
         with self.backbone.discriminator(), torch.set_grad_enabled(learning):
             judged = self.backbone.judge(tree)
@@ -209,29 +217,36 @@ class LoraGANModule(L.LightningModule):
         """Advantages of the sampled tokens; none where nothing was sampled."""
         if len(rollout) == 0:
             return Credit(rollout.logprobs, {})
+        if self.knobs.policy_weight:
+            self._check_baseline()
         return self.advantage(rollout, paid, judgement, self.knobs.baseline)
 
     def update_generator(self, rollout: Rollout, scores: Scores, credit: Credit, batch: PromptBatch) -> Learned:
-        """Supervised loss on the target branch and policy loss on the sampled branches, one forward and one backward."""
-        sampled = _by_prompt(rollout, len(batch))
-        tree = grow(batch.prompt_ids, {SAMPLED: sampled, TARGET: _each(batch.target_ids)})
+        """Supervised loss on the targets and policy loss on the sampled answers, one forward and one backward."""
+        knobs = self.knobs
+        branches: dict[str, list[list[Tensor]]] = {}
+        if knobs.policy_weight or knobs.kl_coefficient:
+            branches[SAMPLED] = _by_prompt(rollout, len(batch))
+        if knobs.supervised_weight:
+            branches[TARGET] = _each(batch.target_ids, len(batch))
+        if not branches:
+            return Learned({})
+        tree = grow(batch.prompt_ids, branches)
+        metrics: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         with self.backbone.generator():
             logprobs = self.backbone.logprobs(tree, {SAMPLED: self.sampling.temperature})
-            supervised = -masked_mean(logprobs[TARGET], tree.branches[TARGET].mask)
-            policy = self.policy_loss(logprobs[SAMPLED], rollout, credit)
-            kl = kl_loss(logprobs[SAMPLED], rollout, scores.reference_logprobs)
-            terms = {
-                "supervised": self.knobs.supervised_weight * supervised,
-                "policy": self.knobs.policy_weight * policy.loss,
-                "kl": self.knobs.kl_coefficient * kl,
-            }
+            if knobs.supervised_weight:
+                metrics["loss/supervised"] = -masked_mean(logprobs[TARGET], tree.branches[TARGET].mask)
+                terms["supervised"] = knobs.supervised_weight * metrics["loss/supervised"]
+            if knobs.policy_weight:
+                policy = self.policy_loss(logprobs[SAMPLED], rollout, credit)
+                metrics |= {"loss/policy": policy.loss, **policy.metrics}
+                terms["policy"] = knobs.policy_weight * policy.loss
+            if knobs.kl_coefficient:
+                terms["kl"] = knobs.kl_coefficient * kl_loss(logprobs[SAMPLED], rollout, scores.reference_logprobs)
             self._optimize(GENERATOR, terms)
-        metrics = {
-            "loss/generator": torch.stack(list(terms.values())).sum(),
-            "loss/supervised": supervised,
-            "loss/policy": policy.loss,
-            **policy.metrics,
-        }
+        metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
         return Learned({name: value.detach() for name, value in metrics.items()})
 
     def report(
@@ -246,7 +261,8 @@ class LoraGANModule(L.LightningModule):
         """Log the round once; callbacks read the same dictionary."""
         metrics = {**learned.metrics, **judgement.metrics, **credit.metrics}
         metrics |= {f"knob/{name}": value.clone() for name, value in self.knobs.named_buffers()}
-        metrics["reward/target"] = scores.target_total.mean()
+        if len(scores.target_total):
+            metrics["reward/target"] = scores.target_total.mean()
         if len(rollout):
             metrics |= {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
             metrics["reward/total"] = paid.mean()
@@ -255,9 +271,8 @@ class LoraGANModule(L.LightningModule):
             metrics["policy/length"] = rollout.mask.sum(-1).float().mean()
             metrics["policy/truncated"] = rollout.truncated.float().mean()
         shown = {name for name in metrics if name in ("reward/total", "loss/generator", "loss/discriminator")}
-        size = len(scores.target_total)
-        self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=size)
-        self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=size)
+        self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
+        self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
         return metrics
 
     def _judged_tree(self, rollout: Rollout, batch: PromptBatch) -> PromptTree:
@@ -269,7 +284,7 @@ class LoraGANModule(L.LightningModule):
         ]
         sampled = [ended[b * rollout.k : (b + 1) * rollout.k] for b in range(len(batch))]
         junk = [self._pick_junk(batch, b) for b in range(len(batch))]
-        return grow(batch.prompt_ids, {SAMPLED: sampled, TARGET: _each(batch.target_ids), JUNK: junk})
+        return grow(batch.prompt_ids, {SAMPLED: sampled, TARGET: _each(batch.target_ids, len(batch)), JUNK: junk})
 
     def _pick_junk(self, batch: PromptBatch, b: int) -> list[Tensor]:
         pool = list(batch.negative_ids[b]) or [
@@ -301,7 +316,7 @@ class LoraGANModule(L.LightningModule):
         if self.scheduler_factories[player] is not None:
             schedulers = self.lr_schedulers()
             chosen = schedulers if not isinstance(schedulers, list) else schedulers[index]
-            chosen.step()  # type: ignore[union-attr,call-arg]
+            chosen.step()  # type: ignore[union-attr]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip one player's gradient; Lightning calls this after fp16 gradients are unscaled and before the step."""
@@ -313,8 +328,8 @@ class LoraGANModule(L.LightningModule):
     def _stopped(self, what: str) -> str:
         saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         return (
-            f"{what} in round {self.trainer.global_step}; no weight was changed by it. Lower the learning rate or check "
-            f"the rewards; last good checkpoint: {saved}"
+            f"{what} in round {self.trainer.global_step}; no weight was changed by it. "
+            f"Lower the learning rate or check the rewards; last good checkpoint: {saved}"
         )
 
     @contextmanager
@@ -323,7 +338,7 @@ class LoraGANModule(L.LightningModule):
 
         Lightning counts each optimizer's steps (issue 17958); here the round counts once, however many were taken.
         """
-        profiler = self.trainer.profiler
+        profiler = self.trainer.profiler  # type: ignore[attr-defined]
         for optimizer in self.optimizers():  # type: ignore[union-attr]
             optimizer._on_before_step = lambda: profiler.start("optimizer_step")
             optimizer._on_after_step = lambda: profiler.stop("optimizer_step")
@@ -333,15 +348,16 @@ class LoraGANModule(L.LightningModule):
         rounds.increment_completed()
 
     def on_fit_start(self) -> None:
-        keeps_baseline = (getattr(callback, "keeps_baseline", False) for callback in self._callbacks())
-        if self.advantage.needs_baseline and not any(keeps_baseline):
+        if self.knobs.policy_weight:
+            self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        keepers = (getattr(callback, "keeps_baseline", False) for callback in getattr(self.trainer, "callbacks", []))
+        if self.advantage.needs_baseline and not any(keepers):
             raise LoraGANError(
                 f"{type(self.advantage).__name__} needs a baseline that somebody keeps: add "
                 "lora_gan.callbacks.MovingAverageBaseline to trainer.callbacks, or choose another advantage"
             )
-
-    def _callbacks(self) -> list[L.Callback]:
-        return list(getattr(self.trainer, "callbacks", []))
 
     # evaluation
 
@@ -372,7 +388,7 @@ class LoraGANModule(L.LightningModule):
     def answer(self, batch: PromptBatch, how: Sampling) -> Answered:
         """One answer for each prompt in the active mode, with its reward."""
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
-        scores = self.score(rollout, batch)
+        scores = self.score(rollout, batch, with_targets=False)
         return Answered(batch.examples, rollout.texts, rollout.truncated, scores.total)
 
     # checkpoints
@@ -412,9 +428,9 @@ def _by_prompt(rollout: Rollout, prompts: int) -> list[list[Tensor]]:
     return [list(answers[b * rollout.k : (b + 1) * rollout.k]) for b in range(prompts)]
 
 
-def _each(answers: tuple[Tensor, ...]) -> list[list[Tensor]]:
-    """One branch for each prompt."""
-    return [[answer] for answer in answers]
+def _each(answers: tuple[Tensor, ...], prompts: int) -> list[list[Tensor]]:
+    """One branch for each prompt, or none."""
+    return [[answer] for answer in answers] or [[] for _ in range(prompts)]
 
 
 def _judge_metrics(judged: Mapping[str, Tensor], scores: Scores, tree: PromptTree) -> dict[str, Tensor]:
@@ -431,7 +447,7 @@ def _judge_metrics(judged: Mapping[str, Tensor], scores: Scores, tree: PromptTre
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
     """Pearson's; 0 where one of them does not vary."""
     x, y = x - x.mean(), y - y.mean()
-    return (x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-8)
+    return torch.nn.functional.cosine_similarity(x, y, dim=0)
 
 
 def _at_least(bound: float, **settings: float) -> None:

@@ -21,7 +21,7 @@ from lora_gan.backbone import Backbone
 from lora_gan.errors import LoraGANError
 from lora_gan.types import Rollout
 
-TRIES = 8  # numbers kept for each token where top-p may reject the first
+TRIES = 8  # numbers tried for each token where top-p may reject the first; one more is kept for the sorted row
 DENSITY = 0.75  # finished answers stay in the batch until fewer than this share of it is unfinished
 
 
@@ -57,7 +57,7 @@ class Sampling:
             raise LoraGANError(f"top_k must be at least 0 (0 is the whole vocabulary), got {self.top_k}")
 
 
-class _Buffer(DynamicLayer):
+class _Buffer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values in a buffer of the final length, instead of growing by ``cat``."""
 
     def __init__(self, keys: Tensor, values: Tensor, k: int, capacity: int) -> None:
@@ -78,7 +78,9 @@ class _Buffer(DynamicLayer):
     def _show(self) -> None:
         self.keys, self.values = self.key_buffer[:, :, : self.length], self.value_buffer[:, :, : self.length]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         new = slice(self.length, self.length + key_states.shape[-2])
         self.key_buffer[:, :, new], self.value_buffer[:, :, new] = key_states, value_states
         self.length = new.stop
@@ -115,7 +117,7 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
     logprobs = torch.zeros(n, how.max_new_tokens, device=device)
     ends = torch.full((n,), how.max_new_tokens, device=device)
     finished = torch.zeros(n, dtype=torch.bool, device=device)
-    uniform = torch.rand(n, how.max_new_tokens, 1 if how.top_p == 1 else TRIES, device=device, dtype=torch.float64)
+    uniform = torch.rand(n, how.max_new_tokens, 1 if how.top_p == 1 else TRIES + 1, device=device, dtype=torch.float64)
     eos = torch.tensor(_eos_ids(backbone), device=device)
 
     decoder = _Decoder(backbone, prompts, lengths, k, how.max_new_tokens)
@@ -191,7 +193,8 @@ class _Decoder:
             use_cache=True,
         )
         self.position = self.position + 1
-        return output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
 
 def choose(logits: Tensor, how: Sampling, uniform: Tensor) -> Tensor:

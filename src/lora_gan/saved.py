@@ -53,7 +53,11 @@ def load_backbone(ckpt_path: str) -> Backbone:
 
 
 def chat(
-    ckpt_path: str, template: str = TEMPLATE, max_new_tokens: int = 64, temperature: float = 1.0, do_sample: bool = False
+    ckpt_path: str,
+    template: str = TEMPLATE,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    do_sample: bool = False,
 ) -> None:
     """Ask the generator; an empty line ends. The discriminator's score stands behind each answer.
 

@@ -38,7 +38,7 @@ class Branches:
     @property
     def last(self) -> Tensor:
         """(M,) where each branch's last token stands in its tree."""
-        return self.columns.amax(-1)
+        return self.columns.amax(-1) if len(self.row) else self.row
 
 
 @dataclass(frozen=True)

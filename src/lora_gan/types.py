@@ -47,6 +47,11 @@ class PromptBatch:
     target_ids: tuple[Tensor, ...]  # B tensors (T,)
     negative_ids: tuple[tuple[Tensor, ...], ...]  # B tuples of tensors (T,), in the order of Example.negatives
 
+    @classmethod
+    def empty(cls) -> PromptBatch:
+        """No examples."""
+        return cls((), (), (), ())
+
     def __len__(self) -> int:
         """B."""
         return len(self.examples)
@@ -108,7 +113,7 @@ class Scores:
 
     total: Tensor  # (N,) weighted sum of the parts
     parts: Mapping[str, Tensor]  # name → (N,), each before its weight
-    target_total: Tensor  # (B,) the same reward given to the targets
+    target_total: Tensor  # (B,) the same reward given to the targets; (0,) where nobody asked
     reference_logprobs: Tensor  # (N, T) under the base, at the sampling temperature
 
 

@@ -23,7 +23,9 @@ class RoundProgressBar(TQDMProgressBar):
         self.train_progress_bar.update(trainer.global_step - self.train_progress_bar.n)
         self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """Reward and losses, not the logger's version."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
 

@@ -21,7 +21,7 @@ class FunctionReward(Reward):
     """
 
     def __init__(self, function: Callable[[str, str], float], weight: float = 1.0, name: str | None = None) -> None:
-        super().__init__(weight, name or getattr(function, "__name__", "function"))
+        super().__init__(weight, name or str(getattr(function, "__name__", "function")))
         self.function = function
 
     def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:

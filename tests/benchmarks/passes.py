@@ -1,0 +1,119 @@
+"""Tree against padded rows, sampler against ``generate``: one backbone, one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_gan.backbone import Backbone
+from lora_gan.sampling import Sampling, sample
+from lora_gan.tensors import token_logprobs
+from lora_gan.tree import grow
+from lora_gan.types import Rollout
+
+from .setting import LORA, Size, make_items
+from .timing import Comparison, compare
+
+
+class Passes:
+    """One model and its prompts; every method is one side of a comparison."""
+
+    def __init__(self, size: Size, folder: Path) -> None:
+        self.size = size
+        self.backbone = Backbone(str(folder), LORA, LORA)
+        self.prompts = [torch.tensor(item.prompt_ids) for item in make_items(size, self.backbone.tokenizer)]
+        generator = torch.Generator().manual_seed(2)
+        shape = (size.prompts * size.k, size.answer_tokens)
+        self.answers = torch.randint(0, len(self.backbone.tokenizer) - 1, shape, generator=generator)
+        self.padded = torch.stack([_left(p, max(map(len, self.prompts))) for p in self.prompts])
+        self.real = torch.stack([_left(torch.ones_like(p), self.padded.shape[1]) for p in self.prompts])
+        for name, parameter in self.backbone.lm.named_parameters():
+            if "lora_B" in name:  # zero at initialisation, which would leave half of the gradients zero
+                torch.nn.init.normal_(parameter, std=0.02)
+
+    def tree(self) -> Tensor:
+        """Forward and backward of all answers as branches of their prompts."""
+        k = self.size.k
+        by_prompt = [list(self.answers[b * k : (b + 1) * k]) for b in range(self.size.prompts)]
+        with self.backbone.generator():
+            logprobs = self.backbone.logprobs(grow(self.prompts, {"sampled": by_prompt}))["sampled"]
+            return self._backward(logprobs)
+
+    def rows(self) -> Tensor:
+        """The same of rows, each with its own copy of the prompt, the head at the answers only."""
+        mask = torch.cat([self.real.repeat_interleave(self.size.k, 0), torch.ones_like(self.answers)], 1)
+        with self.backbone.generator():
+            logits = self.backbone.causal_lm(
+                input_ids=torch.cat([self.padded.repeat_interleave(self.size.k, 0), self.answers], 1),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                logits_to_keep=self.size.answer_tokens + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+            return self._backward(token_logprobs(logits.flatten(0, 1), self.answers.flatten()).view_as(self.answers))
+
+    def sampler(self, top_p: float) -> Rollout:
+        """k answers for each prompt, with their log-probabilities."""
+        with self.backbone.generator():
+            return sample(self.backbone, self.prompts, self.size.k, self._sampling(top_p))
+
+    @torch.no_grad()
+    def generate(self, top_p: float) -> Tensor:
+        """The same by transformers, without log-probabilities."""
+        with self.backbone.generator():
+            sequences: Tensor = self.backbone.causal_lm.generate(
+                input_ids=self.padded,
+                attention_mask=self.real,
+                max_new_tokens=self.size.answer_tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=top_p,
+                num_return_sequences=self.size.k,
+                pad_token_id=self.backbone.tokenizer.pad_token_id,
+            )
+        return sequences[:, self.padded.shape[1] :]
+
+    def _sampling(self, top_p: float) -> Sampling:
+        return Sampling(max_new_tokens=self.size.answer_tokens, top_p=top_p)
+
+    def _backward(self, logprobs: Tensor) -> Tensor:
+        """Back-propagate a loss and return the gradient that arrived, in one vector."""
+        parameters = self.backbone.parameters_of("generator")
+        (logprobs * self._weights()).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        for parameter in parameters:
+            parameter.grad = None
+        return gradient
+
+    def _weights(self) -> Tensor:
+        """A different advantage for each answer, so that no two can be confused."""
+        return torch.linspace(-1, 1, len(self.answers))[:, None] / self.answers.numel()
+
+
+def _left(row: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(row, (width - len(row), 0))
+
+
+def compare_passes(size: Size, folder: Path, repeats: int, wanted: Sequence[str]) -> list[Comparison]:
+    """Tree against rows and sampler against ``generate``, as far as wanted."""
+    side = Passes(size, folder)
+    done = []
+    if "tree" in wanted:
+        done.append(compare(size.name, "tree, forward + backward", "padded rows", side.tree, side.rows, 1.8, repeats))
+    for top_p in (1.0, 0.9) if "sampler" in wanted else ():
+        done.append(
+            compare(
+                size.name,
+                f"sampler, top-p {top_p:g}",
+                "`generate`",
+                lambda p=top_p: side.sampler(p),
+                lambda p=top_p: side.generate(p),
+                1.6,
+                repeats,
+            )
+        )
+    return done

@@ -1,0 +1,178 @@
+"""Whole rounds of training, ours against those of TRL's GRPOTrainer.
+
+TRL's settings are its defaults but for: ``gradient_checkpointing`` and ``bf16`` off (both on by default in 1.x; the
+first would cost it a second forward, the second is not what we do), on the CPU, no logs, no files, no shuffling. One
+TRL step is one round: sample, reward, reference pass (beta > 0), forward, backward, AdamW.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from lora_gan.advantages import GroupNormalised
+from lora_gan.data.datamodule import collate
+from lora_gan.module import LoraGANModule
+from lora_gan.rewards import FunctionReward
+from lora_gan.sampling import Sampling
+
+from .setting import LORA, Size, make_items
+from .timing import Comparison
+
+LEARNING_RATE, BETA = 1e-4, 0.04
+RL = {"supervised_weight": 0.0, "adversarial_weight": 0.0, "discriminator_learning": 0.0}
+ADVERSARIAL = {"supervised_weight": 1.0, "adversarial_weight": 0.5, "discriminator_learning": 1.0}
+
+
+def constant(response: str, target: str) -> float:
+    """The reward of our side."""
+    return 1.0
+
+
+class _Stopwatch(L.Callback):
+    """Seconds of the last round, the work of the data loader and of the Trainer's start left out, as in TRL's."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun = perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LoraGANModule, outputs: dict[str, Any], *_: Any) -> None:
+        self.seconds = perf_counter() - self.begun
+        self.length = float(trainer.callback_metrics["policy/length"])
+
+
+class Ours:
+    """Our module, played for one round at a time with the knobs that are asked for."""
+
+    def __init__(self, size: Size, folder: Path) -> None:
+        self.module = LoraGANModule(
+            base=str(folder),
+            answers_per_prompt=size.k,
+            sampling=Sampling(max_new_tokens=size.answer_tokens),
+            rewards=[FunctionReward(constant)],
+            advantage=GroupNormalised(),
+            kl_coefficient=BETA,
+            generator_lora=LORA,
+            discriminator_lora=LORA,
+            generator_optimizer=lambda p: AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
+            discriminator_optimizer=lambda p: AdamW(p, lr=LEARNING_RATE, weight_decay=0.0),
+        )
+        items = make_items(size, self.module.backbone.tokenizer)
+        self.batches = DataLoader(items, batch_size=size.prompts, collate_fn=collate)  # type: ignore[arg-type]
+
+    def round(self, knobs: dict[str, float]) -> _Stopwatch:
+        """One round in a real Trainer."""
+        self.module.knobs.set(**knobs)
+        stopwatch = _Stopwatch()
+        trainer = L.Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[stopwatch],
+        )
+        trainer.fit(self.module, self.batches)
+        return stopwatch
+
+
+class _Turns(TrainerCallback):
+    """Times each of TRL's steps and then gives us our turn."""
+
+    def __init__(self, ours: Ours) -> None:
+        self.ours = ours
+        self.seconds: dict[str, list[float]] = {"trl": [], "rl": [], "adversarial": []}
+        self.lengths: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begun = perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds["trl"].append(perf_counter() - self.begun)
+        for name, knobs in (("rl", RL), ("adversarial", ADVERSARIAL)):
+            played = self.ours.round(knobs)
+            self.seconds[name].append(played.seconds)
+            self.lengths.append(played.length)
+
+
+def _trl(size: Size, folder: Path, output: str, steps: int, turns: _Turns) -> GRPOTrainer:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [{"prompt": item.example.prompt} for item in make_items(size, tokenizer)]
+    return GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa"),
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: [1.0] * len(completions),
+        train_dataset=Dataset.from_list(prompts * steps),
+        peft_config=LoraConfig(
+            r=LORA.rank,
+            lora_alpha=LORA.alpha,
+            target_modules="all-linear",
+            fan_in_fan_out=True,
+            task_type="CAUSAL_LM",
+        ),
+        args=GRPOConfig(
+            output_dir=output,
+            max_steps=steps,
+            per_device_train_batch_size=size.prompts * size.k,
+            gradient_accumulation_steps=1,
+            num_generations=size.k,
+            num_iterations=1,
+            steps_per_generation=1,
+            max_completion_length=size.answer_tokens,
+            beta=BETA,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            shuffle_dataset=False,
+            dataloader_num_workers=0,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        callbacks=[turns],
+    )
+
+
+def play(size: Size, folder: Path, repeats: int) -> dict[str, tuple[float, ...]]:
+    """Seconds of TRL's steps and of our rounds in turns, the first of each left out.
+
+    Raises:
+        RuntimeError: An answer of one side had another length, so that the sides did not do the same work.
+    """
+    turns = _Turns(Ours(size, folder))
+    with TemporaryDirectory() as output:
+        trainer = _trl(size, folder, output, repeats + 1, turns)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    lengths = [trainer.state.log_history[-1][f"completions/{which}_length"] for which in ("min", "max")]
+    wrong = {length for length in [*lengths, *turns.lengths] if length != size.answer_tokens}
+    if wrong:
+        raise RuntimeError(f"answers should have {size.answer_tokens} tokens on both sides; mean lengths {wrong}")
+    return {name: tuple(seconds[1:]) for name, seconds in turns.seconds.items()}
+
+
+def compare_rounds(size: Size, folder: Path, repeats: int) -> list[Comparison]:
+    """A round of policy gradient, and one with discriminator and supervised term, each against TRL's."""
+    seconds = play(size, folder, repeats)
+    return [
+        Comparison(size.name, what, "TRL GRPO step", seconds[name], seconds["trl"], target)
+        for name, what, target in (
+            ("rl", "round, the same work", 2.0),
+            ("adversarial", "round with D and supervised term", 1.0),
+        )
+    ]

@@ -1,0 +1,67 @@
+"""What both sides of a benchmark work on: a random model, its tokenizer, prompts with targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from lora_gan.backbone import LoraSettings
+from lora_gan.data.tokenizer import Encoded, encode
+from lora_gan.types import Example
+
+LORA = LoraSettings(rank=8, alpha=16)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the shape of its round."""
+
+    name: str
+    model: dict[str, int]
+    prompts: int
+    prompt_tokens: int  # on average: lengths differ by up to a tenth, as those of real prompts do
+    answer_tokens: int
+    k: int = 4
+
+
+BUILTIN_MODEL = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 512}
+SIZES = {
+    "gpt2": Size("GPT-2 124M", {}, prompts=4, prompt_tokens=70, answer_tokens=48),
+    "builtin": Size("built-in size", BUILTIN_MODEL, prompts=16, prompt_tokens=20, answer_tokens=16),
+    "tiny": Size("tiny", BUILTIN_MODEL | {"n_layer": 1, "n_embd": 32}, prompts=2, prompt_tokens=10, answer_tokens=4),
+}
+
+
+def save_model(size: Size, folder: Path) -> Path:
+    """Write random weights and a tokenizer whose words are "t0", "t1", …; EOS is never drawn."""
+    torch.manual_seed(0)
+    vocabulary = size.model.get("vocab_size", GPT2Config().vocab_size)
+    eos = vocabulary - 1
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**size.model, **dropout, bos_token_id=eos, eos_token_id=eos))
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(0.1)
+        model.transformer.wte.weight[eos] = -0.5  # times the bias: a logit of −0.05 · n_embd
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    end = f"t{eos}"
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end, bos_token=end).save_pretrained(folder)
+    return folder
+
+
+def make_items(size: Size, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
+    """The prompts of a round, with targets as long as the answers."""
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.linspace(-0.1, 0.1, size.prompts) * size.prompt_tokens
+    lengths = [size.prompt_tokens + round(d) for d in spread.tolist()]
+
+    def text(length: int) -> str:
+        return " ".join(f"t{i}" for i in torch.randint(0, len(tokenizer) - 1, (length,), generator=generator).tolist())
+
+    examples = [Example(text(n), text(size.answer_tokens - 1), group=str(b)) for b, n in enumerate(lengths)]
+    return encode(tokenizer, examples)

@@ -1,0 +1,46 @@
+"""Both sides of each benchmark do the same work; of time nothing is said here: see ``python -m tests.benchmarks``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from .passes import Passes
+from .setting import SIZES, save_model
+
+pytestmark = pytest.mark.benchmark
+TINY = SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(TINY, tmp_path_factory.mktemp("tiny"))
+
+
+def test_tree_and_rows_give_the_same_gradient(folder: Path) -> None:
+    side = Passes(TINY, folder)
+    tree, rows = side.tree(), side.rows()
+    assert tree.norm() > 0
+    torch.testing.assert_close(tree, rows, rtol=1e-4, atol=1e-6 * tree.norm().item())
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_sampler_and_generate_draw_as_many_tokens(folder: Path, top_p: float) -> None:
+    side = Passes(TINY, folder)
+    rollout, generated = side.sampler(top_p), side.generate(top_p)
+    assert rollout.ids.shape == generated.shape == (TINY.prompts * TINY.k, TINY.answer_tokens)
+    assert rollout.mask.all()
+    assert not (generated == side.backbone.tokenizer.eos_token_id).any()
+
+
+def test_rounds_play_answers_of_equal_length(folder: Path) -> None:
+    pytest.importorskip("trl")
+    from .rounds import play
+
+    assert {name: len(seconds) for name, seconds in play(TINY, folder, repeats=1).items()} == {
+        "trl": 1,
+        "rl": 1,
+        "adversarial": 1,
+    }

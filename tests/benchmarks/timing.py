@@ -1,0 +1,62 @@
+"""Two sides that take turns, and the ratio of each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of both sides, pair by pair."""
+
+    size: str
+    what: str
+    other: str
+    ours_seconds: tuple[float, ...]
+    other_seconds: tuple[float, ...]
+    target: float  # how many times faster we want to be
+
+    @property
+    def ratios(self) -> list[float]:
+        return [other / ours for ours, other in zip(self.ours_seconds, self.other_seconds, strict=True)]
+
+    def row(self) -> str:
+        """A line of the table."""
+        ours, other, ratio = median(self.ours_seconds), median(self.other_seconds), median(self.ratios)
+        spread = f"{min(self.ratios):.2f}–{max(self.ratios):.2f}"
+        return (
+            f"| {self.size} | {self.what} | {self.other} | {_seconds(ours)} | {_seconds(other)} "
+            f"| **{ratio:.2f}** [{spread}] | {self.target:.1f} |"
+        )
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {"ratios": self.ratios, "ratio": median(self.ratios)}
+
+
+HEADER = """\
+| size | ours | beside | ours, s | beside, s | times faster, median [min–max] | wanted |
+|---|---|---|---:|---:|---:|---:|"""
+
+
+def compare(
+    size: str, what: str, other: str, ours: Callable[[], Any], theirs: Callable[[], Any], target: float, repeats: int
+) -> Comparison:
+    """Time both in turns; the first pair warms up."""
+    pairs = [(timed(ours), timed(theirs)) for _ in range(repeats + 1)][1:]
+    mine, others = zip(*pairs, strict=True)
+    return Comparison(size, what, other, mine, others, target)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that ``work`` takes."""
+    begun = perf_counter()
+    work()
+    return perf_counter() - begun
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"

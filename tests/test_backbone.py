@@ -1,0 +1,203 @@
+"""One base, two adapters: who is active, who learns, and that nothing else moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.errors import LoraGANError
+from lora_gan.saved import save_adapter
+from lora_gan.tensors import kl_k3
+from lora_gan.tree import PromptTree, grow
+
+IDS = torch.tensor([[72, 101, 108, 108, 111, 44, 32]])
+TREE = grow([torch.tensor([72, 105])], {"target": [[torch.tensor([33, 10, 256])]], "junk": [[torch.tensor([5, 6])]]})
+
+
+def state(backbone: Backbone) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+
+
+def moved(backbone: Backbone, before: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that are not bit-identical any more."""
+    return {name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def logits(backbone: Backbone) -> Tensor:
+    with torch.no_grad():
+        return backbone.causal_lm(input_ids=IDS).logits
+
+
+def test_adapters_at_initialisation_equal_the_base(
+    architecture: str, bases: dict[str, str], make_backbone: Callable[..., Backbone]
+) -> None:
+    backbone = make_backbone(architecture, trained=False)
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(bases[architecture])(input_ids=IDS).logits
+        with backbone.reference():
+            reference = backbone.logprobs(TREE)["target"]
+            torch.testing.assert_close(logits(backbone), wanted, atol=1e-5, rtol=0)
+        with backbone.generator():
+            assert torch.equal(logits(backbone), wanted)
+            assert kl_k3(backbone.logprobs(TREE)["target"], reference).abs().max() == 0
+        with backbone.discriminator():
+            assert torch.equal(logits(backbone), wanted)
+
+
+def test_only_lora_and_head_learn(backbone: Backbone) -> None:
+    learning = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert learning == {name for name, _ in backbone.named_parameters() if "lora_" in name or "judge_head" in name}
+    generator = {id(p) for p in backbone.parameters_of(GENERATOR)}
+    discriminator = {id(p) for p in backbone.parameters_of(DISCRIMINATOR)}
+    assert not generator & discriminator
+    assert generator | discriminator == {id(p) for p in backbone.parameters() if p.requires_grad}
+    assert {id(p) for p in backbone.judge_head.parameters()} < discriminator
+    rank = {p.shape[0] for name, p in backbone.named_parameters() if f"lora_A.{GENERATOR}" in name}
+    assert rank == {4}
+
+
+def test_every_linear_layer_but_the_head_has_an_adapter(
+    architecture: str, bases: dict[str, str], make_backbone: Callable[..., Backbone]
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(bases[architecture])
+    head = plain.get_output_embeddings()
+    linear = {name for name, m in plain.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    assert len(linear) == {"gpt2": 8, "llama": 14, "qwen2": 14, "gpt_neox": 8}[architecture]
+    names = [name for name, _ in make_backbone(architecture).causal_lm.named_parameters()]
+    for player in (GENERATOR, DISCRIMINATOR):
+        assert {name.split(".lora_A.")[0] for name in names if f".lora_A.{player}." in name} == linear
+
+
+def test_reference_mode_has_no_gradient(backbone: Backbone) -> None:
+    with backbone.reference():
+        assert not backbone.logprobs(TREE)["target"].requires_grad
+    with backbone.generator():
+        assert backbone.logprobs(TREE)["target"].requires_grad
+
+
+def test_a_generator_step_moves_the_generator_only(backbone: Backbone) -> None:
+    before = state(backbone)
+    optimizer = torch.optim.SGD(backbone.parameters_of(GENERATOR), lr=1.0)
+    with backbone.generator():
+        (-backbone.logprobs(TREE)["target"].mean()).backward()
+        optimizer.step()
+    assert moved(backbone, before) == {name for name in before if f".{GENERATOR}." in name}
+    assert all(p.grad is None for p in backbone.parameters_of(DISCRIMINATOR))
+
+
+def test_a_discriminator_step_moves_its_lora_and_head_only(backbone: Backbone) -> None:
+    before = state(backbone)
+    optimizer = torch.optim.SGD(backbone.parameters_of(DISCRIMINATOR), lr=1.0)
+    with backbone.discriminator():
+        judged = backbone.judge(TREE)
+        (judged["target"] - judged["junk"] - 1).square().mean().backward()
+        optimizer.step()
+    head = {"judge_head.weight"}  # the bias cancels in the difference
+    assert moved(backbone, before) == head | {name for name in before if f".{DISCRIMINATOR}." in name}
+    assert all(p.grad is None for p in backbone.parameters_of(GENERATOR))
+
+
+def test_the_first_discriminator_step_moves_its_lora(make_backbone: Callable[..., Backbone]) -> None:
+    """At initialisation B is 0, so A has no gradient yet, but B has."""
+    backbone = make_backbone(trained=False)
+    before = state(backbone)
+    with backbone.discriminator():
+        backbone.judge(TREE)["target"].sum().backward()
+        torch.optim.SGD(backbone.parameters_of(DISCRIMINATOR), lr=1.0).step()
+    assert {name for name in before if f"lora_B.{DISCRIMINATOR}" in name} <= moved(backbone, before)
+
+
+def test_modes_differ_nest_and_restore(backbone: Backbone) -> None:
+    with backbone.reference():
+        base = logits(backbone)
+    with backbone.generator():
+        generator = logits(backbone)
+        with backbone.discriminator():
+            discriminator = logits(backbone)
+            with backbone.reference():
+                assert torch.equal(logits(backbone), base)
+            assert torch.equal(logits(backbone), discriminator)
+        assert torch.equal(logits(backbone), generator)
+    assert torch.equal(logits(backbone), base), "outside every mode the base answers"
+    assert (generator - base).abs().max() > 0.1
+    assert (discriminator - base).abs().max() > 0.1
+    assert (discriminator - generator).abs().max() > 0.1
+
+
+def test_modes_restore_after_exceptions(backbone: Backbone) -> None:
+    with backbone.generator():
+        wanted = logits(backbone)
+        with pytest.raises(RuntimeError, match="stop"), backbone.reference():
+            raise RuntimeError("stop")
+        assert torch.equal(logits(backbone), wanted)
+        assert torch.is_grad_enabled()
+    broken = PromptTree(TREE.ids + 1000, TREE.position_ids, TREE.segments, TREE.branches)
+    with backbone.generator():
+        with pytest.raises(IndexError):
+            backbone.logprobs(broken)
+        assert logits(backbone).shape == (1, 7, 257), "the head sees every place again"
+
+
+def test_gradients_stay_on_after_every_switch(backbone: Backbone) -> None:
+    """PEFT turns the inactive adapter's off when it switches, which would freeze it for good."""
+    for mode in (backbone.generator, backbone.reference, backbone.discriminator):
+        with mode():
+            pass
+        assert all(p.requires_grad for p in [*backbone.parameters_of(GENERATOR), *backbone.parameters_of(DISCRIMINATOR)])
+
+
+def test_dropout_is_off_in_training(backbone: Backbone) -> None:
+    backbone.train()
+    assert not any(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize("player", [GENERATOR, DISCRIMINATOR])
+def test_adapters_load_with_plain_peft(
+    architecture: str, player: str, bases: dict[str, str], make_backbone: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    backbone = make_backbone(architecture)
+    save_adapter(backbone, player, tmp_path / player)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases[architecture]), str(tmp_path / player))
+    with torch.no_grad(), backbone._mode(player):
+        wanted = logits(backbone)
+        torch.testing.assert_close(plain(input_ids=IDS).logits, wanted, atol=1e-5, rtol=0)
+    with backbone.reference():
+        assert (wanted - logits(backbone)).abs().max() > 0.1
+    head = tmp_path / player / "head.pt"
+    assert head.exists() == (player == DISCRIMINATOR)
+    if head.exists():
+        saved = torch.load(head, weights_only=True)
+        assert torch.equal(saved["weight"], backbone.judge_head.weight)
+
+
+def test_targets_may_be_named(bases: dict[str, str]) -> None:
+    backbone = Backbone(bases["gpt2"], LoraSettings(2, 4, ["c_attn"]), LoraSettings(2, 4))
+    adapted = {name.split(".lora_A")[0].split(".")[-1] for name, _ in backbone.lm.named_parameters() if "lora_A.gen" in name}
+    assert adapted == {"c_attn"}
+
+
+def test_a_low_precision_base_keeps_float32_adapters(make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone(dtype="bfloat16")
+    kinds = {("lora_" in name or "judge" in name, p.dtype) for name, p in backbone.named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    with backbone.generator():
+        assert backbone.logprobs(TREE)["target"].dtype == torch.float32
+
+
+def test_an_unknown_base_is_named(tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-such-model")
+    with pytest.raises(LoraGANError, match="no-such-model"):
+        Backbone(missing, LoraSettings(), LoraSettings())
+
+
+def test_a_rank_is_at_least_one() -> None:
+    with pytest.raises(LoraGANError, match="rank must be at least 1, got 0"):
+        LoraSettings(rank=0)

@@ -1,0 +1,289 @@
+"""The sampler: what transformers would say, drawn faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lora_gan import sampling
+from lora_gan.backbone import Backbone
+from lora_gan.errors import LoraGANError
+from lora_gan.sampling import Sampling, choose, sample
+from lora_gan.tree import grow
+from lora_gan.types import Rollout
+
+EOS = 256
+
+
+def prompts(backbone: Backbone) -> list[Tensor]:
+    texts = ["Hello, you", "Hi", "What is the capital of France?", "0123"]
+    return [torch.tensor(backbone.tokenizer.encode(text)) for text in texts]
+
+
+def generate(backbone: Backbone, prompt: Tensor, count: int) -> list[int]:
+    """transformers' own greedy answer to one prompt, without padding."""
+    ids = prompt[None]
+    answer = backbone.causal_lm.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
+    )
+    return answer[0, len(prompt) :].tolist()
+
+
+def answers(rollout: Rollout) -> list[list[int]]:
+    return [answer.tolist() for answer in rollout.answer_ids]
+
+
+def equal_but_for_rounding(left: Rollout, right: Rollout) -> None:
+    assert answers(left) == answers(right)
+    assert left.texts == right.texts
+    assert left.truncated.tolist() == right.truncated.tolist()
+    torch.testing.assert_close(left.logprobs, right.logprobs, atol=1e-5, rtol=0)
+
+
+def stop_early(backbone: Backbone, count: int) -> list[list[int]]:
+    """Declare a token that greedy answers contain to be another EOS; the answers that transformers then gives."""
+    free = [generate(backbone, prompt, count) for prompt in prompts(backbone)]
+    seen = {token: [answer.index(token) if token in answer else count for answer in free] for token in set(sum(free, []))}
+    early = max(seen, key=lambda token: len(set(seen[token])))  # ends as many rows as possible at different steps
+    backbone.causal_lm.generation_config.eos_token_id = [early, EOS]
+    return [generate(backbone, prompt, count) for prompt in prompts(backbone)]
+
+
+# greedy
+
+
+def test_greedy_equals_generate(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone(architecture)
+    for mode in (backbone.generator, backbone.reference):
+        with mode():
+            rollout = sample(backbone, prompts(backbone), 1, Sampling(max_new_tokens=12, do_sample=False))
+            wanted = [generate(backbone, prompt, 12) for prompt in prompts(backbone)]
+        assert answers(rollout) == wanted
+
+
+def test_greedy_equals_generate_when_rows_end_early(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone(architecture)
+    with backbone.generator():
+        wanted = stop_early(backbone, 12)
+        rollout = sample(backbone, prompts(backbone), 1, Sampling(max_new_tokens=12, do_sample=False))
+    lengths = [len(answer) for answer in wanted]
+    assert min(lengths) < 12 and len(set(lengths)) > 1, "some rows should end before others"
+    assert answers(rollout) == wanted
+    ends = set(backbone.causal_lm.generation_config.eos_token_id)
+    assert rollout.truncated.tolist() == [not ends & set(answer) for answer in wanted]
+
+
+def test_prompts_of_one_length_need_no_mask(make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone("llama")
+    same = [torch.tensor([65, 66, 67]), torch.tensor([70, 71, 72])]
+    with backbone.generator():
+        rollout = sample(backbone, same, 1, Sampling(max_new_tokens=8, do_sample=False))
+        assert answers(rollout) == [generate(backbone, prompt, 8) for prompt in same]
+
+
+# what a rollout says about itself
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_scoring_pass(
+    temperature: float, architecture: str, make_backbone: Callable[..., Backbone]
+) -> None:
+    backbone = make_backbone(architecture)
+    asked = prompts(backbone)
+    torch.manual_seed(5)
+    with backbone.generator(), torch.no_grad():
+        stop_early(backbone, 12)
+        rollout = sample(backbone, asked, 3, Sampling(max_new_tokens=12, temperature=temperature))
+        rows = [list(rollout.answer_ids[3 * b : 3 * b + 3]) for b in range(len(asked))]
+        scored = backbone.logprobs(grow(asked, {"sampled": rows}), {"sampled": temperature})["sampled"]
+    assert len(set(rollout.mask.sum(-1).tolist())) > 1
+    torch.testing.assert_close(rollout.logprobs, scored, atol=1e-4, rtol=0)
+
+
+def test_a_rollout_is_consistent(backbone: Backbone) -> None:
+    torch.manual_seed(6)
+    backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 9)]
+    with backbone.generator():
+        rollout = sample(backbone, prompts(backbone), 5, Sampling(max_new_tokens=10))
+    assert len(rollout) == 20 and rollout.k == 5
+    ends = {*range(0, 256, 9), EOS}
+    for n, answer in enumerate(answers(rollout)):
+        assert 1 <= len(answer) <= 10
+        assert not ends & set(answer[:-1]), "nothing stands behind EOS"
+        assert (answer[-1] in ends) != rollout.truncated[n].item()
+        assert rollout.texts[n] == backbone.tokenizer.decode(answer, skip_special_tokens=True)
+    assert (rollout.ids[~rollout.mask] == 0).all() and (rollout.logprobs[~rollout.mask] == 0).all()
+    assert (rollout.logprobs[rollout.mask] < 0).all()
+    assert 0 < rollout.truncated.sum() < 20
+
+
+def test_rows_that_end_leave_and_nothing_else_changes(
+    architecture: str, make_backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = make_backbone(architecture)
+    backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 6)]
+    rollouts = {}
+    sizes: dict[float, list[int]] = {0.0: [], 1.0: []}
+    step = sampling._Decoder.step
+    for density in sizes:
+
+        def counted(decoder: sampling._Decoder, token: Tensor, density: float = density) -> Tensor:
+            sizes[density].append(len(token))
+            return step(decoder, token)
+
+        monkeypatch.setattr(sampling._Decoder, "step", counted)
+        monkeypatch.setattr(sampling, "DENSITY", density)
+        torch.manual_seed(7)
+        with backbone.generator():
+            rollouts[density] = sample(backbone, prompts(backbone), 3, Sampling(max_new_tokens=12))
+    equal_but_for_rounding(rollouts[0.0], rollouts[1.0])
+    assert set(sizes[0.0]) == {12}, "at density 0 everybody stays"
+    unfinished = [int((rollouts[1.0].mask.sum(-1) > t).sum()) for t in range(1, rollouts[1.0].mask.shape[1])]
+    assert sizes[1.0] == unfinished and min(unfinished) < 12, "at density 1 only the unfinished go on"
+
+
+def test_one_seed_one_rollout(backbone: Backbone) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with backbone.generator():
+            drawn.append(sample(backbone, prompts(backbone), 2, Sampling(max_new_tokens=8, top_p=0.9)))
+    assert torch.equal(drawn[0].ids, drawn[1].ids) and torch.equal(drawn[0].logprobs, drawn[1].logprobs)
+    assert answers(drawn[0]) != answers(drawn[2])
+
+
+def test_every_answer_of_a_prompt_is_drawn_from_its_distribution(backbone: Backbone) -> None:
+    """First tokens of 4,000 answers against the softmax of transformers' logits."""
+    prompt = prompts(backbone)[0]
+    torch.manual_seed(8)
+    with backbone.generator(), torch.no_grad():
+        rollout = sample(backbone, [prompt], 4000, Sampling(max_new_tokens=1))
+        wanted = backbone.causal_lm(input_ids=prompt[None]).logits[0, -1].softmax(-1)
+    found = torch.bincount(rollout.ids[:, 0], minlength=257) / 4000
+    assert (found - wanted).abs().max() < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_several_ends_are_honoured(backbone: Backbone) -> None:
+    with backbone.generator():
+        free = generate(backbone, prompts(backbone)[0], 6)
+        first = free.index(free[3])
+        backbone.causal_lm.generation_config.eos_token_id = [free[3], 255]
+        rollout = sample(backbone, prompts(backbone)[:1], 1, Sampling(max_new_tokens=6, do_sample=False))
+    assert answers(rollout) == [free[: first + 1]]
+    assert sampling._eos_ids(backbone) == sorted({free[3], 255, EOS})
+
+
+# one token
+
+VOCABULARY = 20
+
+
+def logits_of(rows: int = 1) -> Tensor:
+    torch.manual_seed(9)
+    return (torch.randn(1, VOCABULARY) * 2).repeat(rows, 1)
+
+
+def warped(logits: Tensor, how: Sampling) -> Tensor:
+    """The distribution of transformers' own warpers, (V,)."""
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    if how.temperature != 1:
+        logits = TemperatureLogitsWarper(how.temperature)(nothing, logits)
+    if how.top_k:
+        logits = TopKLogitsWarper(how.top_k)(nothing, logits)
+    if how.top_p < 1:
+        logits = TopPLogitsWarper(how.top_p)(nothing, logits)
+    return logits.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    "how", [Sampling(), Sampling(temperature=0.5), Sampling(temperature=2.0), Sampling(top_k=5), Sampling(top_k=99)], ids=str
+)
+def test_a_grid_of_numbers_gives_the_distribution_itself(how: Sampling) -> None:
+    """Every 1/n-th quantile once: a token is drawn p·n times but for the two ends of its interval."""
+    n = 20_000
+    grid = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
+    found = torch.bincount(choose(logits_of(n) / how.temperature, how, grid), minlength=VOCABULARY) / n
+    wanted = warped(logits_of(), how)
+    assert ((found > 0) == (wanted > 1 / n)).all()
+    assert (found - wanted).abs().max() <= 1 / n + 1e-6
+
+
+@pytest.mark.parametrize("tries", [1, 8])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(top_p=0.9),
+        Sampling(top_p=0.5),
+        Sampling(top_p=0.01),
+        Sampling(top_p=0.8, temperature=0.6),
+        Sampling(top_p=0.7, top_k=4),
+    ],
+    ids=str,
+)
+def test_top_p_draws_from_the_nucleus(how: Sampling, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TRIES", tries)
+    n = 100_000
+    torch.manual_seed(10)
+    uniform = torch.rand(n, tries + 1, dtype=torch.float64)
+    found = torch.bincount(choose(logits_of(n) / how.temperature, how, uniform), minlength=VOCABULARY) / n
+    wanted = warped(logits_of(), how)
+    assert ((found > 0) == (wanted > 0)).all(), "the support is exactly the nucleus"
+    assert (found - wanted).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard errors
+
+
+def test_a_row_whose_tries_fail_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """p = ½, ¼, ⅛, ⅛ and top_p 0.7: the nucleus is {0, 1} with ⅔ and ⅓. The only try says token 3."""
+    monkeypatch.setattr(sampling, "TRIES", 1)
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log().repeat(4, 1)
+    uniform = torch.tensor([[0.95, 0.0], [0.95, 0.66], [0.95, 0.67], [0.95, 0.999]], dtype=torch.float64)
+    assert choose(logits, Sampling(top_p=0.7), uniform).tolist() == [0, 0, 1, 1]
+
+
+def test_the_sampler_keeps_a_fresh_number_for_the_sorted_row(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that was rejected is no longer uniform, so it may not choose again."""
+    seen = []
+    monkeypatch.setattr(sampling, "choose", lambda logits, how, uniform: seen.append(uniform) or choose(logits, how, uniform))
+    with backbone.generator():
+        sample(backbone, prompts(backbone), 2, Sampling(max_new_tokens=2, top_p=0.3))
+    assert seen[0].shape == (8, sampling.TRIES + 1)
+
+
+def test_choosing_greedily() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
+    assert choose(logits, Sampling(do_sample=False), torch.zeros(2, 1)).tolist() == [1, 0]
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"temperature": 0.0}, "do_sample: false"),
+        ({"temperature": -1.0}, "temperature must be > 0"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, float], told: str) -> None:
+    with pytest.raises(LoraGANError, match=told):
+        Sampling(**settings)  # type: ignore[arg-type]
+
+
+def test_a_prompt_too_long_for_the_context_names_the_remedy(backbone: Backbone) -> None:
+    """The context has 256 places: 250 + 6 fit, 250 + 7 do not."""
+    prompt = torch.arange(250)
+    with backbone.generator():
+        assert len(sample(backbone, [prompt], 1, Sampling(max_new_tokens=6))) == 1
+        with pytest.raises(LoraGANError, match=r"250 tokens.*256.*max_prompt_tokens or sampling.max_new_tokens"):
+            sample(backbone, [prompt], 1, Sampling(max_new_tokens=7))

@@ -1,0 +1,58 @@
+"""Pure functions, worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lora_gan.tensors import kl_k3, lengths_mask, masked_mean, masked_row_mean, pad, token_logprobs
+
+NAN = float("nan")
+MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+X = torch.tensor([[1.0, 2.0, NAN], [6.0, 100.0, NAN], [NAN, NAN, NAN]])
+
+
+def test_masked_mean_counts_what_the_mask_shows() -> None:
+    assert masked_mean(X, MASK).item() == 3.0  # (1 + 2 + 6) / 3
+    assert masked_mean(X, torch.zeros_like(MASK)).item() == 0.0
+
+
+def test_masked_row_mean_divides_each_row_by_its_own_count() -> None:
+    assert masked_row_mean(X, MASK).tolist() == [1.5, 6.0, 0.0]
+
+
+def test_masked_values_get_no_gradient() -> None:
+    x = X.clone().requires_grad_()
+    masked_mean(x, MASK).backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, MASK / 3)
+
+
+def test_token_logprobs_by_hand() -> None:
+    logits = torch.tensor([[math.log(1), math.log(3)], [math.log(4), math.log(1)]])
+    found = token_logprobs(logits, torch.tensor([1, 1]))
+    torch.testing.assert_close(found, torch.tensor([math.log(3 / 4), math.log(1 / 5)]))
+    assert token_logprobs(logits.bfloat16(), torch.tensor([1, 1])).dtype == torch.float32
+
+
+def test_k3_by_hand() -> None:
+    """π = ½ and reference = ¼ at the token: r = −ln 2, k3 = ½ + ln 2 − 1."""
+    found = kl_k3(torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.25]).log())
+    torch.testing.assert_close(found, torch.tensor([math.log(2) - 0.5, 0.0]))
+
+
+def test_k3_is_unbiased_and_never_negative() -> None:
+    policy = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    reference = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    k3 = kl_k3(policy.log(), reference.log())
+    exact = 0.5 * math.log(5) + 0.3 * math.log(1.5) + 0.15 * math.log(0.5) + 0.05 * math.log(0.125)
+    assert math.isclose((policy * k3).sum().item(), exact, rel_tol=1e-6)
+    assert (k3 >= 0).all()
+
+
+def test_pad_and_its_mask() -> None:
+    rows = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+    assert pad(rows).tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert pad(rows, -1).tolist() == [[1, 2, 3], [4, -1, -1]]
+    assert lengths_mask(torch.tensor([3, 1, 0]), 3).tolist() == [[True] * 3, [True, False, False], [False] * 3]

@@ -146,9 +146,9 @@ class Backbone(nn.Module):
         kinds = list(tree.branches.values())
         rows = torch.cat([b.row[:, None].expand_as(b.mask)[b.mask] for b in kinds])
         logits = self._forward(tree, rows, torch.cat([b.parents[b.mask] for b in kinds])).logits
-        sizes = [int(b.mask.sum()) for b in kinds]
+        parts = torch.split(logits, [int(b.mask.sum()) for b in kinds])
         result = {}
-        for (kind, branches), part in zip(tree.branches.items(), logits.split(sizes), strict=True):
+        for (kind, branches), part in zip(tree.branches.items(), parts, strict=True):
             scale = (temperature or {}).get(kind, 1.0)
             values = token_logprobs(part if scale == 1 else part / scale, branches.ids[branches.mask])
             result[kind] = values.new_zeros(branches.mask.shape).masked_scatter(branches.mask, values)

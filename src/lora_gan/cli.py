@@ -75,7 +75,8 @@ class CLI(LightningCLI):
 def closing_lines(trainer: L.Trainer, best: str) -> str:
     """Where the run's results lie and how to go on."""
     folder = _relative(trainer.log_dir or "")
-    last = next((c.last_model_path for c in trainer.callbacks if getattr(c, "last_model_path", "")), "") or best
+    saved = [getattr(callback, "last_model_path", "") for callback in getattr(trainer, "callbacks", [])]
+    last = next(filter(None, saved), best)
     lines = [f"run          {folder}", f"adapters     {folder}/adapters/generator, {folder}/adapters/discriminator"]
     if best:
         lines += [

@@ -27,7 +27,7 @@ from transformers import (
 from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.types import Example, Negative, PromptBatch
 
-torch.set_num_threads(min(torch.get_num_threads(), 2))
+torch.set_num_threads(1)  # models this small gain nothing from a second thread and lose much on a busy machine
 
 EOS = 256
 CONTEXT = 256
@@ -50,7 +50,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, eos_token="<|endoftext|>", model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=bytes_only,
+        eos_token="<|endoftext|>",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
 
 

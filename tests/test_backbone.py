@@ -151,7 +151,9 @@ def test_gradients_stay_on_after_every_switch(backbone: Backbone) -> None:
     for mode in (backbone.generator, backbone.reference, backbone.discriminator):
         with mode():
             pass
-        assert all(p.requires_grad for p in [*backbone.parameters_of(GENERATOR), *backbone.parameters_of(DISCRIMINATOR)])
+        assert all(
+            p.requires_grad for p in [*backbone.parameters_of(GENERATOR), *backbone.parameters_of(DISCRIMINATOR)]
+        )
 
 
 def test_dropout_is_off_in_training(backbone: Backbone) -> None:
@@ -180,7 +182,9 @@ def test_adapters_load_with_plain_peft(
 
 def test_targets_may_be_named(bases: dict[str, str]) -> None:
     backbone = Backbone(bases["gpt2"], LoraSettings(2, 4, ["c_attn"]), LoraSettings(2, 4))
-    adapted = {name.split(".lora_A")[0].split(".")[-1] for name, _ in backbone.lm.named_parameters() if "lora_A.gen" in name}
+    adapted = {
+        name.split(".lora_A")[0].split(".")[-1] for name, _ in backbone.lm.named_parameters() if "lora_A.gen" in name
+    }
     assert adapted == {"c_attn"}
 
 

@@ -117,7 +117,9 @@ def alone(backbone: Backbone, prompt: Tensor, branch: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, branch[:, None]).squeeze(1)
 
 
-def each_alone(backbone: Backbone, prompts: Sequence[Tensor], answers: Mapping[str, list[list[Tensor]]]) -> list[Tensor]:
+def each_alone(
+    backbone: Backbone, prompts: Sequence[Tensor], answers: Mapping[str, list[list[Tensor]]]
+) -> list[Tensor]:
     return [alone(backbone, prompts[b], x) for rows in answers.values() for b, row in enumerate(rows) for x in row]
 
 

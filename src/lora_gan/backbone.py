@@ -197,6 +197,8 @@ class Backbone(nn.Module):
 def load_base(base: str, dtype: str = "float32") -> PreTrainedModel:
     """Load and freeze a causal language model: "builtin", a hub id or a local folder."""
     name = str(resources.files("lora_gan") / BUILTIN) if base == BUILTIN else base
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise LoraGANError(f"dtype {dtype!r} is no number format of torch; give float32, bfloat16 or float16")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     except (OSError, ValueError) as error:

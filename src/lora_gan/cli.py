@@ -14,6 +14,7 @@ import lightning as L
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from transformers.utils.logging import disable_progress_bar
 
 from lora_gan.errors import LoraGANError
 from lora_gan.module import LoraGANModule
@@ -125,5 +126,7 @@ def _quiet() -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    for advice in ("does not have many workers", "LeafSpec", "in eval mode at the start", "is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", message=f".*{advice}")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    disable_progress_bar()

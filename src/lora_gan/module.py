@@ -143,14 +143,14 @@ class LoraGANModule(L.LightningModule):
         self.accumulate_rounds = accumulate_rounds
         self.lora = {GENERATOR: generator_lora, DISCRIMINATOR: discriminator_lora}
         self.backbone = Backbone(base, generator_lora, discriminator_lora, dtype)
-        self.knobs = Knobs(
-            baseline=0.0,
-            supervised_weight=supervised_weight,
-            policy_weight=policy_weight,
-            adversarial_weight=adversarial_weight,
-            kl_coefficient=kl_coefficient,
-            discriminator_learning=train_discriminator,
-        )
+        self.configured_knobs = {
+            "supervised_weight": supervised_weight,
+            "policy_weight": policy_weight,
+            "adversarial_weight": adversarial_weight,
+            "kl_coefficient": kl_coefficient,
+            "discriminator_learning": float(train_discriminator),
+        }
+        self.knobs = Knobs(baseline=0.0, **self.configured_knobs)
 
     # the round
 
@@ -400,11 +400,12 @@ class LoraGANModule(L.LightningModule):
         checkpoint["lora_gan"] = {
             "version": CHECKPOINT_VERSION,
             "base": self.base,
+            "knobs": self.configured_knobs,
             **{player: asdict(settings) for player, settings in self.lora.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of something else, saying what differs."""
+        """Refuse a checkpoint of something else, saying what differs; a knob configured anew keeps its new value."""
         described = checkpoint.get("lora_gan")
         if described is None:
             raise LoraGANError("this checkpoint was not written by lora-gan")
@@ -416,6 +417,9 @@ class LoraGANModule(L.LightningModule):
         missing = self._kept() - set(checkpoint["state_dict"])
         if missing:
             raise LoraGANError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} for one")
+        for name, value in self.configured_knobs.items():
+            if described["knobs"][name] != value:  # set anew for the resumed run
+                checkpoint["state_dict"][f"knobs.{name}"] = torch.tensor(float(value))
 
     def _kept(self) -> set[str]:
         trained = {f"backbone.{name}" for name, p in self.backbone.named_parameters() if p.requires_grad}

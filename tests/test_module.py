@@ -1,0 +1,564 @@
+"""The round, in a real trainer on a tiny model: what it counts, what it moves, what it learns, what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
+
+from lora_gan.advantages import LeaveOneOut, MovingAverage
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
+from lora_gan.callbacks import Curriculum, MovingAverageBaseline, Phase
+from lora_gan.errors import LoraGANError, NonFiniteError, RewardError
+from lora_gan.losses import LossTerm, PolicyLoss
+from lora_gan.module import LoraGANModule
+from lora_gan.objectives import DiscriminatorObjective, ObjectiveResult
+from lora_gan.rewards import FunctionReward
+from lora_gan.sampling import Sampling
+from lora_gan.types import Credit, PromptBatch, Rollout, Scores
+
+Build = Callable[..., LoraGANModule]
+
+
+def share_of_a(response: str, target: str) -> float:
+    return response.count("a") / max(len(response), 1)
+
+
+@pytest.fixture
+def build(bases: dict[str, str]) -> Build:
+    """A module on the tiny GPT-2 that needs no encoder."""
+
+    def build(architecture: str = "gpt2", **settings: Any) -> LoraGANModule:
+        torch.manual_seed(4)
+        defaults: dict[str, Any] = {
+            "base": bases[architecture],
+            "answers_per_prompt": 2,
+            "sampling": Sampling(max_new_tokens=5),
+            "rewards": [FunctionReward(share_of_a)],
+            "advantage": LeaveOneOut(),
+            "generator_lora": LoraSettings(4, 8),
+            "discriminator_lora": LoraSettings(4, 8),
+        }
+        return LoraGANModule(**{**defaults, **settings})
+
+    return build
+
+
+@pytest.fixture
+def batch(make_batch: Callable[..., PromptBatch]) -> PromptBatch:
+    return make_batch(("Say a", "a", "b"), ("Q: hello?", "hi", "x", "yz"), ("2+2=", "4"))
+
+
+class Recorder(L.Callback):
+    """Keeps what each round reported and, if asked, the weights after it."""
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, float]] = []
+        self.weights: list[dict[str, Tensor]] = []
+        self.rates: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.reports.append({name: float(value) for name, value in outputs.items()})
+        self.weights.append(state(pl_module))
+        self.rates.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
+
+
+def state(module: LoraGANModule) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.backbone.state_dict().items()}
+
+
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+
+
+def trainer(rounds: int, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return L.Trainer(
+        max_steps=rounds,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        **{**quiet, **settings},
+    )
+
+
+def fit(
+    module: LoraGANModule, batches: Sequence[PromptBatch], rounds: int, *callbacks: L.Callback, **settings: Any
+) -> tuple[Recorder, L.Trainer]:
+    recorder = Recorder()
+    ckpt_path = settings.pop("ckpt_path", None)
+    torch.manual_seed(5)
+    runner = trainer(rounds, recorder, *callbacks, **settings)
+    runner.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=ckpt_path, weights_only=True)
+    return recorder, runner
+
+
+# counting
+
+
+def test_max_steps_counts_rounds(build: Build, batch: PromptBatch) -> None:
+    recorder, runner = fit(build(), [batch, batch], 7)
+    assert len(recorder.reports) == 7
+    assert runner.global_step == 7
+    names = [moved(before, after) for before, after in pairwise(recorder.weights)]
+    assert all(any(f".{p}." in n for n in changed) for changed in names for p in (GENERATOR, DISCRIMINATOR))
+
+
+def test_accumulated_rounds_move_weights_every_second_round(build: Build, batch: PromptBatch) -> None:
+    module = build(accumulate_rounds=2)
+    weights = [state(module)]
+    recorder, runner = fit(module, [batch], 5)
+    weights += recorder.weights
+    changed = [bool(moved(before, after)) for before, after in pairwise(weights)]
+    assert changed == [False, True, False, True, False]
+    assert runner.global_step == 5
+
+
+def test_accumulation_is_the_mean_gradient(build: Build, make_batch: Callable[..., PromptBatch]) -> None:
+    batches = [make_batch(("ab", "cd")), make_batch(("x", "yzw"))]
+    settings: dict[str, Any] = {
+        "policy_weight": 0.0,
+        "train_discriminator": False,
+        "gradient_clip": 1e9,
+        "generator_optimizer": lambda p: SGD(p, lr=1.0),
+    }
+    steps = []
+    for number, given in ((1, batches[:1]), (1, batches[1:]), (2, batches)):
+        module = build(accumulate_rounds=number, **settings)
+        before = state(module)
+        recorder, _ = fit(module, given, number)
+        steps.append({name: recorder.weights[-1][name] - before[name] for name in before})
+    assert max(step.abs().max() for step in steps[2].values()) > 1e-3
+    for name, together in steps[2].items():
+        torch.testing.assert_close(together, (steps[0][name] + steps[1][name]) / 2, atol=1e-6, rtol=1e-4)
+
+
+def test_schedulers_are_stepped_with_their_optimizer(build: Build, batch: PromptBatch) -> None:
+    def halve(optimizer: torch.optim.Optimizer) -> StepLR:
+        return StepLR(optimizer, step_size=1, gamma=0.5)
+
+    recorder, _ = fit(build(generator_scheduler=halve), [batch], 3)
+    assert recorder.rates == [[5e-4, 1e-3], [2.5e-4, 1e-3], [1.25e-4, 1e-3]]
+    recorder, _ = fit(build(discriminator_scheduler=halve), [batch], 1)
+    assert recorder.rates == [[1e-3, 5e-4]]
+    recorder, _ = fit(build(generator_scheduler=halve, discriminator_scheduler=halve, accumulate_rounds=2), [batch], 2)
+    assert recorder.rates == [[1e-3, 1e-3], [5e-4, 5e-4]]
+
+
+# what a round moves
+
+
+@pytest.mark.parametrize(
+    ("settings", "players"),
+    [
+        ({"train_discriminator": False}, {GENERATOR}),
+        ({"supervised_weight": 0.0, "policy_weight": 0.0}, {DISCRIMINATOR}),
+        ({}, {GENERATOR, DISCRIMINATOR}),
+    ],
+)
+def test_a_player_moves_itself_only(
+    settings: dict[str, Any], players: set[str], build: Build, batch: PromptBatch
+) -> None:
+    module = build(**settings)
+    before = state(module)
+    recorder, _ = fit(module, [batch], 3)
+    changed = moved(before, recorder.weights[-1])
+    allowed = {name for name in before for player in players if f".{player}." in name}
+    if DISCRIMINATOR in players:
+        allowed |= {"judge_head.weight", "judge_head.bias"}
+    assert changed == allowed
+
+
+def test_gradient_clipping_holds(build: Build, batch: PromptBatch) -> None:
+    """SGD at rate 1 moves by the clipped gradient, so by a vector of length 0.001 for each player."""
+    sgd: dict[str, Any] = {f"{p}_optimizer": lambda p: SGD(p, lr=1.0) for p in (GENERATOR, DISCRIMINATOR)}
+    module = build(gradient_clip=1e-3, **sgd)
+    before = state(module)
+    recorder, _ = fit(module, [batch], 1)
+    for player in (GENERATOR, DISCRIMINATOR):
+        mine = [n for n in before if f".{player}." in n or (player == DISCRIMINATOR and "judge_head" in n)]
+        length = math.sqrt(sum((recorder.weights[0][n] - before[n]).square().sum().item() for n in mine))
+        assert length == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_nothing_is_sampled_without_need(build: Build, batch: PromptBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    off: dict[str, Any] = {"policy_weight": 0.0, "kl_coefficient": 0.0, "train_discriminator": False}
+    monkeypatch.setattr("lora_gan.module.sample", lambda *_: pytest.fail("sampled"))
+    assert len(build(**off).play(batch)) == 0
+    recorder, _ = fit(build(**off), [batch], 2)
+    assert "policy/length" not in recorder.reports[0]
+    assert recorder.reports[0]["loss/generator"] == recorder.reports[0]["loss/supervised"] > 0
+
+
+@pytest.mark.parametrize("use", ["policy_weight", "kl_coefficient", "train_discriminator", "adversarial_weight"])
+def test_each_need_alone_samples(use: str, build: Build, batch: PromptBatch) -> None:
+    settings: dict[str, Any] = {"policy_weight": 0.0, "kl_coefficient": 0.0, "train_discriminator": False, use: 1.0}
+    rollout = build(**settings).play(batch)
+    assert len(rollout) == 6 and rollout.k == 2
+    assert not rollout.logprobs.requires_grad
+
+
+def test_one_prompt_without_negatives_has_no_junk(build: Build, make_batch: Callable[..., PromptBatch]) -> None:
+    recorder, _ = fit(build(), [make_batch(("alone", "yes"))], 2)
+    assert "judge/error_junk" not in recorder.reports[0] and "judge/error_target" in recorder.reports[0]
+    recorder, _ = fit(build(junk_per_prompt=0), [make_batch(("p", "q", "r"), ("s", "t"))], 1)
+    assert "judge/error_junk" not in recorder.reports[0]
+
+
+def test_junk_is_a_hard_negative_or_anothers_target(build: Build, batch: PromptBatch) -> None:
+    module = build(junk_per_prompt=2)
+    picked = [[ids.tolist() for ids in module._pick_junk(batch, b)] for b in range(3)]
+    assert picked[0] == [batch.negative_ids[0][0].tolist()], "one hard negative is all there is"
+    assert sorted(picked[1]) == sorted(ids.tolist() for ids in batch.negative_ids[1])
+    assert sorted(picked[2]) == sorted(ids.tolist() for ids in batch.target_ids[:2]), "no negative: the others' targets"
+
+
+def test_the_judge_sees_eos_behind_every_branch(build: Build, batch: PromptBatch) -> None:
+    module = build()
+    torch.manual_seed(6)
+    rollout = module.play(batch)
+    assert rollout.truncated.any()
+    for branches in module._judged_tree(rollout, batch).branches.values():
+        lengths = branches.mask.sum(-1)
+        assert (branches.ids[torch.arange(len(lengths)), lengths - 1] == 256).all()
+        assert ((branches.ids == 256) & branches.mask).sum() == len(lengths)
+
+
+# what a round reports
+
+
+def test_kl_is_zero_at_the_start_and_grows(build: Build, batch: PromptBatch) -> None:
+    rate: dict[str, Any] = {"generator_optimizer": lambda p: AdamW(p, lr=1e-2, weight_decay=0.0)}
+    recorder, _ = fit(build(**rate), [batch], 10)
+    assert abs(recorder.reports[0]["policy/kl"]) < 1e-5
+    assert recorder.reports[-1]["policy/kl"] > 1e-2
+
+
+def test_a_kl_term_keeps_the_policy_near_the_base(build: Build, batch: PromptBatch) -> None:
+    rate: dict[str, Any] = {"generator_optimizer": lambda p: AdamW(p, lr=1e-2, weight_decay=0.0)}
+    free, _ = fit(build(**rate), [batch], 12)
+    held, _ = fit(build(**rate, kl_coefficient=5.0), [batch], 12)
+    assert held.reports[-1]["policy/kl"] < 0.5 * free.reports[-1]["policy/kl"]
+
+
+def test_the_names_in_the_log(build: Build, batch: PromptBatch) -> None:
+    recorder, _ = fit(build(), [batch], 1)
+    report = recorder.reports[0]
+    assert {name.split("/")[0] for name in report} == {"loss", "reward", "policy", "judge", "knob"}
+    assert report["reward/total"] == report["reward/share_of_a"]
+    assert 1 <= report["policy/length"] <= 5 and 0 <= report["policy/truncated"] <= 1
+    assert report["policy/entropy"] > 0
+    assert report["reward/target"] == pytest.approx(1 / 3), "of the targets a, hi and 4, one third of the shares is a"
+    assert report["loss/generator"] == pytest.approx(report["loss/supervised"] + report["loss/policy"], abs=1e-5)
+
+
+def test_the_discriminator_pays_by_its_weight(build: Build, batch: PromptBatch) -> None:
+    recorder, _ = fit(build(adversarial_weight=0.5), [batch], 1)
+    report = recorder.reports[0]
+    wanted = report["reward/share_of_a"] + 0.5 * report["judge/score_sampled"]
+    assert report["reward/total"] == pytest.approx(wanted, abs=1e-6)
+    assert abs(report["judge/score_sampled"]) > 1e-3
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_centred_advantages_sum_to_zero(
+    k: int, build: Build, batch: PromptBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credits: list[Credit] = []
+    module = build(answers_per_prompt=k, adversarial_weight=0.5)
+    given = module.credit
+    monkeypatch.setattr(module, "credit", lambda *round_: credits.append(given(*round_)) or credits[-1])
+    fit(module, [batch], 2)
+    for credit in credits:
+        per_prompt = credit.advantages[:, 0].view(3, k)
+        torch.testing.assert_close(per_prompt.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+        assert per_prompt.abs().max() > 0
+
+
+# learning
+
+
+def test_reinforce_raises_what_is_rewarded(build: Build, make_batch: Callable[..., PromptBatch]) -> None:
+    """Share of "a" in the answers: from about 1 in 257 tokens to more than half of them."""
+    module = build(
+        supervised_weight=0.0,
+        train_discriminator=False,
+        answers_per_prompt=16,
+        sampling=Sampling(max_new_tokens=4),
+        generator_optimizer=lambda p: AdamW(p, lr=2e-2, weight_decay=0.0),
+    )
+    recorder, _ = fit(module, [make_batch(("Say it: ", "a"), ("And you? ", "a"))], 60)
+    reward = [report["reward/total"] for report in recorder.reports]
+    assert sum(reward[:5]) / 5 < 0.1
+    assert sum(reward[-5:]) / 5 > 0.5
+
+
+def test_supervised_learning_lowers_the_loss(build: Build, batch: PromptBatch) -> None:
+    module = build(
+        policy_weight=0.0, train_discriminator=False, generator_optimizer=lambda p: AdamW(p, lr=1e-2, weight_decay=0.0)
+    )
+    recorder, _ = fit(module, [batch], 25)
+    losses = [report["loss/supervised"] for report in recorder.reports]
+    assert losses[-1] < 0.2 * losses[0]
+    with module.backbone.generator():
+        assert module.answer(batch, module.greedy).texts == ("a", "hi", "4")
+    with module.backbone.reference():
+        assert module.answer(batch, module.greedy).texts != ("a", "hi", "4")
+
+
+def test_the_discriminator_learns_the_reward(build: Build, batch: PromptBatch) -> None:
+    module = build(
+        policy_weight=0.0,
+        supervised_weight=0.0,
+        discriminator_optimizer=lambda p: AdamW(p, lr=5e-3, weight_decay=0.0),
+    )
+    recorder, _ = fit(module, [batch], 40)
+    first, last = recorder.reports[:5], recorder.reports[-5:]
+    for kind in ("sampled", "target", "junk"):
+        name = f"judge/error_{kind}"
+        assert sum(r[name] for r in last) < 0.5 * sum(r[name] for r in first), name
+
+
+# what is refused
+
+
+class Broken(PolicyLoss):
+    """A loss with a chosen value, or a finite one with a gradient that is not."""
+
+    def __init__(self, value: float | None) -> None:
+        self.value = value
+
+    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Credit) -> LossTerm:
+        nothing = (logprobs * 0).sum()
+        return LossTerm(nothing.abs().sqrt() if self.value is None else nothing + self.value, {})
+
+
+class BrokenObjective(DiscriminatorObjective):
+    def __call__(self, judged: Mapping[str, Tensor], scores: Scores) -> ObjectiveResult:
+        return ObjectiveResult(judged["target"].sum() * float("nan"), {})
+
+
+def not_a_number(response: str, target: str) -> float:
+    return float("nan")
+
+
+def test_a_nan_reward_stops_by_name(build: Build, batch: PromptBatch) -> None:
+    module = build(rewards=[FunctionReward(not_a_number, name="mine")])
+    before = state(module)
+    with pytest.raises(RewardError, match=r"reward 'mine' \(FunctionReward\) returned nan for the answer"):
+        fit(module, [batch], 1)
+    assert not moved(before, state(module))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"policy_loss": Broken(float("nan")), "train_discriminator": False}, "loss/policy is nan in round 0"),
+        ({"policy_loss": Broken(float("inf")), "train_discriminator": False}, "loss/policy is inf in round 0"),
+        ({"policy_loss": Broken(None), "train_discriminator": False}, "the gradient's norm is nan"),
+        ({"objective": BrokenObjective()}, "loss/discriminator is nan"),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_weights(
+    settings: dict[str, Any], told: str, build: Build, batch: PromptBatch
+) -> None:
+    module = build(**settings)
+    before = state(module)
+    with pytest.raises(NonFiniteError, match=told):
+        fit(module, [batch], 2)
+    assert not moved(before, state(module))
+
+
+def test_moving_average_without_its_callback_is_refused(build: Build, batch: PromptBatch) -> None:
+    with pytest.raises(LoraGANError, match=r"lora_gan\.callbacks\.MovingAverageBaseline to trainer\.callbacks"):
+        fit(build(advantage=MovingAverage()), [batch], 1)
+    recorder, _ = fit(build(advantage=MovingAverage()), [batch], 1, MovingAverageBaseline())
+    assert len(recorder.reports) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"answers_per_prompt": 0}, "answers_per_prompt must be at least 1, got 0"),
+        ({"answers_per_prompt": 1}, "LeaveOneOut compares the answers"),
+        ({"accumulate_rounds": 0}, "accumulate_rounds"),
+        ({"junk_per_prompt": -1}, "junk_per_prompt"),
+        ({"policy_weight": -0.1}, "policy_weight"),
+        ({"rewards": [FunctionReward(share_of_a), FunctionReward(share_of_a)]}, "two rewards are called 'share_of_a'"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], told: str, build: Build) -> None:
+    with pytest.raises(LoraGANError, match=told):
+        build(**settings)
+
+
+# callbacks
+
+
+def test_moving_average_baseline_by_hand(build: Build) -> None:
+    """Decay 0.9: starts at 1; 0.9·1 + 0.1·2 = 1.1; 0.9·1.1 + 0.1·0 = 0.99; a round without answers changes nothing."""
+    module, callback = build(), MovingAverageBaseline(0.9)
+    kept = []
+    for report in ({"reward/total": 1.0}, {"reward/total": 2.0}, {}, {"reward/total": 0.0}):
+        callback.on_train_batch_end(None, module, {n: torch.tensor(v) for n, v in report.items()}, None, 0)  # type: ignore[arg-type]
+        kept.append(module.knobs.baseline.item())
+    assert kept == pytest.approx([1.0, 1.1, 1.1, 0.99])
+    resumed = MovingAverageBaseline(0.9)
+    resumed.load_state_dict(callback.state_dict())
+    resumed.on_train_batch_end(None, module, {"reward/total": torch.tensor(1.99)}, None, 0)  # type: ignore[arg-type]
+    assert module.knobs.baseline.item() == pytest.approx(0.9 * 0.99 + 0.1 * 1.99)
+    with pytest.raises(LoraGANError, match="decay"):
+        MovingAverageBaseline(1.0)
+
+
+def test_the_baseline_follows_the_run(build: Build, batch: PromptBatch) -> None:
+    recorder, _ = fit(build(advantage=MovingAverage()), [batch], 3, MovingAverageBaseline(0.5))
+    reward = [report["reward/total"] for report in recorder.reports]
+    found = [report["knob/baseline"] for report in recorder.reports]
+    assert found == pytest.approx([0.0, reward[0], (reward[0] + reward[1]) / 2])
+
+
+def test_curriculum_by_hand(build: Build) -> None:
+    module = build()
+    phases = [
+        Phase(0, policy_weight=0.0, discriminator_learning=False),
+        Phase(2, policy_weight=0.5, kl_coefficient=0.1),
+    ]
+    callback = Curriculum(phases)
+    seen = []
+    for step in range(4):
+        callback.on_train_batch_start(SimpleNamespace(global_step=step), module, None, 0)  # type: ignore[arg-type]
+        knobs = module.knobs
+        seen.append([x.item() for x in (knobs.policy_weight, knobs.kl_coefficient, knobs.discriminator_learning)])
+    assert seen[:2] == [[0.0, 0.0, 0.0]] * 2
+    assert seen[2:] == [pytest.approx([0.5, 0.1, 0.0])] * 2
+    assert module.knobs.supervised_weight.item() == 1.0, "what is not given stays"
+    for starts in ([2, 1], [0, 0], [-1]):
+        with pytest.raises(LoraGANError, match="growing rounds"):
+            Curriculum([Phase(start) for start in starts])
+
+
+def test_a_curriculum_warms_up_without_sampling(build: Build, batch: PromptBatch) -> None:
+    warm_up = Phase(0, policy_weight=0.0, discriminator_learning=False)
+    recorder, _ = fit(
+        build(), [batch], 4, Curriculum([warm_up, Phase(2, policy_weight=1.0, discriminator_learning=True)])
+    )
+    assert ["policy/length" in report for report in recorder.reports] == [False, False, True, True]
+    assert ["loss/discriminator" in report for report in recorder.reports] == [False, False, True, True]
+
+
+# checkpoints
+
+
+def test_a_checkpoint_holds_what_is_trained(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
+    module = build()
+    _, runner = fit(module, [batch], 2)
+    path = tmp_path / "two.ckpt"
+    runner.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    assert all(".lora_A." in n or ".lora_B." in n or "judge_head" in n or "knobs." in n for n in saved["state_dict"])
+    assert len(saved["state_dict"]) == 8 * 2 * 2 + 2 + 6  # layers · matrices · players, head, knobs
+    assert not any("base_layer" in name for name in saved["state_dict"])
+    assert saved["global_step"] == 2
+    assert saved["lora_gan"]["base"] == module.base
+
+    other = build()
+    other.on_load_checkpoint(saved)
+    other.load_state_dict(saved["state_dict"], strict=False)
+    assert not moved(state(module), state(other))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"generator_lora": LoraSettings(2, 8)}, r"generator: .*'rank': 4.* there, .*'rank': 2.* here"),
+        ({"discriminator_lora": LoraSettings(4, 9)}, r"discriminator: .*'alpha': 8.* there, .*'alpha': 9.* here"),
+        ({"architecture": "llama"}, "base: .*gpt2.* there, .*llama.* here"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(
+    settings: dict[str, Any], told: str, build: Build, batch: PromptBatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.ckpt"
+    fit(build(), [batch], 1)[1].save_checkpoint(path)
+    with pytest.raises(LoraGANError, match=told):
+        fit(build(**settings), [batch], 2, ckpt_path=path)
+    saved = torch.load(path, weights_only=True)
+    with pytest.raises(LoraGANError, match="not written by lora-gan"):
+        build().on_load_checkpoint({"state_dict": saved["state_dict"]})
+    saved["state_dict"].pop("backbone.judge_head.bias")
+    with pytest.raises(LoraGANError, match=r"judge_head\.bias"):
+        build().on_load_checkpoint(saved)
+
+
+def test_three_rounds_and_two_are_five(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
+    """Supervised rounds draw nothing at random, so a resumed run must equal an uninterrupted one."""
+    off: dict[str, Any] = {"policy_weight": 0.0, "train_discriminator": False}
+    whole, _ = fit(build(**off), [batch], 5)
+    path = tmp_path / "three.ckpt"
+    fit(build(**off), [batch], 3)[1].save_checkpoint(path)
+    resumed, runner = fit(build(**off), [batch], 5, ckpt_path=path)
+    assert len(resumed.reports) == 2 and runner.global_step == 5
+    assert resumed.reports == whole.reports[3:]
+    assert not moved(whole.weights[-1], resumed.weights[-1])
+
+
+def one(response: str, target: str) -> float:
+    return 1.0
+
+
+def test_knobs_are_resumed_and_new_settings_win(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
+    """A reward of 1: the baseline is 0 in the first round, then 1. The curriculum's phase of round 1 stays in force."""
+    path = tmp_path / "two.ckpt"
+    settings: dict[str, Any] = {
+        "advantage": MovingAverage(),
+        "rewards": [FunctionReward(one)],
+        "train_discriminator": False,
+    }
+    callbacks = [MovingAverageBaseline(0.5), Curriculum([Phase(1, supervised_weight=0.3)])]
+    first, runner = fit(build(**settings), [batch], 2, *callbacks)
+    assert [report["knob/baseline"] for report in first.reports] == [0.0, 1.0]
+    runner.save_checkpoint(path)
+    callbacks = [MovingAverageBaseline(0.5), Curriculum([Phase(1, supervised_weight=0.3)])]
+    resumed, _ = fit(build(**settings, kl_coefficient=0.25), [batch], 3, *callbacks, ckpt_path=path)
+    (report,) = resumed.reports
+    assert report["knob/baseline"] == 1.0
+    assert report["knob/supervised_weight"] == pytest.approx(0.3), "not asked for anew, so as it was"
+    assert report["knob/kl_coefficient"] == 0.25, "asked for anew"
+
+
+# number formats, other stages
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}], ids=["float32 base", "bfloat16 base"])
+def test_bf16_mixed_runs(settings: dict[str, str], build: Build, batch: PromptBatch) -> None:
+    module = build(**settings)
+    before = state(module)
+    recorder, _ = fit(module, [batch], 2, precision="bf16-mixed")
+    assert all(math.isfinite(value) for report in recorder.reports for value in report.values())
+    changed = moved(before, recorder.weights[-1])
+    assert changed and all("lora_" in name or "judge_head" in name for name in changed)
+    assert {recorder.weights[-1][name].dtype for name in changed} == {torch.float32}
+
+
+def test_evaluation_answers_greedily_in_the_right_mode(build: Build, batch: PromptBatch) -> None:
+    module = build(policy_weight=0.0, generator_optimizer=lambda p: AdamW(p, lr=1e-2, weight_decay=0.0))
+    fit(module, [batch], 25)
+    tested = module.test_step(batch, 0)
+    assert list(tested) == ["base", "trained", "sampled"]
+    validated = module.validation_step(batch, 0)["trained"]
+    assert validated.texts == tested["trained"].texts == ("a", "hi", "4") != tested["base"].texts
+    assert validated.reward.tolist() == [1.0, 0.0, 0.0]
+    assert module.predict_step(batch, 0)[0] == {"prompt": "Say a", "answer": "a", "target": "a", "reward": 1.0}

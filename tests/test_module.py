@@ -396,6 +396,7 @@ def test_moving_average_without_its_callback_is_refused(build: Build, batch: Pro
         ({"accumulate_rounds": 0}, "accumulate_rounds"),
         ({"junk_per_prompt": -1}, "junk_per_prompt"),
         ({"policy_weight": -0.1}, "policy_weight"),
+        ({"gradient_clip": 0.0}, "gradient_clip must be > 0, got 0.0"),
         ({"rewards": [FunctionReward(share_of_a), FunctionReward(share_of_a)]}, "two rewards are called 'share_of_a'"),
     ],
 )

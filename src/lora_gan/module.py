@@ -120,6 +120,8 @@ class LoraGANModule(L.LightningModule):
         super().__init__()
         _at_least(1, answers_per_prompt=answers_per_prompt, accumulate_rounds=accumulate_rounds)
         _at_least(0, junk_per_prompt=junk_per_prompt, policy_weight=policy_weight, supervised_weight=supervised_weight)
+        if gradient_clip <= 0:
+            raise LoraGANError(f"gradient_clip must be > 0, got {gradient_clip}; a large one, 1e9 say, never clips")
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold what is trained, not the base
         self.base = base

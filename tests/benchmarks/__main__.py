@@ -8,6 +8,8 @@ import logging
 import os
 import platform
 import warnings
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +17,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from .passes import compare_passes
-from .setting import SIZES, save_model
+from .setting import SIZES, Size, save_model
 from .timing import HEADER, Comparison
 
 CASES = ("tree", "sampler", "round")
@@ -30,23 +32,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write all seconds to this file too")
     chosen = parser.parse_args()
+    if "round" in chosen.only and find_spec("trl") is None:
+        parser.error("rounds are measured beside TRL's: pip install trl==1.16.0, or choose --only tree sampler")
     torch.set_num_threads(chosen.threads)
     _be_quiet()
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {chosen.threads} threads, load "
-          f"average before {os.getloadavg()[0]:.1f}\n\n{HEADER}", flush=True)  # fmt: skip
+    print(f"{platform.machine()}, torch {torch.__version__}, {chosen.threads} threads", end=", ")
+    print(f"load average at the start {os.getloadavg()[0]:.1f}\n\n{HEADER}", flush=True)
     done: list[Comparison] = []
     for name in chosen.size:
-        with TemporaryDirectory() as folder:
-            size, saved = SIZES[name], save_model(SIZES[name], Path(folder))
-            new = compare_passes(size, saved, chosen.repeats, chosen.only)
-            if "round" in chosen.only:
-                from .rounds import compare_rounds  # needs TRL
-
-                new += compare_rounds(size, saved, chosen.repeats)
-            print("\n".join(comparison.row() for comparison in new), flush=True)
-            done += new
+        for comparison in _measure(SIZES[name], chosen.only, chosen.repeats):
+            print(comparison.row(), flush=True)
+            done.append(comparison)
     if chosen.json:
         chosen.json.write_text(json.dumps([comparison.record() for comparison in done], indent=2) + "\n")
+
+
+def _measure(size: Size, wanted: Sequence[str], repeats: int) -> Iterator[Comparison]:
+    with TemporaryDirectory() as name:
+        folder = save_model(size, Path(name))
+        yield from compare_passes(size, folder, repeats, wanted)
+        if "round" in wanted:
+            from .rounds import compare_rounds  # needs TRL
+
+            yield from compare_rounds(size, folder, repeats)
 
 
 def _be_quiet() -> None:

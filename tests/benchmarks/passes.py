@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,22 +99,12 @@ def _left(row: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(row, (width - len(row), 0))
 
 
-def compare_passes(size: Size, folder: Path, repeats: int, wanted: Sequence[str]) -> list[Comparison]:
+def compare_passes(size: Size, folder: Path, repeats: int, wanted: Sequence[str]) -> Iterator[Comparison]:
     """Tree against rows and sampler against ``generate``, as far as wanted."""
     side = Passes(size, folder)
-    done = []
     if "tree" in wanted:
-        done.append(compare(size.name, "tree, forward + backward", "padded rows", side.tree, side.rows, 1.8, repeats))
+        yield compare(size.name, "tree, forward + backward", "padded rows", side.tree, side.rows, 1.8, repeats)
     for top_p in (1.0, 0.9) if "sampler" in wanted else ():
-        done.append(
-            compare(
-                size.name,
-                f"sampler, top-p {top_p:g}",
-                "`generate`",
-                lambda p=top_p: side.sampler(p),
-                lambda p=top_p: side.generate(p),
-                1.6,
-                repeats,
-            )
-        )
-    return done
+        what = f"sampler, top-p {top_p:g}"
+        ours, theirs = partial(side.sampler, top_p), partial(side.generate, top_p)
+        yield compare(size.name, what, "`generate`", ours, theirs, 1.6, repeats)

@@ -7,6 +7,7 @@ TRL step is one round: sample, reward, reference pass (beta > 0), forward, backw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -166,13 +167,11 @@ def play(size: Size, folder: Path, repeats: int) -> dict[str, tuple[float, ...]]
     return {name: tuple(seconds[1:]) for name, seconds in turns.seconds.items()}
 
 
-def compare_rounds(size: Size, folder: Path, repeats: int) -> list[Comparison]:
+def compare_rounds(size: Size, folder: Path, repeats: int) -> Iterator[Comparison]:
     """A round of policy gradient, and one with discriminator and supervised term, each against TRL's."""
     seconds = play(size, folder, repeats)
-    return [
-        Comparison(size.name, what, "TRL GRPO step", seconds[name], seconds["trl"], target)
-        for name, what, target in (
-            ("rl", "round, the same work", 2.0),
-            ("adversarial", "round with D and supervised term", 1.0),
-        )
-    ]
+    for name, what, target in (
+        ("rl", "round, the same work", 2.0),
+        ("adversarial", "round with D and supervised term", 1.0),
+    ):
+        yield Comparison(size.name, what, "TRL GRPO step", seconds[name], seconds["trl"], target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,14 +22,21 @@ class Size:
     """A model and the shape of its round."""
 
     name: str
-    model: dict[str, int]
+    model: dict[str, Any]
     prompts: int
     prompt_tokens: int  # on average: lengths differ by up to a tenth, as those of real prompts do
     answer_tokens: int
     k: int = 4
 
 
-BUILTIN_MODEL = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 512}
+BUILTIN_MODEL = {
+    "n_layer": 4,
+    "n_embd": 256,
+    "n_head": 4,
+    "vocab_size": 4096,
+    "n_positions": 512,
+    "activation_function": "gelu_pytorch_tanh",
+}
 SIZES = {
     "gpt2": Size("GPT-2 124M", {}, prompts=4, prompt_tokens=70, answer_tokens=48),
     "builtin": Size("built-in size", BUILTIN_MODEL, prompts=16, prompt_tokens=20, answer_tokens=16),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import lightning as L
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -61,13 +62,17 @@ class CLI(LightningCLI):
         parser.add_argument("--test_after_fit", type=bool, default=True, help="End fit with the held-out test.")
 
     def after_fit(self) -> None:
-        """Test the best checkpoint, write the adapters, and say what can be done with them."""
+        """Save the last round, test the best checkpoint, write the adapters, and say what can be done with them."""
         assert self.trainer is not None
         if not isinstance(self.model, LoraGANModule):
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if best:
+            self.trainer.save_checkpoint(Path(best).with_name("last.ckpt"))
+            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+            self.model.load_state_dict(state, strict=False)
         if self._get(self.config["fit"], "test_after_fit") and is_overridden("test_dataloader", self.datamodule):
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.is_global_zero and self.trainer.log_dir:
             write_adapters(self.model, Path(self.trainer.log_dir))
             print(closing_lines(self.trainer, best))
@@ -76,10 +81,9 @@ class CLI(LightningCLI):
 def closing_lines(trainer: L.Trainer, best: str) -> str:
     """Where the run's results lie and how to go on."""
     folder = _relative(trainer.log_dir or "")
-    saved = [getattr(callback, "last_model_path", "") for callback in getattr(trainer, "callbacks", [])]
-    last = next(filter(None, saved), best)
     lines = [f"run          {folder}", f"adapters     {folder}/adapters/generator, {folder}/adapters/discriminator"]
     if best:
+        last = str(Path(best).with_name("last.ckpt"))
         lines += [
             f"checkpoints  best {_relative(best)}, last {_relative(last)}",
             f"resume       python -m src.cli fit --config {folder}/config.yaml --ckpt_path {_relative(last)} "

@@ -63,7 +63,7 @@ class SentenceEncoder:
 
 
 @cache
-def sentence_encoder(model: str = MINILM) -> SentenceEncoder:
+def sentence_encoder(model: str) -> SentenceEncoder:
     """The process's one encoder of that name: rewards and metrics share it and what it remembers."""
     return SentenceEncoder(model)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 
+import regex
 from rouge_score.rouge_scorer import RougeScorer
+
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}"  # written without spaces: each sign is a word
+WORDS = regex.compile(rf"(?V1)[{UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}_]--[{UNSPACED}]]+|\p{{So}}")
 
 
 class _Words:
-    """Words of any script; rouge-score's own tokeniser knows only a–z and 0–9."""
+    """Words of any script, and emoji; rouge-score's own tokeniser knows only a–z and 0–9."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower())
+        return list(WORDS.findall(unicodedata.normalize("NFKC", text).lower()))
 
 
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -143,6 +144,7 @@ class LoraGANModule(L.LightningModule):
         self.scheduler_factories = {GENERATOR: generator_scheduler, DISCRIMINATOR: discriminator_scheduler}
         self.gradient_clip = gradient_clip
         self.accumulate_rounds = accumulate_rounds
+        self.dtype_of_base = dtype
         self.lora = {GENERATOR: generator_lora, DISCRIMINATOR: discriminator_lora}
         self.backbone = Backbone(base, generator_lora, discriminator_lora, dtype)
         self.configured_knobs = {
@@ -281,7 +283,7 @@ class LoraGANModule(L.LightningModule):
         """Sampled answers, targets and junk, all ending in EOS, so that nothing can be told from the format."""
         eos = torch.tensor([self.backbone.tokenizer.eos_token_id], device=self.device)
         ended = [
-            torch.cat([answer, eos]) if cut else answer
+            torch.cat([answer if cut else answer[:-1], eos])
             for answer, cut in zip(rollout.answer_ids, rollout.truncated.tolist(), strict=True)
         ]
         sampled = [ended[b * rollout.k : (b + 1) * rollout.k] for b in range(len(batch))]
@@ -330,7 +332,7 @@ class LoraGANModule(L.LightningModule):
     def _stopped(self, what: str) -> str:
         saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         return (
-            f"{what} in round {self.trainer.global_step}; no weight was changed by it. "
+            f"{what} in round {self.trainer.global_step}; the step was not taken. "
             f"Lower the learning rate or check the rewards; last good checkpoint: {saved}"
         )
 
@@ -402,7 +404,9 @@ class LoraGANModule(L.LightningModule):
         checkpoint["lora_gan"] = {
             "version": CHECKPOINT_VERSION,
             "base": self.base,
+            "dtype": self.dtype_of_base,
             "knobs": self.configured_knobs,
+            "optimizers": self._optimizer_settings(),
             **{player: asdict(settings) for player, settings in self.lora.items()},
         }
 
@@ -413,6 +417,8 @@ class LoraGANModule(L.LightningModule):
             raise LoraGANError("this checkpoint was not written by lora-gan")
         mine = {"version": CHECKPOINT_VERSION, "base": self.base}
         mine |= {player: asdict(settings) for player, settings in self.lora.items()}
+        if self.trainer.state.fn == TrainerFn.FITTING:  # the optimizers' saved state would override new settings
+            mine["optimizers"] = self._optimizer_settings()
         differing = [f"{k}: {described.get(k)} there, {v} here" for k, v in mine.items() if described.get(k) != v]
         if differing:
             raise LoraGANError("the checkpoint does not fit this configuration: " + "; ".join(differing))
@@ -422,6 +428,14 @@ class LoraGANModule(L.LightningModule):
         for name, value in self.configured_knobs.items():
             if described["knobs"][name] != value:  # set anew for the resumed run
                 checkpoint["state_dict"][f"knobs.{name}"] = torch.tensor(float(value))
+
+    def _optimizer_settings(self) -> dict[str, dict[str, float]]:
+        """The numbers among each optimizer's settings: learning rate, weight decay and so on."""
+        settings = {}
+        for player, make in self.optimizer_factories.items():
+            defaults = make([nn.Parameter(torch.zeros(1))]).defaults
+            settings[player] = {name: float(v) for name, v in defaults.items() if isinstance(v, int | float)}
+        return settings
 
     def _kept(self) -> set[str]:
         trained = {f"backbone.{name}" for name, p in self.backbone.named_parameters() if p.requires_grad}

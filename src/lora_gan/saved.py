@@ -45,7 +45,7 @@ def load_backbone(ckpt_path: str) -> Backbone:
     if described is None:
         raise LoraGANError(f"{ckpt_path} was not written by lora-gan")
     lora = {player: LoraSettings(**described[player]) for player in (GENERATOR, DISCRIMINATOR)}
-    backbone = Backbone(described["base"], lora[GENERATOR], lora[DISCRIMINATOR])
+    backbone = Backbone(described["base"], lora[GENERATOR], lora[DISCRIMINATOR], described["dtype"])
     prefix = "backbone."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     backbone.load_state_dict(weights, strict=False)

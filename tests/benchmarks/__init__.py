@@ -7,7 +7,10 @@ From the root of the repository, with ``pip install trl==1.16.0`` for the rounds
     python -m tests.benchmarks --only tree sampler --repeats 9 --json speed.json
 
 The two sides take turns (A B A B …) in one process; each ratio is of one such pair, so what else the machine does
-meanwhile falls on both. The first pair warms up and does not count. Both sides have the same random weights, prompts,
-LoRA (r = 8, all linear layers), temperature 1, float32, no dropout, and give answers of exactly the same length: the
-bias of the last layer norm and the row of EOS in the (tied) embeddings are set so that EOS is never drawn.
+meanwhile falls on both. The first pair warms up and does not count. On a machine that is busy otherwise, threads wait
+for each other and wall time says little: with ``--threads 1`` CPU time is measured.
+
+Both sides have the same random weights, prompts, LoRA (r = 8, all linear layers), temperature 1, float32, no dropout,
+and give answers of exactly the same length: the bias of the last layer norm and the row of EOS in the (tied) embeddings
+are set so that EOS is never drawn.
 """

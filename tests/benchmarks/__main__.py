@@ -29,14 +29,14 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["gpt2", "builtin"])
     parser.add_argument("--only", choices=CASES, nargs="+", default=CASES)
     parser.add_argument("--repeats", type=int, default=5, help="pairs that count, after one to warm up")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="with 1, CPU time is measured instead of wall time")
     parser.add_argument("--json", type=Path, help="write all seconds to this file too")
     chosen = parser.parse_args()
     if "round" in chosen.only and find_spec("trl") is None:
         parser.error("rounds are measured beside TRL's: pip install trl==1.16.0, or choose --only tree sampler")
     torch.set_num_threads(chosen.threads)
     _be_quiet()
-    print(f"{platform.machine()}, torch {torch.__version__}, {chosen.threads} threads", end=", ")
+    print(f"{platform.machine()}, torch {torch.__version__}, {chosen.threads} thread(s)", end=", ")
     print(f"load average at the start {os.getloadavg()[0]:.1f}\n\n{HEADER}", flush=True)
     done: list[Comparison] = []
     for name in chosen.size:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 
 import lightning as L
@@ -29,7 +28,7 @@ from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
 
 from .setting import LORA, Size, make_items
-from .timing import Comparison
+from .timing import Comparison, clock
 
 LEARNING_RATE, BETA = 1e-4, 0.04
 RL = {"supervised_weight": 0.0, "adversarial_weight": 0.0, "discriminator_learning": 0.0}
@@ -45,10 +44,10 @@ class _Stopwatch(L.Callback):
     """Seconds of the last round, the work of the data loader and of the Trainer's start left out, as in TRL's."""
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.begun = perf_counter()
+        self.begun = clock()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LoraGANModule, outputs: dict[str, Any], *_: Any) -> None:
-        self.seconds = perf_counter() - self.begun
+        self.seconds = clock() - self.begun
         self.length = float(trainer.callback_metrics["policy/length"])
 
 
@@ -97,10 +96,10 @@ class _Turns(TrainerCallback):
         self.lengths: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.begun = perf_counter()
+        self.begun = clock()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds["trl"].append(perf_counter() - self.begun)
+        self.seconds["trl"].append(clock() - self.begun)
         for name, knobs in (("rl", RL), ("adversarial", ADVERSARIAL)):
             played = self.ours.round(knobs)
             self.seconds[name].append(played.seconds)

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers.utils.logging import disable_progress_bar
 
+from lora_gan.callbacks.last import last_checkpoint
 from lora_gan.errors import LoraGANError
 from lora_gan.module import LoraGANModule
 from lora_gan.saved import chat, export, write_adapters
@@ -62,13 +63,12 @@ class CLI(LightningCLI):
         parser.add_argument("--test_after_fit", type=bool, default=True, help="End fit with the held-out test.")
 
     def after_fit(self) -> None:
-        """Save the last round, test the best checkpoint, write the adapters, and say what can be done with them."""
+        """Test the best checkpoint, write the adapters, and say what can be done with them."""
         assert self.trainer is not None
         if not isinstance(self.model, LoraGANModule):
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if best:
-            self.trainer.save_checkpoint(Path(best).with_name("last.ckpt"))
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             self.model.load_state_dict(state, strict=False)
         if self._get(self.config["fit"], "test_after_fit") and is_overridden("test_dataloader", self.datamodule):
@@ -83,7 +83,8 @@ def closing_lines(trainer: L.Trainer, best: str) -> str:
     folder = _relative(trainer.log_dir or "")
     lines = [f"run          {folder}", f"adapters     {folder}/adapters/generator, {folder}/adapters/discriminator"]
     if best:
-        last = str(Path(best).with_name("last.ckpt"))
+        newest = last_checkpoint(trainer)
+        last = str(newest) if newest.is_file() else best
         lines += [
             f"checkpoints  best {_relative(best)}, last {_relative(last)}",
             f"resume       python -m src.cli fit --config {folder}/config.yaml --ckpt_path {_relative(last)} "

@@ -417,7 +417,9 @@ class LoraGANModule(L.LightningModule):
             raise LoraGANError("this checkpoint was not written by lora-gan")
         mine = {"version": CHECKPOINT_VERSION, "base": self.base}
         mine |= {player: asdict(settings) for player, settings in self.lora.items()}
-        if self.trainer.state.fn == TrainerFn.FITTING:  # the optimizers' saved state would override new settings
+        if (
+            self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        ):  # the optimizers' saved state would override new settings
             mine["optimizers"] = self._optimizer_settings()
         differing = [f"{k}: {described.get(k)} there, {v} here" for k, v in mine.items() if described.get(k) != v]
         if differing:

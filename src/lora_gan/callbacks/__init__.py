@@ -2,12 +2,14 @@
 
 from lora_gan.callbacks.baseline import MovingAverageBaseline
 from lora_gan.callbacks.curriculum import Curriculum, Phase
+from lora_gan.callbacks.last import LastCheckpoint
 from lora_gan.callbacks.predictions import PredictionWriter
 from lora_gan.callbacks.progress import RoundProgressBar
 from lora_gan.callbacks.text import TextMetrics
 
 __all__ = [
     "Curriculum",
+    "LastCheckpoint",
     "MovingAverageBaseline",
     "Phase",
     "PredictionWriter",

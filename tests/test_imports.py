@@ -15,9 +15,10 @@ LAYERS = [
     {"types"},
     {"tensors", "embedding", "metrics"},
     {"tree", "rewards", "objectives", "advantages", "losses"},
-    {"backbone", "sampling"},
+    {"backbone", "sampling", "knobs"},
     {"module", "saved"},
-    {"callbacks", "cli"},
+    {"callbacks"},
+    {"cli"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 USE_MODULE = {"callbacks", "cli", "saved"}

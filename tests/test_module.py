@@ -21,12 +21,12 @@ from lora_gan.advantages import LeaveOneOut, MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
 from lora_gan.callbacks import Curriculum, MovingAverageBaseline, Phase
 from lora_gan.errors import LoraGANError, NonFiniteError, RewardError
-from lora_gan.losses import LossTerm, PolicyLoss
+from lora_gan.losses import PolicyLoss
 from lora_gan.module import LoraGANModule
-from lora_gan.objectives import DiscriminatorObjective, ObjectiveResult
+from lora_gan.objectives import DiscriminatorObjective
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
-from lora_gan.types import Credit, PromptBatch, Rollout, Scores
+from lora_gan.types import Credit, LossTerm, PromptBatch, Rollout, Scores
 
 Build = Callable[..., LoraGANModule]
 
@@ -346,8 +346,8 @@ class Broken(PolicyLoss):
 
 
 class BrokenObjective(DiscriminatorObjective):
-    def __call__(self, judged: Mapping[str, Tensor], scores: Scores) -> ObjectiveResult:
-        return ObjectiveResult(judged["target"].sum() * float("nan"), {})
+    def __call__(self, judged: Mapping[str, Tensor], scores: Scores) -> LossTerm:
+        return LossTerm(judged["target"].sum() * float("nan"), {})
 
 
 def not_a_number(response: str, target: str) -> float:

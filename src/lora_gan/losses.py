@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from lora_gan.tensors import kl_k3, masked_mean
-from lora_gan.types import Credit, Rollout
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    loss: Tensor  # scalar with gradient
-    metrics: Mapping[str, Tensor]
+from lora_gan.types import Credit, LossTerm, Rollout
 
 
 class PolicyLoss(ABC):

@@ -21,8 +21,9 @@ from torch.optim import AdamW, Optimizer
 from lora_gan.advantages import AdvantageEstimator, MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
 from lora_gan.errors import LoraGANError, NonFiniteError
+from lora_gan.knobs import Knobs
 from lora_gan.losses import PolicyLoss, Reinforce, kl_loss
-from lora_gan.objectives import JUNK, SAMPLED, TARGET, DiscriminatorObjective, RewardRegression
+from lora_gan.objectives import JUNK, SAMPLED, TARGET, DiscriminatorObjective, RewardRegression, judge_metrics
 from lora_gan.rewards import PerplexityReward, Reward, SemanticReward, weighted_sum
 from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
@@ -31,27 +32,6 @@ from lora_gan.tree import PromptTree, grow
 from lora_gan.types import Answered, Credit, Judgement, PromptBatch, RewardContext, Rollout, Scores
 
 CHECKPOINT_VERSION = 1
-
-
-class Knobs(nn.Module):
-    """What crosses rounds, as buffers and so in every checkpoint."""
-
-    baseline: Tensor
-    supervised_weight: Tensor
-    policy_weight: Tensor
-    adversarial_weight: Tensor
-    kl_coefficient: Tensor
-    discriminator_learning: Tensor
-
-    def __init__(self, **values: float) -> None:
-        super().__init__()
-        for name, value in values.items():
-            self.register_buffer(name, torch.tensor(float(value)))
-
-    def set(self, **values: float | Tensor) -> None:
-        """Turn the named knobs."""
-        for name, value in values.items():
-            getattr(self, name).fill_(float(value))
 
 
 @dataclass(frozen=True)
@@ -210,7 +190,11 @@ class LoraGANModule(L.LightningModule):
             if learning:
                 self._optimize(DISCRIMINATOR, {"discriminator": result.loss})
         judged = {kind: scored.detach() for kind, scored in judged.items()}
-        metrics = {"loss/discriminator": result.loss.detach(), **result.metrics, **_judge_metrics(judged, scores, tree)}
+        metrics = {
+            "loss/discriminator": result.loss.detach(),
+            **result.metrics,
+            **judge_metrics(judged, scores, tree.branches[JUNK].row),
+        }
         return Judgement(judged[SAMPLED], metrics)
 
     def pay(self, scores: Scores, judgement: Judgement) -> Tensor:
@@ -453,23 +437,6 @@ def _by_prompt(rollout: Rollout, prompts: int) -> list[list[Tensor]]:
 def _each(answers: tuple[Tensor, ...], prompts: int) -> list[list[Tensor]]:
     """One branch for each prompt, or none."""
     return [[answer] for answer in answers] or [[] for _ in range(prompts)]
-
-
-def _judge_metrics(judged: Mapping[str, Tensor], scores: Scores, tree: PromptTree) -> dict[str, Tensor]:
-    """How good the discriminator was on answers that it had not learned from."""
-    metrics = {f"judge/score_{kind}": scored.mean() for kind, scored in judged.items() if len(scored)}
-    if len(judged[JUNK]):
-        prompt = tree.branches[JUNK].row
-        metrics["judge/accuracy"] = (judged[TARGET][prompt] > judged[JUNK]).float().mean()
-    if len(scores.total) > 1:
-        metrics["judge/correlation"] = _correlation(judged[SAMPLED], scores.total)
-    return metrics
-
-
-def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's; 0 where one of them does not vary."""
-    x, y = x - x.mean(), y - y.mean()
-    return torch.nn.functional.cosine_similarity(x, y, dim=0)
 
 
 def _at_least(bound: float, **settings: float) -> None:

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_gan.types import Scores
+from lora_gan.types import LossTerm, Scores
 
 SAMPLED, TARGET, JUNK = "sampled", "target", "junk"
-
-
-@dataclass(frozen=True)
-class ObjectiveResult:
-    loss: Tensor  # scalar with gradient
-    metrics: Mapping[str, Tensor]
 
 
 class DiscriminatorObjective(ABC):
     """Turns the discriminator's scores into its loss."""
 
     @abstractmethod
-    def __call__(self, judged: Mapping[str, Tensor], scores: Scores) -> ObjectiveResult:
+    def __call__(self, judged: Mapping[str, Tensor], scores: Scores) -> LossTerm:
         """The loss of one round.
 
         Args:
@@ -45,14 +38,36 @@ class RewardRegression(DiscriminatorObjective):
     def __init__(self, junk_reward: float = 0.0) -> None:
         self.junk_reward = junk_reward
 
-    def __call__(self, judged: Mapping[str, Tensor], scores: Scores) -> ObjectiveResult:
+    def __call__(self, judged: Mapping[str, Tensor], scores: Scores) -> LossTerm:
         wanted = {
             SAMPLED: scores.total,
             TARGET: scores.target_total,
             JUNK: torch.full_like(judged[JUNK], self.junk_reward),
         }
         errors = {kind: (judged[kind] - wanted[kind]).square().mean() for kind in wanted if len(judged[kind])}
-        return ObjectiveResult(
+        return LossTerm(
             torch.stack(list(errors.values())).mean(),
             {f"judge/error_{kind}": error.detach() for kind, error in errors.items()},
         )
+
+
+def judge_metrics(judged: Mapping[str, Tensor], scores: Scores, junk_prompt: Tensor) -> dict[str, Tensor]:
+    """How good the discriminator was on answers that it had not learned from.
+
+    Args:
+        judged: Its scores by kind.
+        scores: The rewards of the same answers.
+        junk_prompt: (M,) the prompt that each junk branch answers.
+    """
+    metrics = {f"judge/score_{kind}": scored.mean() for kind, scored in judged.items() if len(scored)}
+    if len(judged[JUNK]):
+        metrics["judge/accuracy"] = (judged[TARGET][junk_prompt] > judged[JUNK]).float().mean()
+    if len(scores.total) > 1:
+        metrics["judge/correlation"] = _correlation(judged[SAMPLED], scores.total)
+    return metrics
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's; 0 where one of them does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    return torch.nn.functional.cosine_similarity(x, y, dim=0)

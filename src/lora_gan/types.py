@@ -141,3 +141,11 @@ class Credit:
 
     advantages: Tensor  # (N, T)
     metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A loss of one player, and what is worth logging about it."""
+
+    loss: Tensor  # scalar with gradient
+    metrics: Mapping[str, Tensor]

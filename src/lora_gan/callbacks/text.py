@@ -16,7 +16,6 @@ from lora_gan.types import Answered
 
 logger = logging.getLogger(__name__)
 
-Answers = Mapping[str, Answered]
 TITLES = {"base": "base", "trained": "trained", "sampled": "trained, sampled"}
 
 
@@ -39,9 +38,6 @@ class TextMetrics(L.Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seen = {}
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seen = {}
-
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
@@ -51,18 +47,12 @@ class TextMetrics(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._collect(outputs)
+        answers: Mapping[str, Answered] = outputs
+        for player, answered in answers.items():
+            self.seen.setdefault(player, []).append(answered)
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._collect(outputs)
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = measure(self.seen["trained"], self.semantic_model)
@@ -82,10 +72,6 @@ class TextMetrics(L.Callback):
             print(f"\nHeld-out test split, {count} prompts\n\n{table}\n")
             if trainer.log_dir:
                 Path(trainer.log_dir, "held_out.md").write_text(table + "\n", encoding="utf-8")
-
-    def _collect(self, outputs: Answers) -> None:
-        for player, answered in outputs.items():
-            self.seen.setdefault(player, []).append(answered)
 
     def _write(self, trainer: L.Trainer, tag: str, table: str) -> None:
         for sink in trainer.loggers:

@@ -13,7 +13,7 @@ PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
     {"errors"},
     {"types"},
-    {"tensors", "embedding", "metrics"},
+    {"tensors", "embedding", "metrics", "packing"},
     {"tree", "rewards", "objectives", "advantages", "losses"},
     {"backbone", "sampling", "knobs"},
     {"module", "saved"},

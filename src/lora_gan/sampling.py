@@ -19,6 +19,8 @@ from transformers.cache_utils import DynamicLayer
 
 from lora_gan.backbone import Backbone
 from lora_gan.errors import LoraGANError
+from lora_gan.packing import packed
+from lora_gan.tensors import lengths_mask, token_logprobs
 from lora_gan.types import Rollout
 
 TRIES = 8  # numbers tried for each token where top-p may reject the first; one more is kept for the sorted row
@@ -105,11 +107,10 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
     Raises:
         LoraGANError: A prompt and the answer would not fit into the context.
     """
-    lengths = torch.tensor([len(p) for p in prompts], device=prompts[0].device)
-    width = int(lengths.max())
-    if width + how.max_new_tokens > backbone.context_length:
+    longest = max(len(p) for p in prompts)
+    if longest + how.max_new_tokens > backbone.context_length:
         raise LoraGANError(
-            f"the longest prompt has {width} tokens; with max_new_tokens {how.max_new_tokens} that is more than the "
+            f"the longest prompt has {longest} tokens; with max_new_tokens {how.max_new_tokens} that is more than the "
             f"model's context of {backbone.context_length}: lower data.max_prompt_tokens or sampling.max_new_tokens"
         )
     n, device = len(prompts) * k, prompts[0].device
@@ -120,28 +121,32 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
     uniform = torch.rand(n, how.max_new_tokens, 1 if how.top_p == 1 else TRIES + 1, device=device, dtype=torch.float64)
     eos = torch.tensor(_eos_ids(backbone), device=device)
 
-    decoder = _Decoder(backbone, prompts, lengths, k, how.max_new_tokens)
-    logits = decoder.first_logits
-    alive = torch.arange(n, device=device)  # which answer each row of the decoder's batch is
-    for t in range(how.max_new_tokens):
-        scaled = logits.float() / how.temperature
-        token = choose(scaled, how, uniform[alive, t])
-        ids[alive, t] = token
-        logprobs[alive, t] = scaled.gather(1, token[:, None]).squeeze(1) - scaled.logsumexp(1)
-        over = torch.isin(token, eos) & ~finished[alive]
-        finished[alive[over]] = True
-        ends[alive[over]] = t + 1
-        going = ~finished[alive]
-        if t + 1 == how.max_new_tokens or not going.any():
-            break
-        if going.float().mean() < DENSITY:
-            decoder.keep(going)
-            alive, token = alive[going], token[going]
-        logits = decoder.step(token)
+    with packed(backbone.causal_lm):
+        decoder = _Decoder(backbone, prompts, k, how.max_new_tokens)
+        logits = decoder.first_logits
+        alive = torch.arange(n, device=device)  # which answer each row of the decoder's batch is
+        for t in range(how.max_new_tokens):
+            scaled = logits.float() / how.temperature
+            token = choose(scaled, how, uniform[alive, t])
+            ids[alive, t] = token
+            logprobs[alive, t] = token_logprobs(scaled, token)
+            over = torch.isin(token, eos) & ~finished[alive]
+            finished[alive[over]] = True
+            ends[alive[over]] = t + 1
+            going = ~finished[alive]
+            if t + 1 == how.max_new_tokens or not going.any():
+                break
+            if going.float().mean() < DENSITY:
+                decoder.keep(going)
+                alive, token = alive[going], token[going]
+            logits = decoder.step(token)
+    return _gather(backbone, ids, logprobs, ends, finished, k)
 
-    steps = int(ends.max())
-    mask = torch.arange(steps, device=device) < ends[:, None]
-    ids, logprobs = ids[:, :steps] * mask, logprobs[:, :steps] * mask
+
+def _gather(backbone: Backbone, ids: Tensor, logprobs: Tensor, ends: Tensor, finished: Tensor, k: int) -> Rollout:
+    """Cut what was drawn at each answer's end."""
+    mask = lengths_mask(ends, int(ends.max()))
+    ids, logprobs = ids[:, : mask.shape[1]] * mask, logprobs[:, : mask.shape[1]] * mask
     answers = [row[:end] for row, end in zip(ids.tolist(), ends.tolist(), strict=True)]
     texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
     return Rollout(ids, mask, logprobs, ~finished, tuple(texts), k)
@@ -150,8 +155,9 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
 class _Decoder:
     """Runs the model token by token behind left-padded prompts."""
 
-    def __init__(self, backbone: Backbone, prompts: Sequence[Tensor], lengths: Tensor, k: int, room: int) -> None:
+    def __init__(self, backbone: Backbone, prompts: Sequence[Tensor], k: int, room: int) -> None:
         self.model = backbone.causal_lm
+        lengths = torch.tensor([len(p) for p in prompts], device=prompts[0].device)
         width = int(lengths.max())
         column = torch.arange(width, device=lengths.device)
         real = column >= (width - lengths)[:, None]  # (B, P)

@@ -1,0 +1,41 @@
+"""Packed weights compute the same and leave nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lora_gan.backbone import Backbone
+from lora_gan.packing import packed
+
+IDS = torch.tensor([[72, 101, 108, 108, 111]])
+
+
+def test_the_same_logits_on_all_architectures(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone(architecture)
+    with backbone.generator(), torch.no_grad():
+        plain = backbone.causal_lm(input_ids=IDS).logits
+        with packed(backbone.causal_lm):
+            inside = backbone.causal_lm(input_ids=IDS).logits
+        torch.testing.assert_close(inside, plain, atol=2e-5, rtol=1e-5)
+        assert torch.equal(backbone.causal_lm(input_ids=IDS).logits, plain)
+
+
+def test_what_is_trained_is_not_packed_and_forward_is_restored() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    try:
+        with packed(model):
+            assert "forward" in vars(model[0]) and "forward" not in vars(model[1])
+            raise KeyError
+    except KeyError:
+        pass
+    assert "forward" not in vars(model[0])
+
+
+def test_nothing_is_packed_under_autocast() -> None:
+    model = nn.Linear(4, 4).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16), packed(model):
+        assert "forward" not in vars(model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_gan.backbone import GENERATOR, Backbone
-from lora_gan.tree import PADDING, grow
+from lora_gan.tree import PADDING, grow, grow_scored
 
 Answers = dict[str, list[list[Tensor]]]
 
@@ -188,3 +188,16 @@ def test_the_judge_reads_what_separate_rows_say(architecture: str, make_backbone
             wanted = torch.stack(hidden).float() @ head.weight[0] + head.bias
             torch.testing.assert_close(found[kind], wanted, atol=1e-5, rtol=0)
     assert found["sampled"].std() > 0.05
+
+
+def test_leaving_out_last_tokens_changes_no_log_probability(make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone("gpt2")
+    prompts = [torch.tensor([72, 105]), torch.tensor([81, 58, 32])]
+    answers = {"sampled": [[torch.tensor([97, 98, 256]), torch.tensor([256])], [torch.tensor([99])]], "none": [[], []]}
+    with backbone.generator():
+        whole, scored = backbone.logprobs(grow(prompts, answers)), backbone.logprobs(grow_scored(prompts, answers))
+    assert grow_scored(prompts, answers).ids.shape == (2, 4)  # of 6: prompt 2, branches 2 + 0
+    torch.testing.assert_close(scored["sampled"], whole["sampled"], atol=1e-5, rtol=0)
+    assert len(scored["none"]) == 0
+    with pytest.raises(ValueError, match="at least one token"):
+        grow_scored(prompts, {"sampled": [[torch.tensor([], dtype=torch.long)], []]})

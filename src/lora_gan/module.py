@@ -28,7 +28,7 @@ from lora_gan.rewards import PerplexityReward, Reward, SemanticReward, weighted_
 from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import kl_k3, masked_mean
-from lora_gan.tree import PromptTree, grow
+from lora_gan.tree import PromptTree, grow, grow_scored
 from lora_gan.types import Answered, Credit, Judgement, PromptBatch, RewardContext, Rollout, Scores
 
 CHECKPOINT_VERSION = 1
@@ -164,7 +164,7 @@ class LoraGANModule(L.LightningModule):
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the answers and, by the same measure, of the targets; the reference pass happens here."""
         targets = batch if with_targets else PromptBatch.empty()
-        tree = grow(
+        tree = grow_scored(
             batch.prompt_ids,
             {SAMPLED: _by_prompt(rollout, len(batch)), TARGET: _each(targets.target_ids, len(batch))},
         )
@@ -219,7 +219,7 @@ class LoraGANModule(L.LightningModule):
             branches[TARGET] = _each(batch.target_ids, len(batch))
         if not branches:
             return Learned({})
-        tree = grow(batch.prompt_ids, branches)
+        tree = grow_scored(batch.prompt_ids, branches)
         metrics: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         with self.backbone.generator():

@@ -14,7 +14,7 @@ as if it stood alone behind the prompt: logits, losses and gradients equal those
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -65,13 +65,41 @@ def grow(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tens
         prompts: B token tensors (P,), none empty: a branch's first token is predicted from the prompt's last.
         answers: for each kind and each prompt the branches, token tensors (T,), none empty.
     """
+    _check(prompts, answers)
+    return _grow(prompts, answers)
+
+
+def grow_scored(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
+    """:func:`grow` without each branch's last token, for log-probabilities only: nothing is predicted from it.
+
+    ``branches`` still name all tokens of the branches, but ``columns`` lack the last one.
+    """
+    _check(prompts, answers)
+    tree = _grow(prompts, {kind: [[a[:-1] for a in row] for row in rows] for kind, rows in answers.items()})
+    prompt_end = torch.tensor([len(p) for p in prompts], device=tree.ids.device) - 1
+    branches = {}
+    for kind, short in tree.branches.items():
+        whole = [a for row in answers[kind] for a in row]
+        length = torch.tensor([len(a) for a in whole], dtype=torch.long, device=tree.ids.device)
+        mask = lengths_mask(length, max((len(a) for a in whole), default=0))
+        parents = torch.cat([prompt_end[short.row, None], short.columns], 1)[:, : mask.shape[1]]
+        ids = pad(whole) if whole else short.ids
+        branches[kind] = replace(short, ids=ids, mask=mask, parents=torch.where(mask, parents, 0))
+    return replace(tree, branches=branches)
+
+
+def _check(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tensor]]]) -> None:
+    branches = (branch for rows in answers.values() for row in rows for branch in row)
+    if any(len(tokens) == 0 for tokens in (*prompts, *branches)):
+        raise ValueError("a prompt tree needs at least one token in the prompt and in each branch")
+
+
+def _grow(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
     shapes = {kind: [[len(a) for a in row] for row in rows] for kind, rows in answers.items()}
     rows, positions, segments = [], [], []
     for b, prompt in enumerate(prompts):
         branches = [branch for per_prompt in answers.values() for branch in per_prompt[b]]
         lengths = [len(branch) for branch in branches]
-        if len(prompt) == 0 or 0 in lengths:
-            raise ValueError("a prompt tree needs at least one token in the prompt and in each branch")
         rows.append(torch.cat([prompt, *branches]))
         positions.append(torch.cat([torch.arange(len(prompt)), *(len(prompt) + torch.arange(n) for n in lengths)]))
         segments.append(torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([len(prompt), *lengths])))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_gan.backbone import Backbone
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import token_logprobs
-from lora_gan.tree import grow
+from lora_gan.tree import grow_scored
 from lora_gan.types import Rollout
 
 from .setting import LORA, Size, make_items
@@ -40,7 +40,7 @@ class Passes:
         k = self.size.k
         by_prompt = [list(self.answers[b * k : (b + 1) * k]) for b in range(self.size.prompts)]
         with self.backbone.generator():
-            logprobs = self.backbone.logprobs(grow(self.prompts, {"sampled": by_prompt}))["sampled"]
+            logprobs = self.backbone.logprobs(grow_scored(self.prompts, {"sampled": by_prompt}))["sampled"]
             return self._backward(logprobs)
 
     def rows(self) -> Tensor:

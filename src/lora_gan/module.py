@@ -6,7 +6,7 @@ reads them. A new variant is a new class behind a seam (reward, objective, advan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -164,10 +164,8 @@ class LoraGANModule(L.LightningModule):
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the answers and, by the same measure, of the targets; the reference pass happens here."""
         targets = batch if with_targets else PromptBatch.empty()
-        tree = grow_scored(
-            batch.prompt_ids,
-            {SAMPLED: _by_prompt(rollout, len(batch)), TARGET: _each(targets.target_ids, len(batch))},
-        )
+        answers = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
+        tree = grow_scored(batch.prompt_ids, {SAMPLED: answers, TARGET: _each(targets.target_ids, len(batch))})
         with self.backbone.reference():
             reference = self.backbone.logprobs(tree)
             temperature = self.sampling.temperature
@@ -214,7 +212,7 @@ class LoraGANModule(L.LightningModule):
         knobs = self.knobs
         branches: dict[str, list[list[Tensor]]] = {}
         if knobs.policy_weight or knobs.kl_coefficient:
-            branches[SAMPLED] = _by_prompt(rollout, len(batch))
+            branches[SAMPLED] = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
         if knobs.supervised_weight:
             branches[TARGET] = _each(batch.target_ids, len(batch))
         if not branches:
@@ -270,7 +268,7 @@ class LoraGANModule(L.LightningModule):
             torch.cat([answer if cut else answer[:-1], eos])
             for answer, cut in zip(rollout.answer_ids, rollout.truncated.tolist(), strict=True)
         ]
-        sampled = [ended[b * rollout.k : (b + 1) * rollout.k] for b in range(len(batch))]
+        sampled = _by_prompt(ended, rollout.k, len(batch))
         junk = [self._pick_junk(batch, b) for b in range(len(batch))]
         return grow(batch.prompt_ids, {SAMPLED: sampled, TARGET: _each(batch.target_ids, len(batch)), JUNK: junk})
 
@@ -428,10 +426,9 @@ class LoraGANModule(L.LightningModule):
         return trained | {f"knobs.{name}" for name, _ in self.knobs.named_buffers()}
 
 
-def _by_prompt(rollout: Rollout, prompts: int) -> list[list[Tensor]]:
-    """The sampled answers of each prompt."""
-    answers = rollout.answer_ids
-    return [list(answers[b * rollout.k : (b + 1) * rollout.k]) for b in range(prompts)]
+def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Tensor]]:
+    """The k answers of each prompt."""
+    return [list(answers[b * k : (b + 1) * k]) for b in range(prompts)]
 
 
 def _each(answers: tuple[Tensor, ...], prompts: int) -> list[list[Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lora_gan.embedding import MINILM, sentence_encoder
 from lora_gan.metrics import distinct_n, exact_match, rouge_l
 from lora_gan.types import Answered
-
-logger = logging.getLogger(__name__)
 
 TITLES = {"base": "base", "trained": "trained", "sampled": "trained, sampled"}
 

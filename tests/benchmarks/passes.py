@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from lora_gan.backbone import Backbone
 from lora_gan.sampling import Sampling, sample
-from lora_gan.tensors import token_logprobs
 from lora_gan.tree import grow_scored
 from lora_gan.types import Rollout
 
@@ -54,7 +54,8 @@ class Passes:
                 logits_to_keep=self.size.answer_tokens + 1,
                 use_cache=False,
             ).logits[:, :-1]
-            return self._backward(token_logprobs(logits.flatten(0, 1), self.answers.flatten()).view_as(self.answers))
+            losses = cross_entropy(logits.flatten(0, 1), self.answers.flatten(), reduction="none")
+            return self._backward(-losses.view_as(self.answers))
 
     def sampler(self, top_p: float) -> Rollout:
         """k answers for each prompt, with their log-probabilities."""

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"types"},
     {"tensors", "embedding", "metrics", "packing"},
-    {"tree", "rewards", "objectives", "advantages", "losses"},
+    {"tree", "rewards", "objectives", "advantages", "losses", "negatives"},
     {"backbone", "sampling", "knobs"},
     {"module", "saved"},
     {"callbacks"},

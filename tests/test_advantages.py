@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_gan.advantages import AdvantageEstimator, GroupNormalised, LeaveOneOut, MovingAverage
-from lora_gan.types import Credit, Judgement, Rollout
+from lora_gan.types import Credit, Earnings, Rollout
 
 
 def credit(estimator: AdvantageEstimator, rewards: list[float], k: int, baseline: float = 0.0) -> Credit:
@@ -17,7 +17,8 @@ def credit(estimator: AdvantageEstimator, rewards: list[float], k: int, baseline
     mask = torch.arange(3) < torch.arange(n)[:, None] % 3 + 1  # answers of 1, 2, 3, 1, … tokens
     rollout = Rollout(mask.long(), mask, -mask.float(), torch.zeros(n, dtype=torch.bool), ("",) * n, k)
     paid = torch.tensor(rewards, requires_grad=True)
-    return estimator(rollout, paid, Judgement(torch.zeros(n), {}), torch.tensor(baseline))
+    last = torch.zeros(n, 3).scatter(1, mask.sum(1, keepdim=True) - 1, paid[:, None])
+    return estimator(rollout, Earnings(last, torch.zeros(n), torch.tensor(baseline)))
 
 
 def per_answer(found: Credit) -> Tensor:

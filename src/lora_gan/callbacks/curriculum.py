@@ -19,17 +19,30 @@ class Phase:
         start: First round of the phase, from 0.
         supervised_weight: Weight of the supervised loss.
         policy_weight: Weight of the policy loss; at 0, and with the discriminator not learning, nothing is sampled.
-        adversarial_weight: Weight of the discriminator's score in the reward.
-        kl_coefficient: Weight of the KL term.
-        discriminator_learning: Whether the discriminator learns.
+        adversarial_weight: Weight of the discriminator's payoff in the reward.
+        coupled_weight: Weight of the discriminator's loss that is differentiated through relaxed samples.
+        kl_coefficient: Weight of the KL term in the loss.
+        kl_penalty: Weight of the KL term in the reward.
+        entropy_coefficient: Weight of the entropy bonus.
+        discriminator_updates: Updates of the discriminator in a round; 0: it does not learn.
+        take_snapshot: Whether a snapshot of the generator is taken as the phase begins.
+        judge_from_generator: Whether the discriminator starts anew from the generator's adapter as the phase begins.
     """
 
     start: int
     supervised_weight: float | None = None
     policy_weight: float | None = None
     adversarial_weight: float | None = None
+    coupled_weight: float | None = None
     kl_coefficient: float | None = None
-    discriminator_learning: bool | None = None
+    kl_penalty: float | None = None
+    entropy_coefficient: float | None = None
+    discriminator_updates: int | None = None
+    take_snapshot: bool = False
+    judge_from_generator: bool = False
+
+
+EVENTS = ("start", "take_snapshot", "judge_from_generator")
 
 
 class Curriculum(L.Callback):
@@ -51,5 +64,12 @@ class Curriculum(L.Callback):
         assert isinstance(pl_module, LoraGANModule)
         for phase in self.phases:
             if phase.start == trainer.global_step:
-                settings = {f.name: getattr(phase, f.name) for f in fields(phase) if f.name != "start"}
-                pl_module.knobs.set(**{name: value for name, value in settings.items() if value is not None})
+                self._begin(phase, pl_module)
+
+    def _begin(self, phase: Phase, module: LoraGANModule) -> None:
+        settings = {f.name: getattr(phase, f.name) for f in fields(phase) if f.name not in EVENTS}
+        module.knobs.set(**{name: value for name, value in settings.items() if value is not None})
+        if phase.take_snapshot:
+            module.backbone.take_snapshot()
+        if phase.judge_from_generator:
+            module.discriminator.judge.start_from_generator(module.backbone)

@@ -466,7 +466,7 @@ def test_a_checkpoint_holds_what_is_trained(build: Build, batch: PromptBatch, tm
     runner.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)
     assert all(".lora_A." in n or ".lora_B." in n or "judge_head" in n or "knobs." in n for n in saved["state_dict"])
-    assert len(saved["state_dict"]) == 8 * 2 * 2 + 2 + 13  # layers · matrices · players, head, knobs
+    assert len(saved["state_dict"]) == 8 * 2 * 2 + 2 + 14  # layers · matrices · players, head, knobs
     assert not any("base_layer" in name for name in saved["state_dict"])
     assert saved["global_step"] == 2
     assert saved["lora_gan"]["base"] == module.base

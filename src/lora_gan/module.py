@@ -204,7 +204,12 @@ class LoraGANModule(L.LightningModule):
             "discriminator_updates": float(discriminator_updates),
         }
         self.knobs = Knobs(
-            baseline=0.0, adversarial_scale=1.0, adversarial_gate=1.0, easiest_share=1.0, **self.configured_knobs
+            baseline=0.0,
+            adversarial_scale=1.0,
+            adversarial_gate=1.0,
+            discriminator_gate=1.0,
+            easiest_share=1.0,
+            **self.configured_knobs,
         )
         self.rollout = Rollout.empty(self.device)  # of the last round, for callbacks
         self.phase_seconds: dict[str, float] = {}  # of the last round, for callbacks
@@ -300,7 +305,7 @@ class LoraGANModule(L.LightningModule):
         if not self.judging:
             nothing = scores.total[:0]
             return Judgement(torch.zeros_like(scores.total), nothing, nothing, rollout.k, {})
-        updates = int(self.knobs.discriminator_updates)
+        updates = int(self.knobs.discriminator_updates * self.knobs.discriminator_gate)
         player = self.discriminator
         exhibit = player.exhibit(self.backbone.tokenizer, batch, rollout, opponent, scores)
         with player.judge.mode(self.backbone), torch.set_grad_enabled(updates > 0):
@@ -370,7 +375,7 @@ class LoraGANModule(L.LightningModule):
                 self._optimize(GENERATOR, terms)
                 metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
         metrics = {name: torch.stack([m[name] for m in shown if name in m]).mean() for m in shown for name in m}
-        if self.policy_loss.epochs * self.policy_loss.minibatches > 1:
+        if self.knobs.policy_weight and self.policy_loss.epochs * self.policy_loss.minibatches > 1:
             metrics["policy/updates"] = torch.tensor(float(sum("loss/generator" in m for m in shown)))
             metrics["policy/moved"] = shown[-1]["policy/moved"]
         return Learned({name: value.detach() for name, value in metrics.items()})

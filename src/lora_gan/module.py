@@ -58,10 +58,10 @@ class Lesson:
             return self
         if len(self.rollout) == 0:
             return replace(self, batch=self.batch.of(prompts))
-        rows = self.rollout.rows_of(prompts)
-        return Lesson(
-            self.batch.of(prompts), self.rollout.of(prompts), self.credit.of(rows), self.reference_logprobs[rows]
-        )
+        rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
+        width = rollout.ids.shape[1]
+        reference = self.reference_logprobs[rows, :width]
+        return Lesson(self.batch.of(prompts), rollout, self.credit.of(rows, width), reference)
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,7 @@ class LoraGANModule(L.LightningModule):
                 self._optimize(GENERATOR, terms)
                 metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
         metrics = {name: torch.stack([m[name] for m in shown if name in m]).mean() for m in shown for name in m}
-        if self.policy_loss.epochs * self.policy_loss.minibatches > 1:
+        if self.policy_loss.epochs * self.policy_loss.minibatches > 1 and self.knobs.policy_weight:
             metrics["policy/updates"] = torch.tensor(float(sum("loss/generator" in m for m in shown)))
             metrics["policy/moved"] = shown[-1]["policy/moved"]
         return Learned({name: value.detach() for name, value in metrics.items()})

@@ -3,108 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
+from rounds import Build, fit, moved, share_of_a, state
 from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader
 
-from lora_gan.advantages import LeaveOneOut, MovingAverage
+from lora_gan.advantages import MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
 from lora_gan.callbacks import Curriculum, MovingAverageBaseline, Phase
 from lora_gan.errors import LoraGANError, NonFiniteError, RewardError
 from lora_gan.losses import PolicyLoss
-from lora_gan.module import LoraGANModule
 from lora_gan.negatives import HardNegatives
 from lora_gan.objectives import DiscriminatorObjective
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
 from lora_gan.types import Credit, Judged, LossTerm, PromptBatch, Rollout
-
-Build = Callable[..., LoraGANModule]
-
-
-def share_of_a(response: str, target: str) -> float:
-    return response.count("a") / max(len(response), 1)
-
-
-@pytest.fixture
-def build(bases: dict[str, str]) -> Build:
-    """A module on the tiny GPT-2 that needs no encoder."""
-
-    def build(architecture: str = "gpt2", **settings: Any) -> LoraGANModule:
-        torch.manual_seed(4)
-        defaults: dict[str, Any] = {
-            "base": bases[architecture],
-            "answers_per_prompt": 2,
-            "sampling": Sampling(max_new_tokens=5),
-            "rewards": [FunctionReward(share_of_a)],
-            "advantage": LeaveOneOut(),
-            "generator_lora": LoraSettings(4, 8),
-            "discriminator_lora": LoraSettings(4, 8),
-        }
-        return LoraGANModule(**{**defaults, **settings})
-
-    return build
-
-
-@pytest.fixture
-def batch(make_batch: Callable[..., PromptBatch]) -> PromptBatch:
-    return make_batch(("Say a", "a", "b"), ("Q: hello?", "hi", "x", "yz"), ("2+2=", "4"))
-
-
-class Recorder(L.Callback):
-    """Keeps what each round reported and, if asked, the weights after it."""
-
-    def __init__(self) -> None:
-        self.reports: list[dict[str, float]] = []
-        self.weights: list[dict[str, Tensor]] = []
-        self.rates: list[list[float]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.reports.append({name: float(value) for name, value in outputs.items()})
-        self.weights.append(state(pl_module))
-        self.rates.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
-
-
-def state(module: LoraGANModule) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.backbone.state_dict().items()}
-
-
-def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
-    return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-
-
-def trainer(rounds: int, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return L.Trainer(
-        max_steps=rounds,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        **{**quiet, **settings},
-    )
-
-
-def fit(
-    module: LoraGANModule, batches: Sequence[PromptBatch], rounds: int, *callbacks: L.Callback, **settings: Any
-) -> tuple[Recorder, L.Trainer]:
-    recorder = Recorder()
-    ckpt_path = settings.pop("ckpt_path", None)
-    torch.manual_seed(5)
-    runner = trainer(rounds, recorder, *callbacks, **settings)
-    runner.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=ckpt_path, weights_only=True)
-    return recorder, runner
-
 
 # counting
 

@@ -55,9 +55,7 @@ class StraightThrough:
         rows = branches.row[:, None].expand_as(is_word)[is_word]
         columns = branches.columns[:, : is_word.shape[1]][is_word]
 
-        embedded = backbone.causal_lm.get_input_embeddings()(tree.ids).detach()
-        embedded[rows, columns] = words.detach()[is_word[rollout.mask]]
-        embedded.requires_grad_()
+        embedded = backbone.causal_lm.get_input_embeddings()(tree.ids).detach().requires_grad_()
         with judge.mode(backbone):
             loss = -logsigmoid(backbone.judge(tree, embedded)[SAMPLED][:, 0]).mean()
             (gradient,) = torch.autograd.grad(loss, embedded)

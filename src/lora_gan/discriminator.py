@@ -60,7 +60,7 @@ class Discriminator(nn.Module):
         scores: Scores,
     ) -> Exhibit:
         """Targets, samples, negatives, the opponent's answers and some old samples, all ending in EOS."""
-        old = self.replay.draw()
+        old = [episode.to(rollout.ids.device) for episode in self.replay.draw()]
         answers: dict[str, list[list[Tensor]]] = {
             SAMPLED: [*ended(rollout, len(batch), tokenizer.eos_token_id), *(list(e.answers) for e in old)],
             TARGET: [[target] for target in (*batch.target_ids, *(e.target for e in old))],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings, load_base, peft_config
-from lora_gan.data.tokenizer import load_tokenizer
+from lora_gan.data.tokenizer import encode_answers, load_tokenizer
 from lora_gan.errors import LoraGANError
 from lora_gan.tree import PromptTree, grow
 from lora_gan.types import Candidates
@@ -133,8 +133,7 @@ class AdapterJudge(Judge):
 
     def tree(self, backbone: Backbone, candidates: Candidates) -> PromptTree:
         """What is read, as a prompt tree."""
-        reading = self.reads(candidates, backbone.tokenizer)
-        return grow(reading.beginnings, reading.branches)
+        return _tree(self.reads(candidates, backbone.tokenizer), backbone.context_length)
 
     def learned(self, backbone: Backbone) -> list[nn.Parameter]:
         return backbone.parameters_of(DISCRIMINATOR)
@@ -168,12 +167,13 @@ class OwnBaseJudge(Judge):
         super().__init__(reads)
         model = load_base(base, dtype)
         self.tokenizer = load_tokenizer(base)
+        self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
         self.lm = get_peft_model(model, peft_config(model, lora), adapter_name=DISCRIMINATOR)
         self.head = nn.Linear(model.config.hidden_size, 2)
 
     def forward(self, backbone: Backbone, candidates: Candidates) -> dict[str, Tensor]:
         reading = self.reads(self._translated(candidates, backbone.tokenizer), self.tokenizer)
-        tree = grow(reading.beginnings, reading.branches)
+        tree = _tree(reading, self.context_length)
         hidden = (
             self.lm.get_base_model()
             .base_model(
@@ -198,8 +198,9 @@ class OwnBaseJudge(Judge):
 
     def _ids(self, ids: Tensor, theirs: PreTrainedTokenizerBase, ends: bool = False) -> Tensor:
         text = theirs.decode(ids, skip_special_tokens=True)
-        own = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids.new_tensor([*own, self.tokenizer.eos_token_id] if ends or not own else own)
+        if ends:
+            return ids.new_tensor(encode_answers(self.tokenizer, [text])[0])
+        return ids.new_tensor(self.tokenizer.encode(text, add_special_tokens=False) or [self.tokenizer.eos_token_id])
 
 
 class HiddenStatesJudge(Judge):
@@ -228,8 +229,7 @@ class HiddenStatesJudge(Judge):
         self.project = nn.Sequential(nn.LayerNorm(backbone.hidden_size), nn.Linear(backbone.hidden_size, self.width))
 
     def forward(self, backbone: Backbone, candidates: Candidates) -> dict[str, Tensor]:
-        reading = self.reads(candidates, backbone.tokenizer)
-        tree = grow(reading.beginnings, reading.branches)
+        tree = _tree(self.reads(candidates, backbone.tokenizer), backbone.context_length)
         with backbone.generator(), torch.no_grad():
             hidden = backbone.hidden(tree).float()
         kinds = {kind: b for kind, b in tree.branches.items() if len(b.row)}
@@ -241,3 +241,17 @@ class HiddenStatesJudge(Judge):
         encoded = self.encoder(self.project(states), src_key_padding_mask=~mask)
         outputs: Tensor = self.head(torch.where(mask[..., None], encoded, 0).sum(1) / mask.sum(1, keepdim=True))
         return outputs
+
+
+def _tree(reading: Reading, context: int) -> PromptTree:
+    """What is read, as a prompt tree that fits into the reader's context."""
+    longest = max(
+        len(start) + max((len(branch) for rows in reading.branches.values() for branch in rows[b]), default=0)
+        for b, start in enumerate(reading.beginnings)
+    )
+    if longest > context:
+        raise LoraGANError(
+            f"the discriminator would read {longest} tokens, more than its model's context of {context}: lower "
+            "data.max_prompt_tokens or sampling.max_new_tokens, or let it read less (judge.reads)"
+        )
+    return grow(reading.beginnings, reading.branches)

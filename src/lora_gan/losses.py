@@ -150,4 +150,4 @@ def straight_through(logits: Tensor, ids: Tensor, temperature: float, uniform: T
     noise = perturbed - logp.detach()
     soft = ((logp + noise) / temperature).softmax(-1)
     hard = torch.zeros_like(soft).scatter(1, ids[:, None], 1.0)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())

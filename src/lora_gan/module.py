@@ -58,10 +58,10 @@ class Lesson:
             return self
         if len(self.rollout) == 0:
             return replace(self, batch=self.batch.of(prompts))
-        rows = self.rollout.rows_of(prompts)
-        return Lesson(
-            self.batch.of(prompts), self.rollout.of(prompts), self.credit.of(rows), self.reference_logprobs[rows]
-        )
+        rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
+        width = rollout.ids.shape[1]
+        reference = self.reference_logprobs[rows, :width]
+        return Lesson(self.batch.of(prompts), rollout, self.credit.of(rows, width), reference)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 from lora_gan.errors import LoraGANError
 from lora_gan.types import Judged, LossTerm
@@ -49,7 +49,7 @@ class RewardRegression(DiscriminatorObjective):
         }
         if len(junk):
             losses["junk"] = (junk - self.junk_reward).square().mean()
-        return _mean_of(losses, "judge/error_")
+        return _mean_of(judged, losses, "judge/error_")
 
 
 class ClosenessYesNo(DiscriminatorObjective):
@@ -103,13 +103,12 @@ class ClosenessGrades(DiscriminatorObjective):
         return _each_kind(judged, labels, self._likelihood)
 
     def _likelihood(self, score: Tensor, closeness: Tensor) -> Tensor:
-        borders = (torch.arange(1, self.grades, device=score.device) / self.grades).logit()
+        borders = (torch.arange(self.grades + 1, device=score.device) / self.grades).logit()  # θ_0 = −∞, θ_k = ∞
         grade = (closeness * self.grades).floor().clamp(max=self.grades - 1).long()
-        above = torch.cat(
-            [torch.ones_like(score)[:, None], (score[:, None] - borders).sigmoid(), torch.zeros_like(score)[:, None]], 1
-        )
-        likelihood = above.gather(1, grade[:, None]) - above.gather(1, grade[:, None] + 1)
-        return -likelihood.clamp(min=1e-7).log().mean()
+        low, high = borders[grade], borders[grade + 1]
+        # σ(s − low) − σ(s − high) = σ(s − low)·σ(high − s)·(1 − exp(low − high)), which neither cancels nor saturates
+        likelihood = logsigmoid(score - low) + logsigmoid(high - score) + (-(low - high).exp()).log1p()
+        return -likelihood.mean()
 
 
 class RealGenerated(DiscriminatorObjective):
@@ -135,7 +134,7 @@ class RealGenerated(DiscriminatorObjective):
             losses["real"] = binary_cross_entropy_with_logits(real, label)
         if len(others):
             losses["generated"] = binary_cross_entropy_with_logits(others, torch.zeros_like(others))
-        return _mean_of(losses, "judge/error_")
+        return _mean_of(judged, losses, "judge/error_")
 
 
 class BradleyTerry(DiscriminatorObjective):
@@ -161,7 +160,8 @@ class BradleyTerry(DiscriminatorObjective):
         }
         if self.samples_over_negatives:
             margins["sampled_negative"] = margin(generated, worse)
-        return _mean_of({name: softplus(-m).mean() for name, m in margins.items() if len(m)}, "judge/error_")
+        losses = {name: softplus(-m).mean() for name, m in margins.items() if len(m)}
+        return _mean_of(judged, losses, "judge/error_")
 
 
 class PairSoftmax(DiscriminatorObjective):
@@ -179,7 +179,7 @@ class PairSoftmax(DiscriminatorObjective):
         total = torch.cat([target.score[:, None], scores], 1).logsumexp(1)
         asked = rival.any(1)
         losses = (total - target.score)[asked]
-        return _mean_of({"softmax": losses.mean()} if len(losses) else {}, "judge/error_")
+        return _mean_of(judged, {"softmax": losses.mean()} if len(losses) else {}, "judge/error_")
 
 
 class Auxiliary(DiscriminatorObjective):
@@ -199,7 +199,7 @@ class Auxiliary(DiscriminatorObjective):
                 names = ", ".join(x.parts) or "none"
                 raise LoraGANError(f"no reward is called {self.part!r}, so none can be predicted; there are: {names}")
         errors = {kind: (x.auxiliary - x.parts[self.part]).square().mean() for kind, x in known.items()}
-        return _mean_of(errors, "judge/auxiliary_error_")
+        return _mean_of(judged, errors, "judge/auxiliary_error_")
 
 
 class Combined(DiscriminatorObjective):
@@ -298,13 +298,15 @@ def _closeness(judged: Judged) -> Tensor:
 def _each_kind(judged: Mapping[str, Judged], labels: Mapping[str, Tensor], loss: object) -> LossTerm:
     assert callable(loss)
     kinds = [kind for kind, x in judged.items() if len(x.score) and (kind != OPPONENT or x.reward is not None)]
-    return _mean_of({kind: loss(judged[kind].score, labels[kind]) for kind in kinds}, "judge/error_")
+    losses = {kind: loss(judged[kind].score, labels[kind]) for kind in kinds}
+    return _mean_of(judged, losses, "judge/error_")
 
 
-def _mean_of(losses: Mapping[str, Tensor], prefix: str) -> LossTerm:
+def _mean_of(judged: Mapping[str, Judged], losses: Mapping[str, Tensor], prefix: str) -> LossTerm:
     """The losses weigh the same; 0 where there are none."""
     metrics = {f"{prefix}{name}": loss.detach() for name, loss in losses.items()}
-    total = torch.stack(list(losses.values())).mean() if losses else torch.zeros((), requires_grad=True)
+    nothing = judged[TARGET].score.new_zeros((), requires_grad=True)
+    total = torch.stack(list(losses.values())).mean() if losses else nothing
     return LossTerm(total, metrics)
 
 

@@ -24,6 +24,18 @@ class Episode:
     target_reward: Tensor  # ()
     target_parts: Mapping[str, Tensor]  # name → ()
 
+    def to(self, device: torch.device | str) -> Episode:
+        """The same episode on ``device``: a checkpoint's are loaded to the processor."""
+        return Episode(
+            self.prompt.to(device),
+            self.target.to(device),
+            tuple(answer.to(device) for answer in self.answers),
+            self.reward.to(device),
+            {name: part.to(device) for name, part in self.parts.items()},
+            self.target_reward.to(device),
+            {name: part.to(device) for name, part in self.target_parts.items()},
+        )
+
 
 class Replay:
     """A bounded buffer of old episodes; the oldest leave first. It feeds the discriminator only.

@@ -98,11 +98,12 @@ class Rollout:
         return len(self.texts)
 
     def of(self, prompts: Sequence[int]) -> Rollout:
-        """The answers to the chosen prompts only."""
+        """The answers to the chosen prompts only, as wide as the longest of them."""
         rows = self.rows_of(prompts)
         index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
-        chosen = (self.ids[index], self.mask[index], self.logprobs[index], self.truncated[index])
-        return Rollout(*chosen, tuple(self.texts[n] for n in rows), self.k)
+        width = int(self.mask[index].sum(-1).max())
+        ids, mask, logprobs = (x[index, :width] for x in (self.ids, self.mask, self.logprobs))
+        return Rollout(ids, mask, logprobs, self.truncated[index], tuple(self.texts[n] for n in rows), self.k)
 
     def rows_of(self, prompts: Sequence[int]) -> list[int]:
         """Which of the N answers belong to the chosen prompts."""
@@ -221,11 +222,11 @@ class Credit:
     returns: Tensor | None = None  # (N, T) what the value head shall predict
     values: Tensor | None = None  # (N, T) what it predicted
 
-    def of(self, rows: Sequence[int]) -> Credit:
-        """The credit of the chosen answers only."""
+    def of(self, rows: Sequence[int], width: int) -> Credit:
+        """The credit of the chosen answers' first ``width`` tokens only."""
         index = torch.tensor(rows, dtype=torch.long, device=self.advantages.device)
-        returns, values = (None if x is None else x[index] for x in (self.returns, self.values))
-        return Credit(self.advantages[index], self.metrics, returns, values)
+        returns, values = (None if x is None else x[index, :width] for x in (self.returns, self.values))
+        return Credit(self.advantages[index, :width], self.metrics, returns, values)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_gan.data.alpaca import Alpaca
 from lora_gan.data.builtin import BuiltinWorld
+from lora_gan.data.fitting import Room, fit
 from lora_gan.data.source import Source
 from lora_gan.data.splits import SPLITS, Placed, digest, one_wording_each, place
 from lora_gan.data.tokenizer import Encoded, Ids, encode, load_tokenizer
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("lora_gan")
-
-SHORTEST_ANSWER = 2  # a token and EOS
-UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,12 @@ class InstructionDataModule(L.LightningDataModule):
     @property
     def context(self) -> int:
         """The most tokens that a prompt and its answer may hold together."""
-        return self.max_tokens or min(int(self.tokenizer.model_max_length), UNLIMITED)
+        return self.room.together
+
+    @property
+    def room(self) -> Room:
+        """The most tokens of prompts and answers."""
+        return Room.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the source once, for all stages."""
@@ -123,9 +126,7 @@ class InstructionDataModule(L.LightningDataModule):
             return
         examples = list(self.source.rows())
         if not examples:
-            raise DataError(
-                f"{self._origin} gives no usable row (dropped: {_told(self.source.dropped)}); mend the rows"
-            )
+            raise DataError(f"{self._origin} gives no usable row (dropped: {told(self.source.dropped)}); mend the rows")
         split = {name: self._fit(placed) for name, placed in place(examples, self.fractions, self.seed).items()}
         held_out = {name: self._thin(name, split[name]) for name in SPLITS[1:]}
         self.splits = split | held_out
@@ -175,7 +176,7 @@ class InstructionDataModule(L.LightningDataModule):
             log.warning("no validation examples: validation is skipped; raise data.init_args.validation to get some")
         elif not items:
             raise DataError(
-                f"{self._origin} leaves no {name} examples (dropped: {_told(self.splits[name].dropped)}); "
+                f"{self._origin} leaves no {name} examples (dropped: {told(self.splits[name].dropped)}); "
                 "give more rows, or change data.init_args.validation and data.init_args.test"
             )
         return items
@@ -183,17 +184,8 @@ class InstructionDataModule(L.LightningDataModule):
     def _fit(self, placed: Placed) -> Split:
         """Tokenises and leaves out what is too long: examples, or single negatives."""
         dropped = Counter(placed.dropped)
-        items = []
-        for item in encode(self.tokenizer, placed.examples):
-            if len(item.prompt_ids) > min(self.max_prompt_tokens, self.context - SHORTEST_ANSWER):
-                dropped["prompt_too_long"] += 1
-            elif not self._answer_fits(item, item.target_ids):
-                dropped["target_too_long"] += 1
-            else:
-                fitting = self._fitting_negatives(item)
-                dropped["negative_too_long"] += len(item.negative_ids) - len(fitting.negative_ids)
-                items.append(fitting)
-        return Split(tuple(items), +dropped)
+        fitted = (fit(item, self.room, dropped) for item in encode(self.tokenizer, placed.examples))
+        return Split(tuple(item for item in fitted if item), +dropped)
 
     def _thin(self, name: str, split: Split) -> Split:
         """A held-out split asks each item in one wording, and no more of them than its limit."""
@@ -201,17 +193,6 @@ class InstructionDataModule(L.LightningDataModule):
         kept = sorted(chosen[: self.limits[name]])
         left_out = Counter(other_wording=len(split.items) - len(chosen), over_the_limit=len(chosen) - len(kept))
         return Split(tuple(split.items[i] for i in kept), split.dropped + left_out)
-
-    def _answer_fits(self, item: Encoded, answer: Ids) -> bool:
-        return len(answer) <= min(self.max_target_tokens, self.context - len(item.prompt_ids))
-
-    def _fitting_negatives(self, item: Encoded) -> Encoded:
-        pairs = zip(item.example.negatives, item.negative_ids, strict=True)
-        fitting = [(negative, ids) for negative, ids in pairs if self._answer_fits(item, ids)]
-        if len(fitting) == len(item.negative_ids):
-            return item
-        example = replace(item.example, negatives=tuple(negative for negative, _ in fitting))
-        return replace(item, example=example, negative_ids=tuple(ids for _, ids in fitting))
 
     def _nothing_fits(self, examples: Sequence[Example]) -> DataError:
         items = encode(self.tokenizer, examples)
@@ -229,12 +210,12 @@ class InstructionDataModule(L.LightningDataModule):
         return f"{self.source.name} ({self.source.path})" if self.source.path else self.source.name
 
     def _report(self) -> None:
-        lines = [f"data: {self._origin}, rows dropped: {_told(self.source.dropped)}"]
-        lines.append(f"  rows repaired: {_told(self.source.repaired)}")
+        lines = [f"data: {self._origin}, rows dropped: {told(self.source.dropped)}"]
+        lines.append(f"  rows repaired: {told(self.source.repaired)}")
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
-            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {_told(split.dropped)}")
+            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {told(split.dropped)}")
         log.info("\n".join(lines))
 
 
@@ -271,7 +252,8 @@ def _tensor(ids: Ids) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _told(counts: Counter[str]) -> str:
+def told(counts: Counter[str]) -> str:
+    """The counts by reason, in one line."""
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Literal
 
-from lora_gan.errors import DataError
+from lora_gan.data.files import Row, read_rows
+from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example
+
+log = logging.getLogger("lora_gan")
+
+OnBad = Literal["raise", "drop"]
 
 
 class Source(ABC):
@@ -47,6 +55,55 @@ class Source(ABC):
         other = copy.deepcopy(self)
         other.path = path
         return other
+
+
+class RowSource(Source):
+    """A data set whose rows are examples of their own. A subclass writes :meth:`example`."""
+
+    path: str
+
+    def __init__(self, path: str, limit: int | None = None, on_bad_row: OnBad = "raise") -> None:
+        super().__init__()
+        if limit is not None and limit < 1:
+            raise LoraGANError(f"limit must be at least 1, got {limit}; leave it out to use every row")
+        self.path = path
+        self.limit = limit
+        self.on_bad_row = on_bad_row
+
+    @abstractmethod
+    def example(self, row: Row) -> Example | None:
+        """``row`` as an example; None where it is left out, which :attr:`dropped` counts."""
+
+    def rows(self) -> Iterable[Example]:
+        self.dropped.clear()
+        self.repaired.clear()
+        return islice(self._usable(), self.limit)
+
+    def read(self) -> Iterator[Row]:
+        """The raw rows."""
+        return read_rows(self.path, bad=self.bad)
+
+    def bad(self, error: DataError) -> None:
+        """Drops and counts a row that cannot be used, or refuses it."""
+        if self.on_bad_row == "raise":
+            raise error
+        if not self.dropped["bad_row"]:
+            log.warning("the first bad row, dropped because of on_bad_row: drop: %s", error)
+        self.dropped["bad_row"] += 1
+
+    def accept(self, row: Row) -> Example | None:
+        """:meth:`example`, or what :attr:`on_bad_row` says where the row has a fault."""
+        try:
+            return self.example(row)
+        except DataError as error:
+            self.bad(error)
+            return None
+
+    def _usable(self) -> Iterator[Example]:
+        for row in self.read():
+            example = self.accept(row)
+            if example is not None:
+                yield example
 
 
 def fill(template: str, **fields: str) -> str:

@@ -207,7 +207,7 @@ def test_bad_rows_are_refused_or_dropped(tmp_path: Path, build: Build, bad: byte
     assert told in str(raised.value)
     data = build(path, source=Alpaca(on_bad_row="drop"))
     assert targets(data.train_dataloader()) == ["0", "1"]
-    assert data.source.dropped == Counter(bad_row=1)
+    assert data.dropped == Counter(bad_row=1)
 
 
 def test_what_does_not_fit_is_counted(tmp_path: Path, build: Build) -> None:
@@ -284,7 +284,7 @@ def test_memory_does_not_grow(tmp_path: Path, build: Build, monkeypatch: pytest.
         weakref.finalize(items[0].example, gone)
         return items
 
-    monkeypatch.setattr("lora_gan.data.stream.encode", counted)
+    monkeypatch.setattr("lora_gan.data.fitting.encode", counted)
     assert sum(len(batch) for batch in build(path, batch_size=16).train_dataloader()) == 20_000
     assert most <= 2 * 16
 

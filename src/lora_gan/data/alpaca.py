@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from lora_gan.data.files import Row
-from lora_gan.data.source import OnBad, RowSource, fill
+from lora_gan.data.source import OnBad, RowSource, normal
+from lora_gan.data.templates import fill
 from lora_gan.types import Example
 
 _NO_INPUT = re.compile(r"[<`\s]*(no\s*input|n/a|none)[>`.\s]*", re.IGNORECASE)
@@ -48,12 +49,14 @@ class Alpaca(RowSource):
         if reason:
             self.dropped[reason] += 1
             return None
-        if context:
-            prompt = fill(self.template, instruction=instruction, input=context)
-        else:
-            prompt = fill(self.template_without_input, instruction=instruction)
-        group = f"{_normal(instruction)}\n{_normal(context)}"
-        return Example(prompt, output, references=(output,), group=group, source=self.name)
+        return self.make(
+            self.template if context else self.template_without_input,
+            {"instruction": instruction, "input": context},
+            cuttable=("input",),
+            target=output,
+            references=(output,),
+            group=f"{normal(instruction)}\n{normal(context)}",
+        )
 
     def _context(self, text: str) -> str:
         if _NO_INPUT.fullmatch(text):
@@ -82,7 +85,3 @@ def _fault(instruction: str, context: str, output: str) -> str:
     if _PICTURE.fullmatch(context):
         return "picture_input"
     return ""
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())

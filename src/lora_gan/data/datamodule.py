@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_gan.data.alpaca import Alpaca
 from lora_gan.data.builtin import BuiltinWorld
-from lora_gan.data.fitting import Room, fit
+from lora_gan.data.fitting import Fitter, Room
 from lora_gan.data.source import Source
 from lora_gan.data.splits import SPLITS, Placed, digest, one_wording_each, place
 from lora_gan.data.tokenizer import Encoded, Ids, encode, load_tokenizer
@@ -31,10 +31,11 @@ log = logging.getLogger("lora_gan")
 
 @dataclass(frozen=True)
 class Split:
-    """What is served of one split, and how many examples were left out for what reason."""
+    """What is served of one split, and how many examples were left out or mended for what reason."""
 
     items: tuple[Encoded, ...]
     dropped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -50,6 +51,8 @@ class InstructionDataModule(L.LightningDataModule):
         max_prompt_tokens: int = 512,
         max_target_tokens: int = 512,
         max_tokens: int | None = None,
+        chat: bool = False,
+        system: str | None = None,
         validation: float = 0.1,
         test: float = 0.2,
         max_validation: int | None = None,
@@ -64,9 +67,11 @@ class InstructionDataModule(L.LightningDataModule):
             tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
             batch_size: Prompts in a round of training.
             eval_batch_size: Prompts in a batch of validation, test and prediction.
-            max_prompt_tokens: Longer prompts are dropped and counted.
+            max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
             max_target_tokens: Longer targets (EOS included) are dropped and counted.
             max_tokens: The most that prompt and answer may hold together; left out, what the tokenizer says.
+            chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
+            system: What the system says in a chat; left out, what the source says, if anything.
             validation: Share of the groups held out for validation, where the source has no official split.
             test: Share of the groups held out for the test, where the source has no official split.
             max_validation: Use only so many validation examples, drawn by hash.
@@ -100,6 +105,8 @@ class InstructionDataModule(L.LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
         self.max_tokens = max_tokens
+        self.chat = chat
+        self.system = system
         self.fractions = {"validation": validation, "test": test}
         self.limits = {"validation": max_validation, "test": max_test}
         self.seed = seed
@@ -183,16 +190,16 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _fit(self, placed: Placed) -> Split:
         """Tokenises and leaves out what is too long: examples, or single negatives."""
-        dropped = Counter(placed.dropped)
-        fitted = (fit(item, self.room, dropped) for item in encode(self.tokenizer, placed.examples))
-        return Split(tuple(item for item in fitted if item), +dropped)
+        fitter = Fitter(self.tokenizer, self.room, self.chat, self.system)
+        items = tuple(fitter.fit(placed.examples))
+        return Split(items, placed.dropped + fitter.dropped, fitter.repaired)
 
     def _thin(self, name: str, split: Split) -> Split:
         """A held-out split asks each item in one wording, and no more of them than its limit."""
         chosen = one_wording_each([item.example for item in split.items], self.seed)
         kept = sorted(chosen[: self.limits[name]])
         left_out = Counter(other_wording=len(split.items) - len(chosen), over_the_limit=len(chosen) - len(kept))
-        return Split(tuple(split.items[i] for i in kept), split.dropped + left_out)
+        return Split(tuple(split.items[i] for i in kept), split.dropped + left_out, split.repaired)
 
     def _nothing_fits(self, examples: Sequence[Example]) -> DataError:
         items = encode(self.tokenizer, examples)
@@ -215,7 +222,8 @@ class InstructionDataModule(L.LightningDataModule):
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
-            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {told(split.dropped)}")
+            cut = f" (prompts cut: {split.repaired['prompt_cut']:,})" if split.repaired["prompt_cut"] else ""
+            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {told(split.dropped)}{cut}")
         log.info("\n".join(lines))
 
 

@@ -35,6 +35,13 @@ class Row:
     values: Mapping[str, object]
     where: str  # "my.json, row 7"
 
+    def get(self, *path: str) -> object:
+        """What stands at the end of ``path`` through nested objects; None where something is missing."""
+        value: object = self.values
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
     def text(self, field: str, default: str | None = None) -> str:
         """The cleaned text of ``field``; ``default`` where it is absent or null, an error where that is None."""
         value = self.values.get(field)
@@ -60,14 +67,20 @@ def refuse(error: DataError) -> NoReturn:
     raise error
 
 
-def read_rows(path: str, split: str = "train", bad: OnBadRow = refuse) -> Iterator[Row]:
+def read_rows(path: str, split: str = "train", bad: OnBadRow = refuse, config: str | None = None) -> Iterator[Row]:
     """The rows of a local file or, where no file has this name, of ``split`` of a data set on the hub.
 
-    ``bad`` is told of each single row that cannot be read; where it returns, the row is left out.
+    ``bad`` is told of each single row that cannot be read; where it returns, the row is left out. ``config`` chooses
+    among the parts of a data set on the hub.
     """
+    return _read_hub(path, split, config) if is_hub_id(path) else _read_file(Path(path).expanduser(), bad)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` looks like an id on the hub and no file has this name."""
     file = Path(path).expanduser()
     is_file_name = _format(file) in FORMATS or not _HUB_ID.fullmatch(path) or path.startswith(".")
-    return _read_file(file, bad) if is_file_name or os.path.exists(file) else _read_hub(path, split)
+    return not is_file_name and not os.path.exists(file)
 
 
 def _format(file: Path) -> str:
@@ -129,6 +142,8 @@ def _json_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
             "mend it, or call the file .jsonl if each line is an object of its own"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: JSON that cannot be read ({error}); mend the file") from error
     if not isinstance(rows, list):
         raise DataError(f"{file} holds a JSON {type(rows).__name__}, not a list; give a list of objects")
     for number, row in enumerate(rows, start=1):
@@ -155,6 +170,8 @@ def line_row(line: str, where: str) -> Row:
         raise DataError(
             f"{where}, column {error.colno}: not valid JSON ({error.msg}); the line may be cut short, mend or delete it"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: JSON that cannot be read ({error}); mend or delete the line") from error
     return _object_row(row, where)
 
 
@@ -195,11 +212,11 @@ def _parquet_rows(file: Path, content: bytes) -> Iterator[Row]:
     return _numbered(rows, str(file))
 
 
-def _read_hub(name: str, split: str) -> Iterator[Row]:
+def _read_hub(name: str, split: str, config: str | None) -> Iterator[Row]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, *([config] if config else []), split=split)
     except Exception as error:  # the hub client raises a dozen unrelated classes
         reason = " ".join(str(error).split())
         raise DataError(
@@ -207,7 +224,7 @@ def _read_hub(name: str, split: str) -> Iterator[Row]:
             f"{type(error).__name__}: {reason}; give the path of a local file ({', '.join(FORMATS)}), "
             "or check the name and the network"
         ) from error
-    yield from _numbered(rows, name)
+    yield from _numbered(rows, name if split == "train" else f"{name} ({split})")
 
 
 def _numbered(rows: Iterable[Mapping[str, object]], name: str) -> Iterator[Row]:

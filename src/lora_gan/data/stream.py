@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lora_gan.data.alpaca import Alpaca
 from lora_gan.data.datamodule import collate, told
 from lora_gan.data.files import line_row
-from lora_gan.data.fitting import Room, fit
+from lora_gan.data.fitting import Fitter, Room
 from lora_gan.data.source import RowSource
 from lora_gan.data.tail import Line, Position, Tail
-from lora_gan.data.tokenizer import Encoded, encode, load_tokenizer
+from lora_gan.data.tokenizer import Encoded, load_tokenizer
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example, PromptBatch
 
@@ -46,6 +46,8 @@ class StreamDataModule(L.LightningDataModule):
         max_prompt_tokens: int = 512,
         max_target_tokens: int = 512,
         max_tokens: int | None = None,
+        chat: bool = False,
+        system: str | None = None,
         validation_path: str | None = None,
         validation_rows: int = 0,
         poll_seconds: float = 1.0,
@@ -58,9 +60,11 @@ class StreamDataModule(L.LightningDataModule):
             tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
             batch_size: Prompts in a round of training.
             eval_batch_size: Prompts in a batch of validation.
-            max_prompt_tokens: Longer prompts are dropped and counted.
+            max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
             max_target_tokens: Longer targets (EOS included) are dropped and counted.
             max_tokens: The most that prompt and answer may hold together; left out, what the tokenizer says.
+            chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
+            system: What the system says in a chat; left out, what the source says, if anything.
             validation_path: A file to validate on, in the format of the stream; it is read whole.
             validation_rows: Keep the first so many usable rows of the stream for validation instead.
             poll_seconds: Time between two looks at a file that has not grown.
@@ -94,12 +98,13 @@ class StreamDataModule(L.LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
         self.max_tokens = max_tokens
+        self.chat = chat
+        self.system = system
         self.validation_path = validation_path
         self.validation_rows = validation_rows
         self.poll_seconds = poll_seconds
         self.stop_after_seconds = stop_after_seconds
         self.validation: tuple[Encoded, ...] = ()
-        self.dropped: Counter[str] = Counter()  # of this run, for what did not fit
         self.trained = Position()
         self.rows_trained = 0
         self.fetched = Position()
@@ -114,17 +119,17 @@ class StreamDataModule(L.LightningDataModule):
         return Tail(self.path, self.poll_seconds, self.stop_after_seconds)
 
     @cached_property
-    def room(self) -> Room:
-        return Room.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
+    def fitter(self) -> Fitter:
+        room = Room.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
+        return Fitter(self.tokenizer, room, self.chat, self.system)
 
     def setup(self, stage: str | None = None) -> None:
         """Takes the rows of validation, once."""
         if self.validation:
             return
         if self.validation_path:
-            examples = self.source.with_path(self.validation_path).rows()
-            fitted = (fit(item, self.room, Counter()) for item in encode(self.tokenizer, list(examples)))
-            self.validation = tuple(item for item in fitted if item)
+            examples = list(self.source.with_path(self.validation_path).rows())
+            self.validation = tuple(self.fitter.fit(examples))
         elif self.validation_rows:
             self.validation = tuple(islice(self.rows(), self.validation_rows))
         if (self.validation_path or self.validation_rows) and not self.validation:
@@ -144,18 +149,22 @@ class StreamDataModule(L.LightningDataModule):
         items = cast(Dataset[Encoded], self.validation)
         return DataLoader(items, batch_size=self.eval_batch_size, collate_fn=collate)
 
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many rows this run left out, by reason."""
+        return self.source.dropped + self.fitter.dropped
+
     def rows(self) -> Iterator[Encoded]:
         """Usable rows as they arrive; each knows in its ``meta`` where it ends."""
         for line in self.tail.lines():
-            item = self._item(line)
-            if item is not None:
+            for item in self._items(line):
                 self.fetched = _position(item.example)
                 yield item
 
     def training_rows(self) -> Iterator[Encoded]:
         """Every row; at the end of the stream training ends, too."""
         yield from self.rows()
-        log.info("the stream %s has ended; rows dropped: %s", self.path, told(self.source.dropped + self.dropped))
+        log.info("the stream %s has ended; rows dropped: %s", self.path, told(self.dropped))
         self.ended = True
         self._stop_at_the_end()
 
@@ -184,10 +193,11 @@ class StreamDataModule(L.LightningDataModule):
         if self.ended and self.trained == self.fetched and self.trainer is not None:
             self.trainer.should_stop = True
 
-    def _item(self, line: Line) -> Encoded | None:
+    def _items(self, line: Line) -> Iterator[Encoded]:
+        """What the line holds: an item, or nothing."""
         where = f"{'stdin' if self.path == '-' else self.path}, line {line.number}"
         if not line.content.strip():
-            return None
+            return
         try:
             example = self.source.example(line_row(_decoded(line, where), where))
         except DataError as error:
@@ -195,12 +205,10 @@ class StreamDataModule(L.LightningDataModule):
                 self.source.bad(error)
             else:
                 log.warning("%s has no line break and cannot be read; it waits for the next run", where)
-            return None
-        if example is None:
-            return None
-        place = {"stream_end": str(line.end), "stream_line": str(line.number)}
-        (item,) = encode(self.tokenizer, [replace(example, meta={**example.meta, **place})])
-        return fit(item, self.room, self.dropped)
+            return
+        if example is not None:
+            place = {"stream_end": str(line.end), "stream_line": str(line.number)}
+            yield from self.fitter.fit([replace(example, meta={**example.meta, **place})])
 
 
 class _Stream(IterableDataset[Encoded]):

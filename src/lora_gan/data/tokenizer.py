@@ -54,9 +54,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> l
     negatives = iter(_ids(tokenizer, [n.text for example in examples for n in example.negatives], literal=True))
     start, end = _start(tokenizer), (int(tokenizer.eos_token_id),)
     return [
-        Encoded(example, start + prompt, target + end, tuple(next(negatives) + end for _ in example.negatives))
+        Encoded(example, _started(start, prompt), target + end, tuple(next(negatives) + end for _ in example.negatives))
         for example, prompt, target in zip(examples, prompts, targets, strict=True)
     ]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """The ids of one prompt, as :func:`encode` makes them."""
+    return _started(_start(tokenizer), _ids(tokenizer, [text])[0])
+
+
+def _started(start: Ids, prompt: Ids) -> Ids:
+    """A chat template may have written BOS already."""
+    return prompt if prompt[: len(start)] == start else start + prompt
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = False) -> list[Ids]:

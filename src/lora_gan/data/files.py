@@ -34,6 +34,7 @@ class Row:
 
     values: Mapping[str, object]
     where: str  # "my.json, row 7"
+    split: str = ""  # the official split that it was read from
 
     def get(self, *path: str) -> object:
         """What stands at the end of ``path`` through nested objects; None where something is missing."""
@@ -54,6 +55,18 @@ class Row:
             kind = "null" if value is None else type(value).__name__
             raise DataError(f"{self.where}: the field {field!r} is {kind}, not text; mend or delete the row")
         return clean(value)
+
+    def texts(self, field: str) -> list[str]:
+        """The cleaned texts that ``field`` lists."""
+        return strings(self.values.get(field), field, self.where)
+
+
+def strings(value: object, field: str, where: str) -> list[str]:
+    """``value`` as a list of cleaned texts."""
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        kind = "missing or null" if value is None else f"{type(value).__name__}, not a list of texts"
+        raise DataError(f"{where}: the field {field!r} is {kind}; mend or delete the row")
+    return [clean(text) for text in value]
 
 
 def clean(text: str) -> str:

@@ -43,6 +43,11 @@ class Source(ABC):
         """What logs and ``Example.source`` call it."""
         return type(self).__name__.lower()
 
+    @property
+    def note(self) -> str:
+        """What a reader of a run's results must know about this data, if anything."""
+        return ""
+
     @abstractmethod
     def rows(self) -> Iterable[Example]:
         """All usable examples, in the order of the data set."""

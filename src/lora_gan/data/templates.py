@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lora_gan.errors import DataError, LoraGANError
@@ -62,7 +63,7 @@ def unmark(text: str) -> Prompt:
 def pieces_of(text: str, cuttable: Sequence[Span]) -> list[str]:
     """``text`` in pieces; those at odd indices may be cut."""
     borders = [0, *(border for span in cuttable for border in span), len(text)]
-    return [text[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(borders)]
 
 
 def join(pieces: Sequence[str]) -> Prompt:

@@ -111,9 +111,9 @@ class ARC(RowSource):
 
     def _wrong(self, question: Question) -> list[int]:
         """The choices that say something else than the right one, each text once."""
-        first: dict[str, int] = {normal(question.choices[question.gold]): question.gold}
+        first = {question.choices[question.gold]: question.gold}
         for i, text in enumerate(question.choices):
-            first.setdefault(normal(text), i)
+            first.setdefault(text, i)  # with its case: Bb and bb are two genotypes
         self.repaired["repeated_choice"] += len(question.choices) - len(first)
         return sorted(i for i in first.values() if i != question.gold)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
 from lora_gan.data.files import Row, clean, is_hub_id, read_rows
@@ -50,14 +51,6 @@ class Forest:
 
     def below(self, id: str | None) -> list[Post]:
         return [self.posts[reply] for reply in self.replies.get(id, [])]
-
-    def subtree(self, post: Post) -> Iterator[Post]:
-        """``post`` and everything below it."""
-        queue = deque([post])
-        while queue:
-            post = queue.popleft()
-            yield post
-            queue.extend(self.below(post.id))
 
 
 class OASST(Source):
@@ -150,32 +143,19 @@ class OASST(Source):
 
     def _filtered(self, forest: Forest) -> Forest:
         """What is left of the trees, in the order of the file."""
-        kept: set[str] = set()
-        seen: set[str] = set()
-        queue = deque(post for post in forest.posts.values() if post.parent not in forest.posts)
-        while queue:
-            post = queue.popleft()
-            reason = self._fault(post, forest.posts.get(post.parent or ""))
-            if reason:
-                lost = {below.id for below in forest.subtree(post)}
-                self.dropped[reason] += 1
-                self.dropped["below_one_left_out"] += len(lost) - 1
-                seen |= lost
-            else:
-                kept.add(post.id)
-                seen.add(post.id)
-                queue.extend(forest.below(post.id))
-        self._refuse_cycles(forest, seen)
+        faults = {post.id: self._fault(post, forest.posts.get(post.parent or "")) for post in forest.posts.values()}
+        self.dropped.update(reason for reason in faults.values() if reason)
+        reached = _reached(forest, lambda post: not faults[post.id])
+        on_trees = _reached(forest, lambda post: True)
         left = Forest()
         for post in forest.posts.values():
-            if post.id in kept:
-                left.add(post)
-        return left
-
-    def _refuse_cycles(self, forest: Forest, seen: set[str]) -> None:
-        for post in forest.posts.values():
-            if post.id not in seen:
+            if post.id not in on_trees:
                 self.bad(DataError(f"{post.where}: the message {post.id!r} is its own ancestor; mend its parent_id"))
+            elif post.id in reached:
+                left.add(post)
+            else:
+                self.dropped["below_one_left_out"] += not faults[post.id]
+        return left
 
     def _fault(self, post: Post, parent: Post | None) -> str:
         if post.parent is not None and parent is None:
@@ -233,6 +213,18 @@ class OASST(Source):
         if post.rank is None or best.rank is None or post.text == best.text:
             return False
         return post.rank - best.rank >= self.min_rank_gap
+
+
+def _reached(forest: Forest, passes: Callable[[Post], bool]) -> set[str]:
+    """The messages that hang on a root, or on an orphan, by messages that pass."""
+    reached: set[str] = set()
+    queue = deque(post for post in forest.posts.values() if post.parent not in forest.posts)
+    while queue:
+        post = queue.popleft()
+        if passes(post):
+            reached.add(post.id)
+            queue.extend(forest.below(post.id))
+    return reached
 
 
 def _from_best(post: Post) -> tuple[bool, int, float]:
@@ -300,9 +292,9 @@ def _post(row: Row, parent: object, tree: object) -> Post:
 
 def _rank(row: Row) -> int | None:
     rank = row.values.get("rank")
-    if rank is None or rank != rank:  # pandas writes NaN
+    if rank is None or rank != rank:  # pandas writes NaN for a missing rank
         return None
-    if not isinstance(rank, int | float) or rank != int(rank):
+    if not isinstance(rank, int | float) or not isfinite(rank) or rank != int(rank):
         raise DataError(f"{row.where}: the rank {rank!r} is not a whole number; mend or delete the row")
     return int(rank)
 

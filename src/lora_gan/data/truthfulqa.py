@@ -10,7 +10,9 @@ from lora_gan.data.templates import fill
 from lora_gan.errors import DataError
 from lora_gan.types import Example, Negative
 
-NO_COMMENT = "i have no comment"  # a correct answer that must not be learned: always said, it would score as truthful
+NO_COMMENT = "i have no comment"  # correct, but not to be learned: always said, it would score as truthful
+
+LISTS = ("correct_answers", "incorrect_answers")
 
 
 class TruthfulQA(RowSource):
@@ -55,7 +57,7 @@ class TruthfulQA(RowSource):
     def example(self, row: Row) -> Example | None:
         question = row.text("question")
         correct, incorrect = self._answers(row)
-        references = _distinct(answer for answer in correct if _plain(answer) != NO_COMMENT)
+        references = self._references(correct)
         right = {_plain(answer) for answer in correct}
         wrong = [answer for answer in _distinct(incorrect) if _plain(answer) not in right]
         self.repaired["correct_and_incorrect"] += len(_distinct(incorrect)) - len(wrong)
@@ -72,11 +74,17 @@ class TruthfulQA(RowSource):
             meta={"category": row.text("category", default="")} | ({} if self.allow_train else {"split": "test"}),
         )
 
+    def _references(self, correct: list[str]) -> list[str]:
+        answers = _distinct(correct)
+        said = [answer for answer in answers if _plain(answer) != NO_COMMENT]
+        return said if self.allow_train else said + [answer for answer in answers if answer not in said]
+
     def _answers(self, row: Row) -> tuple[list[str], list[str]]:
         """Correct and incorrect answers, the best of each first."""
         if "mc2_targets" in row.values:
             return self._choices(row)
         correct = [row.text("best_answer"), *self._listed(row, "correct_answers")]
+        self.repaired["semicolon_at_the_end"] += any(map(_ends_empty, map(row.values.get, LISTS)))
         best_incorrect = row.text("best_incorrect_answer", default="")
         return correct, [best_incorrect] * bool(best_incorrect) + self._listed(row, "incorrect_answers")
 
@@ -85,7 +93,6 @@ class TruthfulQA(RowSource):
         if not isinstance(row.values.get(field), str):
             return row.texts(field)
         pieces = row.text(field).split(";")
-        self.repaired["semicolon_at_the_end"] += not pieces[-1].strip()
         return [piece.strip() for piece in pieces if piece.strip()]
 
     def _choices(self, row: Row) -> tuple[list[str], list[str]]:
@@ -105,6 +112,10 @@ def _labelled(row: Row, field: str) -> list[tuple[str, int]]:
     if not pairs or not all(isinstance(text, str) and label in (0, 1) for text, label in pairs):
         raise DataError(f"{row.where}: the field {field!r} is not {{answer: 0 or 1}}; mend or delete the row")
     return [(clean(str(text)), int(label == 1)) for text, label in pairs]
+
+
+def _ends_empty(listed: object) -> bool:
+    return isinstance(listed, str) and listed.rstrip().endswith(";")
 
 
 def _key(name: object) -> str:

@@ -21,12 +21,26 @@ class Negative:
     kind: str
 
 
+Span = tuple[int, int]  # start and end, in characters
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue, for models with a chat template; ``cuttable`` is as in :class:`Example`."""
+
+    role: str  # system, user or assistant
+    content: str
+    cuttable: tuple[Span, ...] = ()
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt with what is known about good and bad answers to it.
 
     ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted answer without EOS.
     ``references`` are all accepted answers, the target first. ``group`` is what must not cross a split.
+    ``cuttable`` are the spans of the prompt that may lose their beginning where the prompt is too long: an input, a
+    context or an earlier turn, never the instruction. ``messages`` is the prompt as a dialogue.
     """
 
     prompt: str
@@ -36,6 +50,8 @@ class Example:
     group: str = ""
     source: str = ""
     meta: Mapping[str, str] = field(default_factory=dict)
+    cuttable: tuple[Span, ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lora_gan.data.source import Source, fill
+from lora_gan.data.source import Source
+from lora_gan.data.templates import fill
 from lora_gan.data.world import Fact, facts
-from lora_gan.types import Example, Negative
+from lora_gan.types import Example, Message, Negative
 
 
 class BuiltinWorld(Source):
@@ -39,6 +40,7 @@ class BuiltinWorld(Source):
             negatives=tuple(Negative(text, kind="wrong_object") for text in fact.negatives),
             group=fact.group,
             source=self.name,
+            messages=(Message("user", question),),
             meta={
                 "item": f"{fact.relation} | {fact.subject} | {fact.object}",
                 "relation": fact.relation,

@@ -54,7 +54,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> l
     negatives = iter(encode_answers(tokenizer, [n.text for example in examples for n in example.negatives]))
     start = _start(tokenizer)
     return [
-        Encoded(example, start + prompt, target, tuple(next(negatives) for _ in example.negatives))
+        Encoded(example, _started(start, prompt), target, tuple(next(negatives) for _ in example.negatives))
         for example, prompt, target in zip(examples, prompts, targets, strict=True)
     ]
 
@@ -62,6 +62,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> l
 def encode_answers(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
     """Ids of answers: no BOS, special tokens spelled out, EOS at the end."""
     return [(*ids, int(tokenizer.eos_token_id)) for ids in _ids(tokenizer, list(texts), literal=True)]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """The ids of one prompt, as :func:`encode` makes them."""
+    return _started(_start(tokenizer), _ids(tokenizer, [text])[0])
+
+
+def _started(start: Ids, prompt: Ids) -> Ids:
+    """A chat template may have written BOS already."""
+    return prompt if prompt[: len(start)] == start else start + prompt
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = False) -> list[Ids]:

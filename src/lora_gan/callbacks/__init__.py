@@ -1,13 +1,16 @@
 """Callbacks: they turn the module's knobs and watch the round; the module does not know them."""
 
 from lora_gan.callbacks.baseline import MovingAverageBaseline
+from lora_gan.callbacks.collapse import CollapseMonitor
 from lora_gan.callbacks.curriculum import Curriculum, Phase
 from lora_gan.callbacks.last import LastCheckpoint
 from lora_gan.callbacks.predictions import PredictionWriter
 from lora_gan.callbacks.progress import RoundProgressBar
 from lora_gan.callbacks.text import TextMetrics
+from lora_gan.callbacks.throughput import Throughput
 
 __all__ = [
+    "CollapseMonitor",
     "Curriculum",
     "LastCheckpoint",
     "MovingAverageBaseline",
@@ -15,4 +18,5 @@ __all__ = [
     "PredictionWriter",
     "RoundProgressBar",
     "TextMetrics",
+    "Throughput",
 ]

@@ -23,7 +23,7 @@ from lora_gan.rewards.overlap import (
     RougeReward,
 )
 from lora_gan.rewards.perplexity import PerplexityReward
-from lora_gan.rewards.retrieval import AddedWords, Entailment, RetrievalReward
+from lora_gan.rewards.retrieval import AddedWords, Entailment, Evidence, RetrievalReward
 from lora_gan.rewards.semantic import SemanticReward
 from lora_gan.rewards.truth import TruthReward
 
@@ -34,6 +34,7 @@ __all__ = [
     "Combination",
     "ContainsReward",
     "Entailment",
+    "Evidence",
     "ExactReward",
     "FunctionReward",
     "LengthReward",

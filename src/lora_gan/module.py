@@ -282,9 +282,12 @@ class LoraGANModule(L.LightningModule):
 
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the answers and, by the same measure, of the targets; the reference pass happens here."""
-        targets = batch if with_targets else PromptBatch.empty()
+        targets = batch.of(batch.answered) if with_targets else PromptBatch.empty()
         answers = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
-        tree = grow_scored(batch.prompt_ids, {SAMPLED: answers, TARGET: _each(targets.target_ids, len(batch))})
+        tree = grow_scored(
+            batch.prompt_ids,
+            {SAMPLED: answers, TARGET: _targets(batch) if with_targets else [[] for _ in range(len(batch))]},
+        )
         temperature = {SAMPLED: self.sampling.temperature}
         with self.backbone.reference():
             base = self.backbone.logprobs(tree)
@@ -386,8 +389,9 @@ class LoraGANModule(L.LightningModule):
         branches: dict[str, list[list[Tensor]]] = {}
         if knobs.policy_weight or knobs.kl_coefficient or knobs.entropy_coefficient or knobs.coupled_weight:
             branches[SAMPLED] = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
-        if knobs.supervised_weight:
-            branches[TARGET] = _each(batch.target_ids, len(batch))
+        supervised = bool(knobs.supervised_weight and batch.answered)
+        if supervised:
+            branches[TARGET] = _targets(batch)
         if not branches:
             return {}, {}
         tree = grow_scored(batch.prompt_ids, branches)
@@ -395,7 +399,7 @@ class LoraGANModule(L.LightningModule):
         terms: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
-        if knobs.supervised_weight:
+        if supervised:
             losses["supervised"] = -masked_mean(predicted[TARGET].logprobs, tree.branches[TARGET].mask)
             terms["supervised"] = knobs.supervised_weight * losses["supervised"]
         if SAMPLED in predicted:
@@ -432,7 +436,7 @@ class LoraGANModule(L.LightningModule):
     def _easiest(self, judgement: Judgement, prompts: int) -> list[int]:
         """The prompts to learn from: those with the best judged answers, as many as the knob ``easiest_share`` says."""
         share = float(self.knobs.easiest_share)
-        if share >= 1 or len(judgement.target) == 0:
+        if share >= 1 or not self.judging:
             return list(range(prompts))
         kept = judgement.per_prompt.mean(1).argsort(descending=True)[: max(1, math.ceil(share * prompts))]
         return sorted(kept.tolist())
@@ -658,9 +662,10 @@ def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Ten
     return [list(answers[b * k : (b + 1) * k]) for b in range(prompts)]
 
 
-def _each(answers: tuple[Tensor, ...], prompts: int) -> list[list[Tensor]]:
-    """One branch for each prompt, or none."""
-    return [[answer] for answer in answers] or [[] for _ in range(prompts)]
+def _targets(batch: PromptBatch) -> list[list[Tensor]]:
+    """The target of each prompt, or nothing where it has none."""
+    answered = set(batch.answered)
+    return [[target] if b in answered else [] for b, target in enumerate(batch.target_ids)]
 
 
 def _at_least(bound: float, **settings: float) -> None:

@@ -56,7 +56,10 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """B tokenised examples. Answers (targets, negatives) end with EOS; nothing is padded."""
+    """B tokenised examples. Answers (targets, negatives) end with EOS; nothing is padded.
+
+    An example without target has an empty one, so ``target_ids`` of EOS alone; see :attr:`answered`.
+    """
 
     examples: tuple[Example, ...]  # B
     prompt_ids: tuple[Tensor, ...]  # B tensors (P,)
@@ -67,6 +70,11 @@ class PromptBatch:
     def empty(cls) -> PromptBatch:
         """No examples."""
         return cls((), (), (), ())
+
+    @property
+    def answered(self) -> list[int]:
+        """Which of the B prompts have a target."""
+        return [b for b, example in enumerate(self.examples) if example.target.strip()]
 
     def of(self, prompts: Sequence[int]) -> PromptBatch:
         """The chosen examples only."""
@@ -147,8 +155,8 @@ class Scores:
 
     total: Tensor  # (N,) weighted sum of the parts
     parts: Mapping[str, Tensor]  # name → (N,), each before its weight
-    target_total: Tensor  # (B,) the same reward given to the targets; (0,) where nobody asked
-    target_parts: Mapping[str, Tensor]  # name → (B,)
+    target_total: Tensor  # the same reward given to the targets of the answered prompts; (0,) where nobody asked
+    target_parts: Mapping[str, Tensor]  # name → as target_total
     reference_logprobs: Tensor  # (N, T) under the KL reference, at the sampling temperature
 
 
@@ -169,6 +177,10 @@ class Candidates:
     prompts: tuple[Tensor, ...]  # B tensors (P,)
     targets: tuple[Tensor, ...]  # B tensors (T,)
     answers: Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prompt its answers, tensors (T,)
+
+    def is_target(self, answer: Tensor, prompt: int) -> bool:
+        """Whether the answer is the prompt's target, word for word; an empty one is nobody's."""
+        return len(answer) > 1 and torch.equal(answer, self.targets[prompt])
 
     def prompt_of(self, kind: str) -> Tensor:
         """(M,) which prompt each answer of the kind belongs to."""
@@ -203,7 +215,7 @@ class Judgement:
     """What the discriminator thought of the answers before it learned from them; detached."""
 
     sampled: Tensor  # (N,) scores of the sampled answers
-    target: Tensor  # (B,) of the targets; (0,) where it was not asked
+    target: Tensor  # of the targets of the answered prompts; (0,) where it was not asked
     opponent: Tensor  # (N,) of the opponent's answers; (0,) where there is none
     k: int
     metrics: Mapping[str, Tensor]  # scalars to log

@@ -2,6 +2,7 @@
 
 from lora_gan.callbacks.baseline import MovingAverageBaseline
 from lora_gan.callbacks.coefficients import AdaptiveEntropy, AdaptiveKL, KLSchedule
+from lora_gan.callbacks.collapse import CollapseMonitor
 from lora_gan.callbacks.control import AdaptiveAdversarialWeight, ConfidenceGate, DiscriminatorControl
 from lora_gan.callbacks.curriculum import Curriculum, EasyFirst, Phase
 from lora_gan.callbacks.last import LastCheckpoint
@@ -9,11 +10,13 @@ from lora_gan.callbacks.predictions import PredictionWriter
 from lora_gan.callbacks.progress import RoundProgressBar
 from lora_gan.callbacks.snapshot import Snapshot
 from lora_gan.callbacks.text import TextMetrics
+from lora_gan.callbacks.throughput import Throughput
 
 __all__ = [
     "AdaptiveAdversarialWeight",
     "AdaptiveEntropy",
     "AdaptiveKL",
+    "CollapseMonitor",
     "ConfidenceGate",
     "Curriculum",
     "DiscriminatorControl",
@@ -26,4 +29,5 @@ __all__ = [
     "RoundProgressBar",
     "Snapshot",
     "TextMetrics",
+    "Throughput",
 ]

@@ -103,15 +103,16 @@ class ValueGAE(AdvantageEstimator):
 
     def __call__(self, rollout: Rollout, earnings: Earnings) -> Credit:
         assert earnings.values is not None
-        advantages = gae(earnings.rewards, earnings.values, rollout.mask, self.discount, self.trace)
-        returns = torch.where(rollout.mask, advantages + earnings.values, 0)
+        values = earnings.values.detach()
+        advantages = gae(earnings.rewards.detach(), values, rollout.mask, self.discount, self.trace)
+        returns = torch.where(rollout.mask, advantages + values, 0)
         shown = {
             "policy/advantage_abs": masked_mean(advantages.abs(), rollout.mask),
-            "value/mean": masked_mean(earnings.values, rollout.mask),
-            "value/explained": _explained(returns, earnings.values, rollout.mask),
+            "value/mean": masked_mean(values, rollout.mask),
+            "value/explained": _explained(returns, values, rollout.mask),
         }
         used = whiten(advantages, rollout.mask) if self.normalise else advantages
-        return Credit(used.detach(), shown, returns.detach(), earnings.values.detach())
+        return Credit(used, shown, returns, values)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, trace: float) -> Tensor:

@@ -133,8 +133,8 @@ def value_loss(values: Tensor, rollout: Rollout, credit: Credit, clip: float) ->
 def straight_through(logits: Tensor, ids: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """One-hot rows of ``ids`` (n,) in value, with the gradient of a Gumbel-softmax over ``logits`` (n, V) → (n, V).
 
-    The Gumbel noise is drawn given that the sampled token won (Maddison et al., arXiv 1411.0030, section 3.1), so that
-    the relaxation belongs to the very answer that was sampled (arXiv 1611.01144 for the estimator).
+    The noise is drawn given that the sampled token won, so that the relaxation belongs to the very answer that was
+    sampled (arXiv 1611.01144 for the estimator).
 
     Args:
         logits: With gradient.
@@ -143,11 +143,14 @@ def straight_through(logits: Tensor, ids: Tensor, temperature: float, uniform: T
         uniform: (n, V) numbers in (0, 1).
     """
     logp = logits.float().log_softmax(-1)
-    exponential = -uniform.log()
-    top = -exponential.gather(1, ids[:, None]).log()  # the largest perturbed logit is Gumbel(0): Σ exp(logp) is 1
-    others = -torch.logaddexp(exponential.log() - logp.detach(), -top)
-    perturbed = others.scatter(1, ids[:, None], top)
-    noise = perturbed - logp.detach()
-    soft = ((logp + noise) / temperature).softmax(-1)
+    soft = ((logp + gumbel_noise(logp.detach(), ids, uniform)) / temperature).softmax(-1)
     hard = torch.zeros_like(soft).scatter(1, ids[:, None], 1.0)
     return hard + (soft - soft.detach())
+
+
+def gumbel_noise(logp: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
+    """Gumbel noise (n, V) given that ``logp`` (n, V) plus it is largest at ``ids`` (n,) (arXiv 1411.0030, 3.1)."""
+    exponential = -uniform.log()
+    top = -exponential.gather(1, ids[:, None]).log()  # the largest perturbed logit is Gumbel(0): Σ exp(logp) is 1
+    others = -torch.logaddexp(exponential.log() - logp, -top)
+    return others.scatter(1, ids[:, None], top) - logp

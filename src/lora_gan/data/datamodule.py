@@ -141,7 +141,7 @@ class InstructionDataModule(L.LightningDataModule):
             return
         examples = list(self.source.rows())
         if not examples:
-            raise DataError(f"{self._origin} gives no usable row (dropped: {told(self.source.dropped)}); mend the rows")
+            raise DataError(f"{self.origin} gives no usable row (dropped: {told(self.source.dropped)}); mend the rows")
         split = {name: self._fit(placed) for name, placed in place(examples, self.fractions, self.seed).items()}
         held_out = {name: self._thin(name, split[name]) for name in SPLITS[1:]}
         self.splits = split | held_out
@@ -224,8 +224,10 @@ class InstructionDataModule(L.LightningDataModule):
             log.warning("no validation examples: validation is skipped; raise data.init_args.validation to get some")
         elif not items:
             raise DataError(
-                f"{self._origin} leaves no {name} examples (dropped: {told(self.splits[name].dropped)}); "
+                f"{self.origin} leaves no {name} examples (dropped: {told(self.splits[name].dropped)}); "
                 "give more rows, or change data.init_args.validation and data.init_args.test"
+                + f" ({self.source.note})"
+                * bool(self.source.note)
             )
         return items
 
@@ -247,24 +249,27 @@ class InstructionDataModule(L.LightningDataModule):
         prompt = max(len(item.prompt_ids) for item in items)
         target = max(len(item.target_ids) for item in items)
         return DataError(
-            f"no example of {self._origin} fits: the longest prompt has {prompt} tokens "
+            f"no example of {self.origin} fits: the longest prompt has {prompt} tokens "
             f"(max_prompt_tokens {self.max_prompt_tokens}), the longest target {target} "
             f"(max_target_tokens {self.max_target_tokens}), and together they may have {self.context}; "
             "raise these data.init_args, take a base with a longer context, or shorten the rows"
         )
 
     @property
-    def _origin(self) -> str:
+    def origin(self) -> str:
+        """The source and what it reads."""
         return f"{self.source.name} ({self.source.path})" if self.source.path else self.source.name
 
     def _report(self) -> None:
-        lines = [f"data: {self._origin}, rows dropped: {told(self.source.dropped)}"]
+        lines = [f"data: {self.origin}, rows dropped: {told(self.source.dropped)}"]
         lines.append(f"  rows repaired: {told(self.source.repaired)}")
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
             cut = f" (prompts cut: {split.repaired['prompt_cut']:,})" if split.repaired["prompt_cut"] else ""
             lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {told(split.dropped)}{cut}")
+        if self.source.note:
+            lines.append(f"  note: {self.source.note}")
         log.info("\n".join(lines))
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from lora_gan.data.alpaca import Alpaca
 from lora_gan.data.builtin import BuiltinWorld
 from lora_gan.data.fitting import Fitter, Room
+from lora_gan.data.sampler import BucketSampler, Place
 from lora_gan.data.source import Source
 from lora_gan.data.splits import SPLITS, Placed, digest, one_wording_each, place
 from lora_gan.data.tokenizer import Encoded, Ids, encode, load_tokenizer
@@ -57,6 +59,7 @@ class InstructionDataModule(L.LightningDataModule):
         test: float = 0.2,
         max_validation: int | None = None,
         max_test: int | None = None,
+        bucket_batches: int = 1,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -76,6 +79,7 @@ class InstructionDataModule(L.LightningDataModule):
             test: Share of the groups held out for the test, where the source has no official split.
             max_validation: Use only so many validation examples, drawn by hash.
             max_test: Use only so many test examples, drawn by hash.
+            bucket_batches: Put prompts of like length, of each so many batches, into one batch; 1 leaves all to chance.
             seed: Decides the split and the order of training.
             num_workers: Processes that prepare batches; 0 does it in the main process.
         """
@@ -88,6 +92,7 @@ class InstructionDataModule(L.LightningDataModule):
             "max_tokens": max_tokens,
             "max_validation": max_validation,
             "max_test": max_test,
+            "bucket_batches": bucket_batches,
         }
         for name, size in sizes.items():
             if size is not None and size < 1:
@@ -109,9 +114,12 @@ class InstructionDataModule(L.LightningDataModule):
         self.system = system
         self.fractions = {"validation": validation, "test": test}
         self.limits = {"validation": max_validation, "test": max_test}
+        self.bucket_batches = bucket_batches
         self.seed = seed
         self.num_workers = num_workers
         self.splits: dict[str, Split] = {}
+        self.trained = Place()
+        self.trained_order = ""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,7 +141,7 @@ class InstructionDataModule(L.LightningDataModule):
             return
         examples = list(self.source.rows())
         if not examples:
-            raise DataError(f"{self._origin} gives no usable row (dropped: {told(self.source.dropped)}); mend the rows")
+            raise DataError(f"{self.origin} gives no usable row (dropped: {told(self.source.dropped)}); mend the rows")
         split = {name: self._fit(placed) for name, placed in place(examples, self.fractions, self.seed).items()}
         held_out = {name: self._thin(name, split[name]) for name in SPLITS[1:]}
         self.splits = split | held_out
@@ -153,11 +161,44 @@ class InstructionDataModule(L.LightningDataModule):
         return DataLoader(
             cast(Dataset[Encoded], items),
             batch_size=self.batch_size,
-            sampler=SeededSampler(len(items), self.seed),
+            sampler=self._sampler(items),
             drop_last=len(items) >= self.batch_size,
             collate_fn=collate,
             num_workers=self.num_workers,
         )
+
+    def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
+        """Notes the batch that training takes now; those that were only fetched do not count."""
+        if self.trainer is not None and self.trainer.training:
+            self.trained = self.trained.after_batch(self.trainer.current_epoch)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in which epoch training stands, and in which order."""
+        return {"epoch": self.trained.epoch, "batches": self.trained.batches, "order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.trained = Place(state_dict["epoch"], state_dict["batches"])
+        self.trained_order = state_dict["order"]
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the sampler is
+
+    def _sampler(self, items: tuple[Encoded, ...]) -> BucketSampler:
+        if self.trained_order and self.trained_order != self._order():
+            log.warning(
+                "the training data or their order (data.init_args.seed, batch_size, bucket_batches) are not those of "
+                "the checkpoint: the epoch starts anew, so some prompts come twice in it"
+            )
+            self.trained = Place()
+        batches = max(len(items) // self.batch_size, 1)
+        start = self.trained if self.trained.batches < batches else Place(self.trained.epoch + 1)
+        lengths = [len(item.prompt_ids) for item in items]
+        return BucketSampler(lengths, self.seed, self.batch_size, self.bucket_batches, start)
+
+    def _order(self) -> str:
+        """What the order of training depends on."""
+        items = self.splits["train"].items if self.splits else ()
+        content = digest(*(item.example.prompt for item in items))
+        return digest(self.seed, self.batch_size, self.bucket_batches, content)
 
     def val_dataloader(self) -> DataLoader[Encoded]:
         return self._eval_dataloader("validation")
@@ -183,8 +224,10 @@ class InstructionDataModule(L.LightningDataModule):
             log.warning("no validation examples: validation is skipped; raise data.init_args.validation to get some")
         elif not items:
             raise DataError(
-                f"{self._origin} leaves no {name} examples (dropped: {told(self.splits[name].dropped)}); "
+                f"{self.origin} leaves no {name} examples (dropped: {told(self.splits[name].dropped)}); "
                 "give more rows, or change data.init_args.validation and data.init_args.test"
+                + f" ({self.source.note})"
+                * bool(self.source.note)
             )
         return items
 
@@ -206,44 +249,28 @@ class InstructionDataModule(L.LightningDataModule):
         prompt = max(len(item.prompt_ids) for item in items)
         target = max(len(item.target_ids) for item in items)
         return DataError(
-            f"no example of {self._origin} fits: the longest prompt has {prompt} tokens "
+            f"no example of {self.origin} fits: the longest prompt has {prompt} tokens "
             f"(max_prompt_tokens {self.max_prompt_tokens}), the longest target {target} "
             f"(max_target_tokens {self.max_target_tokens}), and together they may have {self.context}; "
             "raise these data.init_args, take a base with a longer context, or shorten the rows"
         )
 
     @property
-    def _origin(self) -> str:
+    def origin(self) -> str:
+        """The source and what it reads."""
         return f"{self.source.name} ({self.source.path})" if self.source.path else self.source.name
 
     def _report(self) -> None:
-        lines = [f"data: {self._origin}, rows dropped: {told(self.source.dropped)}"]
+        lines = [f"data: {self.origin}, rows dropped: {told(self.source.dropped)}"]
         lines.append(f"  rows repaired: {told(self.source.repaired)}")
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
             cut = f" (prompts cut: {split.repaired['prompt_cut']:,})" if split.repaired["prompt_cut"] else ""
             lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {told(split.dropped)}{cut}")
+        if self.source.note:
+            lines.append(f"  note: {self.source.note}")
         log.info("\n".join(lines))
-
-
-class SeededSampler(Sampler[int]):
-    """Each index once, in an order that (seed, epoch) decides. Lightning calls :meth:`set_epoch`."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(int(digest(self.seed, self.epoch)[:15], 16))
-        yield from torch.randperm(self.size, generator=generator).tolist()
 
 
 def collate(items: Sequence[Encoded]) -> PromptBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -182,6 +183,7 @@ class StreamDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.trained = Position(state_dict["offset"], state_dict["lines"])
         self.rows_trained = state_dict["rows_trained"]
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # this one is
 
     def teardown(self, stage: str) -> None:
         """Lets the file go; the next run opens it again."""

@@ -32,7 +32,15 @@ from lora_gan.negatives import HardNegatives, Negatives
 from lora_gan.objectives import OPPONENT, SAMPLED, TARGET, DiscriminatorObjective, RewardRegression, judge_metrics
 from lora_gan.payoffs import Payoff, RawScore
 from lora_gan.replay import Replay
-from lora_gan.rewards import PerplexityReward, Reward, SemanticReward, weighted_sum
+from lora_gan.rewards import (
+    Combination,
+    PerplexityReward,
+    Reward,
+    SemanticReward,
+    WeightedSum,
+    weighted_sum,
+    weights_of,
+)
 from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import kl_k3, masked_mean
@@ -41,6 +49,7 @@ from lora_gan.types import Answered, Credit, Earnings, Judgement, PromptBatch, R
 
 CHECKPOINT_VERSION = 2
 REFERENCES = ("base", "snapshot")
+JUDGE = "judge"  # the discriminator's payoff among the rewards
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ class LoraGANModule(L.LightningModule):
         answers_per_prompt: Answers k sampled for each prompt in a round.
         sampling: How they are sampled.
         rewards: What makes an answer good; by default 0.7 semantic similarity + 0.3 perplexity.
+        combination: How the rewards and the payoff become what the policy is paid; by default their weighted sum.
         judge: Architecture of the discriminator; by default the second adapter on the shared base.
         objective: What the discriminator learns; by default to predict the reward.
         negatives: Worse answers that the discriminator is shown; by default one hard negative for each prompt.
@@ -122,6 +132,7 @@ class LoraGANModule(L.LightningModule):
         answers_per_prompt: int = 4,
         sampling: Sampling = Sampling(),
         rewards: list[Reward] | None = None,
+        combination: Combination | None = None,
         judge: Judge | None = None,
         objective: DiscriminatorObjective | None = None,
         negatives: list[Negatives] | None = None,
@@ -169,6 +180,7 @@ class LoraGANModule(L.LightningModule):
         self.greedy = replace(sampling, do_sample=False, num_beams=1)
         self.rewards = rewards if rewards is not None else [SemanticReward(), PerplexityReward()]
         check_names(self.rewards)
+        self.combination = combination or WeightedSum()
         self.payoff = payoff or RawScore()
         self.advantage = advantage or MovingAverage()
         self.policy_loss = policy_loss or Reinforce()
@@ -299,7 +311,7 @@ class LoraGANModule(L.LightningModule):
         sampled = RewardContext(rollout.k, base[SAMPLED], mask[SAMPLED])
         paid = weighted_sum(self.rewards, rollout.texts, batch, sampled)
         wanted = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, base[TARGET], mask[TARGET]))
-        return Scores(paid.total, paid.parts, wanted.total, wanted.parts, reference[SAMPLED])
+        return Scores(paid.total, paid.parts, paid.applies, wanted.total, wanted.parts, reference[SAMPLED])
 
     def update_discriminator(
         self, rollout: Rollout, opponent: Rollout, scores: Scores, batch: PromptBatch
@@ -327,10 +339,12 @@ class LoraGANModule(L.LightningModule):
     def pay(self, rollout: Rollout, scores: Scores, judgement: Judgement, batch: PromptBatch) -> Earnings:
         """What the policy is paid: rewards and the discriminator's payoff at the last token, penalties on the way."""
         knobs = self.knobs
-        total = scores.total - self.truncated_penalty * rollout.truncated.float()
+        parts, weights = dict(scores.parts), weights_of(self.rewards)
         if knobs.adversarial_weight:
-            weight = knobs.adversarial_weight * knobs.adversarial_scale * knobs.adversarial_gate
-            total = total + weight * self.payoff(judgement)
+            parts[JUDGE] = self.payoff(judgement)
+            weights[JUDGE] = float(knobs.adversarial_weight * knobs.adversarial_scale * knobs.adversarial_gate)
+        total = self.combination(parts, weights, scores.applies, rollout.k) if parts else scores.total
+        total = total - self.truncated_penalty * rollout.truncated.float()
         rewards = torch.zeros_like(rollout.logprobs)
         if len(rollout):
             rewards[torch.arange(len(rollout)), rollout.mask.sum(-1) - 1] = total

@@ -155,6 +155,7 @@ class Scores:
 
     total: Tensor  # (N,) weighted sum of the parts
     parts: Mapping[str, Tensor]  # name → (N,), each before its weight
+    applies: Mapping[str, Tensor]  # name → (N,) bool, False where the reward says nothing
     target_total: Tensor  # the same reward given to the targets of the answered prompts; (0,) where nobody asked
     target_parts: Mapping[str, Tensor]  # name → as target_total
     reference_logprobs: Tensor  # (N, T) under the KL reference, at the sampling temperature

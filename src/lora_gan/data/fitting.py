@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHORTEST_ANSWER = 2  # a token and EOS
+CHUNK = 512  # examples that are tokenised together
 UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
 
 
@@ -56,15 +57,16 @@ class Fitter:
 
     def fit(self, examples: Sequence[Example]) -> Iterator[Encoded]:
         """The examples that fit, with the negatives that fit."""
-        if self.chat:
-            examples = [as_chat(self.tokenizer, example, self.system) for example in examples]
-        for item in encode(self.tokenizer, examples):
-            shortened = self._shortened(item)
-            reason = self._fault(shortened)
-            if reason:
-                self.dropped[reason] += 1
-            else:
-                yield self._with_fitting_negatives(shortened)
+        for start in range(0, len(examples), CHUNK):
+            chunk = examples[start : start + CHUNK]
+            told = [as_chat(self.tokenizer, example, self.system) for example in chunk] if self.chat else chunk
+            for item in encode(self.tokenizer, told):
+                shortened = self._shortened(item)
+                reason = self._fault(shortened)
+                if reason:
+                    self.dropped[reason] += 1
+                else:
+                    yield self._with_fitting_negatives(shortened)
 
     def _shortened(self, item: Encoded) -> Encoded:
         limit = min(self.room.prompt, self.room.together - len(item.target_ids))

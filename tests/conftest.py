@@ -9,9 +9,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rounds import Build, share_of_a
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -24,7 +26,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from lora_gan.advantages import LeaveOneOut
 from lora_gan.backbone import Backbone, LoraSettings
+from lora_gan.module import LoraGANModule
+from lora_gan.rewards import FunctionReward
+from lora_gan.sampling import Sampling
 from lora_gan.types import Example, Negative, PromptBatch
 
 torch.set_num_threads(1)  # models this small gain nothing from a second thread and lose much on a busy machine
@@ -113,6 +119,31 @@ def make_batch(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PromptBatch]
         )
 
     return make
+
+
+@pytest.fixture
+def build(bases: dict[str, str]) -> Build:
+    """A module on the tiny GPT-2 that needs no encoder."""
+
+    def build(architecture: str = "gpt2", **settings: Any) -> LoraGANModule:
+        torch.manual_seed(4)
+        defaults: dict[str, Any] = {
+            "base": bases[architecture],
+            "answers_per_prompt": 2,
+            "sampling": Sampling(max_new_tokens=5),
+            "rewards": [FunctionReward(share_of_a)],
+            "advantage": LeaveOneOut(),
+            "generator_lora": LoraSettings(4, 8),
+            "discriminator_lora": LoraSettings(4, 8),
+        }
+        return LoraGANModule(**{**defaults, **settings})
+
+    return build
+
+
+@pytest.fixture
+def batch(make_batch: Callable[..., PromptBatch]) -> PromptBatch:
+    return make_batch(("Say a", "a", "b"), ("Q: hello?", "hi", "x", "yz"), ("2+2=", "4"))
 
 
 def randomise(backbone: Backbone, scale: float = 0.2) -> None:

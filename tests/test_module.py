@@ -3,107 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
+from rounds import Build, fit, moved, share_of_a, state
 from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader
 
-from lora_gan.advantages import LeaveOneOut, MovingAverage
+from lora_gan.advantages import MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
 from lora_gan.callbacks import Curriculum, MovingAverageBaseline, Phase
 from lora_gan.errors import LoraGANError, NonFiniteError, RewardError
 from lora_gan.losses import PolicyLoss
-from lora_gan.module import LoraGANModule
+from lora_gan.negatives import HardNegatives
 from lora_gan.objectives import DiscriminatorObjective
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
-from lora_gan.types import Credit, LossTerm, PromptBatch, Rollout, Scores
-
-Build = Callable[..., LoraGANModule]
-
-
-def share_of_a(response: str, target: str) -> float:
-    return response.count("a") / max(len(response), 1)
-
-
-@pytest.fixture
-def build(bases: dict[str, str]) -> Build:
-    """A module on the tiny GPT-2 that needs no encoder."""
-
-    def build(architecture: str = "gpt2", **settings: Any) -> LoraGANModule:
-        torch.manual_seed(4)
-        defaults: dict[str, Any] = {
-            "base": bases[architecture],
-            "answers_per_prompt": 2,
-            "sampling": Sampling(max_new_tokens=5),
-            "rewards": [FunctionReward(share_of_a)],
-            "advantage": LeaveOneOut(),
-            "generator_lora": LoraSettings(4, 8),
-            "discriminator_lora": LoraSettings(4, 8),
-        }
-        return LoraGANModule(**{**defaults, **settings})
-
-    return build
-
-
-@pytest.fixture
-def batch(make_batch: Callable[..., PromptBatch]) -> PromptBatch:
-    return make_batch(("Say a", "a", "b"), ("Q: hello?", "hi", "x", "yz"), ("2+2=", "4"))
-
-
-class Recorder(L.Callback):
-    """Keeps what each round reported and, if asked, the weights after it."""
-
-    def __init__(self) -> None:
-        self.reports: list[dict[str, float]] = []
-        self.weights: list[dict[str, Tensor]] = []
-        self.rates: list[list[float]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.reports.append({name: float(value) for name, value in outputs.items()})
-        self.weights.append(state(pl_module))
-        self.rates.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
-
-
-def state(module: LoraGANModule) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.backbone.state_dict().items()}
-
-
-def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
-    return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-
-
-def trainer(rounds: int, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return L.Trainer(
-        max_steps=rounds,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        **{**quiet, **settings},
-    )
-
-
-def fit(
-    module: LoraGANModule, batches: Sequence[PromptBatch], rounds: int, *callbacks: L.Callback, **settings: Any
-) -> tuple[Recorder, L.Trainer]:
-    recorder = Recorder()
-    ckpt_path = settings.pop("ckpt_path", None)
-    torch.manual_seed(5)
-    runner = trainer(rounds, recorder, *callbacks, **settings)
-    runner.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=ckpt_path, weights_only=True)
-    return recorder, runner
-
+from lora_gan.types import Credit, Judged, LossTerm, PromptBatch, Rollout
 
 # counting
 
@@ -130,7 +52,7 @@ def test_accumulation_is_the_mean_gradient(build: Build, make_batch: Callable[..
     batches = [make_batch(("ab", "cd")), make_batch(("x", "yzw"))]
     settings: dict[str, Any] = {
         "policy_weight": 0.0,
-        "train_discriminator": False,
+        "discriminator_updates": 0,
         "gradient_clip": 1e9,
         "generator_optimizer": lambda p: SGD(p, lr=1.0),
     }
@@ -163,7 +85,7 @@ def test_schedulers_are_stepped_with_their_optimizer(build: Build, batch: Prompt
 @pytest.mark.parametrize(
     ("settings", "players"),
     [
-        ({"train_discriminator": False}, {GENERATOR}),
+        ({"discriminator_updates": 0}, {GENERATOR}),
         ({"supervised_weight": 0.0, "policy_weight": 0.0}, {DISCRIMINATOR}),
         ({}, {GENERATOR, DISCRIMINATOR}),
     ],
@@ -194,7 +116,7 @@ def test_gradient_clipping_holds(build: Build, batch: PromptBatch) -> None:
 
 
 def test_nothing_is_sampled_without_need(build: Build, batch: PromptBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    off: dict[str, Any] = {"policy_weight": 0.0, "kl_coefficient": 0.0, "train_discriminator": False}
+    off: dict[str, Any] = {"policy_weight": 0.0, "kl_coefficient": 0.0, "discriminator_updates": 0}
     monkeypatch.setattr("lora_gan.module.sample", lambda *_: pytest.fail("sampled"))
     assert len(build(**off).play(batch)) == 0
     recorder, _ = fit(build(**off), [batch], 2)
@@ -202,9 +124,9 @@ def test_nothing_is_sampled_without_need(build: Build, batch: PromptBatch, monke
     assert recorder.reports[0]["loss/generator"] == recorder.reports[0]["loss/supervised"] > 0
 
 
-@pytest.mark.parametrize("use", ["policy_weight", "kl_coefficient", "train_discriminator", "adversarial_weight"])
+@pytest.mark.parametrize("use", ["policy_weight", "kl_coefficient", "discriminator_updates", "adversarial_weight"])
 def test_each_need_alone_samples(use: str, build: Build, batch: PromptBatch) -> None:
-    settings: dict[str, Any] = {"policy_weight": 0.0, "kl_coefficient": 0.0, "train_discriminator": False, use: 1.0}
+    settings: dict[str, Any] = {"policy_weight": 0.0, "kl_coefficient": 0.0, "discriminator_updates": 0, use: 1.0}
     rollout = build(**settings).play(batch)
     assert len(rollout) == 6 and rollout.k == 2
     assert not rollout.logprobs.requires_grad
@@ -213,27 +135,22 @@ def test_each_need_alone_samples(use: str, build: Build, batch: PromptBatch) -> 
 def test_one_prompt_without_negatives_has_no_junk(build: Build, make_batch: Callable[..., PromptBatch]) -> None:
     recorder, _ = fit(build(), [make_batch(("alone", "yes"))], 2)
     assert "judge/error_junk" not in recorder.reports[0] and "judge/error_target" in recorder.reports[0]
-    recorder, _ = fit(build(junk_per_prompt=0), [make_batch(("p", "q", "r"), ("s", "t"))], 1)
+    recorder, _ = fit(build(negatives=[]), [make_batch(("p", "q", "r"), ("s", "t"))], 1)
     assert "judge/error_junk" not in recorder.reports[0]
 
 
-def test_junk_is_a_hard_negative_or_anothers_target(build: Build, batch: PromptBatch) -> None:
-    module = build(junk_per_prompt=2)
-    picked = [[ids.tolist() for ids in module._pick_junk(batch, b)] for b in range(3)]
-    assert picked[0] == [batch.negative_ids[0][0].tolist()], "one hard negative is all there is"
-    assert sorted(picked[1]) == sorted(ids.tolist() for ids in batch.negative_ids[1])
-    assert sorted(picked[2]) == sorted(ids.tolist() for ids in batch.target_ids[:2]), "no negative: the others' targets"
-
-
-def test_the_judge_sees_eos_behind_every_branch(build: Build, batch: PromptBatch) -> None:
+def test_the_judge_sees_eos_behind_every_answer(build: Build, batch: PromptBatch) -> None:
     module = build()
     torch.manual_seed(6)
     rollout = module.play(batch)
     assert rollout.truncated.any()
-    for branches in module._judged_tree(rollout, batch).branches.values():
-        lengths = branches.mask.sum(-1)
-        assert (branches.ids[torch.arange(len(lengths)), lengths - 1] == 256).all()
-        assert ((branches.ids == 256) & branches.mask).sum() == len(lengths)
+    scores = module.score(rollout, batch, with_targets=True)
+    shown = module.discriminator.exhibit(
+        module.backbone.tokenizer, batch, rollout, Rollout.empty(module.device), scores
+    )
+    for rows in shown.candidates.answers.values():
+        for answer in (answer for row in rows for answer in row):
+            assert (answer == 256).nonzero().flatten().tolist() == [len(answer) - 1]
 
 
 # what a round reports
@@ -294,7 +211,7 @@ def test_reinforce_raises_what_is_rewarded(build: Build, make_batch: Callable[..
     """Share of "a" in the answers: from about 1 in 257 tokens to more than half of them."""
     module = build(
         supervised_weight=0.0,
-        train_discriminator=False,
+        discriminator_updates=0,
         answers_per_prompt=16,
         sampling=Sampling(max_new_tokens=4),
         generator_optimizer=lambda p: AdamW(p, lr=2e-2, weight_decay=0.0),
@@ -307,7 +224,7 @@ def test_reinforce_raises_what_is_rewarded(build: Build, make_batch: Callable[..
 
 def test_supervised_learning_lowers_the_loss(build: Build, batch: PromptBatch) -> None:
     module = build(
-        policy_weight=0.0, train_discriminator=False, generator_optimizer=lambda p: AdamW(p, lr=1e-2, weight_decay=0.0)
+        policy_weight=0.0, discriminator_updates=0, generator_optimizer=lambda p: AdamW(p, lr=1e-2, weight_decay=0.0)
     )
     recorder, _ = fit(module, [batch], 25)
     losses = [report["loss/supervised"] for report in recorder.reports]
@@ -346,8 +263,8 @@ class Broken(PolicyLoss):
 
 
 class BrokenObjective(DiscriminatorObjective):
-    def __call__(self, judged: Mapping[str, Tensor], scores: Scores) -> LossTerm:
-        return LossTerm(judged["target"].sum() * float("nan"), {})
+    def __call__(self, judged: Mapping[str, Judged]) -> LossTerm:
+        return LossTerm(judged["target"].score.sum() * float("nan"), {})
 
 
 def not_a_number(response: str, target: str) -> float:
@@ -365,9 +282,9 @@ def test_a_nan_reward_stops_by_name(build: Build, batch: PromptBatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"policy_loss": Broken(float("nan")), "train_discriminator": False}, "loss/policy is nan in round 0"),
-        ({"policy_loss": Broken(float("inf")), "train_discriminator": False}, "loss/policy is inf in round 0"),
-        ({"policy_loss": Broken(None), "train_discriminator": False}, "the gradient's norm is nan"),
+        ({"policy_loss": Broken(float("nan")), "discriminator_updates": 0}, "loss/policy is nan in round 0"),
+        ({"policy_loss": Broken(float("inf")), "discriminator_updates": 0}, "loss/policy is inf in round 0"),
+        ({"policy_loss": Broken(None), "discriminator_updates": 0}, "the gradient's norm is nan"),
         ({"objective": BrokenObjective()}, "loss/discriminator is nan"),
     ],
 )
@@ -394,7 +311,9 @@ def test_moving_average_without_its_callback_is_refused(build: Build, batch: Pro
         ({"answers_per_prompt": 0}, "answers_per_prompt must be at least 1, got 0"),
         ({"answers_per_prompt": 1}, "LeaveOneOut compares the answers"),
         ({"accumulate_rounds": 0}, "accumulate_rounds"),
-        ({"junk_per_prompt": -1}, "junk_per_prompt"),
+        ({"discriminator_updates": -1}, "discriminator_updates"),
+        ({"kl_reference": "teacher"}, "kl_reference"),
+        ({"negatives": [HardNegatives(), HardNegatives()]}, "hard"),
         ({"policy_weight": -0.1}, "policy_weight"),
         ({"gradient_clip": 0.0}, "gradient_clip must be > 0, got 0.0"),
         ({"rewards": [FunctionReward(share_of_a), FunctionReward(share_of_a)]}, "two rewards are called 'share_of_a'"),
@@ -434,7 +353,7 @@ def test_the_baseline_follows_the_run(build: Build, batch: PromptBatch) -> None:
 def test_curriculum_by_hand(build: Build) -> None:
     module = build()
     phases = [
-        Phase(0, policy_weight=0.0, discriminator_learning=False),
+        Phase(0, policy_weight=0.0, discriminator_updates=0),
         Phase(2, policy_weight=0.5, kl_coefficient=0.1),
     ]
     callback = Curriculum(phases)
@@ -442,7 +361,7 @@ def test_curriculum_by_hand(build: Build) -> None:
     for step in range(4):
         callback.on_train_batch_start(SimpleNamespace(global_step=step), module, None, 0)  # type: ignore[arg-type]
         knobs = module.knobs
-        seen.append([x.item() for x in (knobs.policy_weight, knobs.kl_coefficient, knobs.discriminator_learning)])
+        seen.append([x.item() for x in (knobs.policy_weight, knobs.kl_coefficient, knobs.discriminator_updates)])
     assert seen[:2] == [[0.0, 0.0, 0.0]] * 2
     assert seen[2:] == [pytest.approx([0.5, 0.1, 0.0])] * 2
     assert module.knobs.supervised_weight.item() == 1.0, "what is not given stays"
@@ -452,10 +371,8 @@ def test_curriculum_by_hand(build: Build) -> None:
 
 
 def test_a_curriculum_warms_up_without_sampling(build: Build, batch: PromptBatch) -> None:
-    warm_up = Phase(0, policy_weight=0.0, discriminator_learning=False)
-    recorder, _ = fit(
-        build(), [batch], 4, Curriculum([warm_up, Phase(2, policy_weight=1.0, discriminator_learning=True)])
-    )
+    warm_up = Phase(0, policy_weight=0.0, discriminator_updates=0)
+    recorder, _ = fit(build(), [batch], 4, Curriculum([warm_up, Phase(2, policy_weight=1.0, discriminator_updates=1)]))
     assert ["policy/length" in report for report in recorder.reports] == [False, False, True, True]
     assert ["loss/discriminator" in report for report in recorder.reports] == [False, False, True, True]
 
@@ -470,7 +387,7 @@ def test_a_checkpoint_holds_what_is_trained(build: Build, batch: PromptBatch, tm
     runner.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)
     assert all(".lora_A." in n or ".lora_B." in n or "judge_head" in n or "knobs." in n for n in saved["state_dict"])
-    assert len(saved["state_dict"]) == 8 * 2 * 2 + 2 + 6  # layers · matrices · players, head, knobs
+    assert len(saved["state_dict"]) == 8 * 2 * 2 + 2 + 14  # layers · matrices · players, head, knobs
     assert not any("base_layer" in name for name in saved["state_dict"])
     assert saved["global_step"] == 2
     assert saved["lora_gan"]["base"] == module.base
@@ -506,7 +423,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 
 def test_three_rounds_and_two_are_five(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
     """Supervised rounds draw nothing at random, so a resumed run must equal an uninterrupted one."""
-    off: dict[str, Any] = {"policy_weight": 0.0, "train_discriminator": False}
+    off: dict[str, Any] = {"policy_weight": 0.0, "discriminator_updates": 0}
     whole, _ = fit(build(**off), [batch], 5)
     path = tmp_path / "three.ckpt"
     fit(build(**off), [batch], 3)[1].save_checkpoint(path)
@@ -526,7 +443,7 @@ def test_knobs_are_resumed_and_new_settings_win(build: Build, batch: PromptBatch
     settings: dict[str, Any] = {
         "advantage": MovingAverage(),
         "rewards": [FunctionReward(one)],
-        "train_discriminator": False,
+        "discriminator_updates": 0,
     }
     callbacks = [MovingAverageBaseline(0.5), Curriculum([Phase(1, supervised_weight=0.3)])]
     first, runner = fit(build(**settings), [batch], 2, *callbacks)

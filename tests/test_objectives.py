@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
 
-from lora_gan.objectives import RewardRegression
-from lora_gan.types import Scores
+from lora_gan.errors import LoraGANError
+from lora_gan.objectives import (
+    Auxiliary,
+    BradleyTerry,
+    ClosenessGrades,
+    ClosenessScore,
+    ClosenessYesNo,
+    Combined,
+    DiscriminatorObjective,
+    PairSoftmax,
+    RealGenerated,
+    RewardRegression,
+    judge_metrics,
+)
+from lora_gan.types import Judged, LossTerm
+
+LN3 = math.log(3)  # σ(ln 3) = ¾
 
 
-def scores(total: list[float], targets: list[float]) -> Scores:
-    n = len(total)
-    return Scores(torch.tensor(total), {}, torch.tensor(targets), torch.zeros(n, 1))
+def opinion(
+    score: list[float],
+    prompt: list[int] | None = None,
+    reward: list[float] | None = None,
+    is_target: list[bool] | None = None,
+) -> Judged:
+    """Answers to one prompt each unless it is said which; none is the target unless it is said."""
+    n = len(score)
+    return Judged(
+        score=torch.tensor(score, requires_grad=True),
+        auxiliary=torch.zeros(n),
+        prompt=torch.tensor(prompt if prompt is not None else list(range(n)), dtype=torch.long),
+        length=torch.ones(n, dtype=torch.long),
+        is_target=torch.tensor(is_target if is_target is not None else [False] * n, dtype=torch.bool),
+        reward=None if reward is None else torch.tensor(reward),
+    )
 
 
-def judged(sampled: list[float], target: list[float], junk: list[float]) -> dict[str, Tensor]:
+def shown(term: LossTerm) -> dict[str, float]:
+    return {name: value.item() for name, value in term.metrics.items()}
+
+
+def judged(
+    sampled: list[float], target: list[float], hard: list[float], rewards: list[float], targets: list[float]
+) -> dict[str, Judged]:
     return {
-        "sampled": torch.tensor(sampled, requires_grad=True),
-        "target": torch.tensor(target, requires_grad=True),
-        "junk": torch.tensor(junk, requires_grad=True),
+        "sampled": opinion(sampled, reward=rewards),
+        "target": opinion(target, reward=targets),
+        "hard": opinion(hard),
     }
 
 
 def test_each_kind_weighs_the_same() -> None:
     """Sampled (1² + 0²)/2 = ½, target ½² = ¼, junk (½² + ½²)/2 = ¼; the mean of the three is ⅓."""
-    answers = judged([1.0, 2.0], [1.0], [0.5, -0.5])
-    result = RewardRegression()(answers, scores([0.0, 2.0], [0.5]))
+    answers = judged([1.0, 2.0], [1.0], [0.5, -0.5], [0.0, 2.0], [0.5])
+    result = RewardRegression()(answers)
     assert result.loss.item() == pytest.approx(1 / 3)
     assert {name: value.item() for name, value in result.metrics.items()} == {
         "judge/error_sampled": 0.5,
@@ -35,24 +71,310 @@ def test_each_kind_weighs_the_same() -> None:
     }
     result.loss.backward()
     # d/dx of (x − y)² / n / 3
-    assert answers["sampled"].grad is not None and answers["junk"].grad is not None
-    torch.testing.assert_close(answers["sampled"].grad, torch.tensor([2 * 1.0 / 2 / 3, 0.0]))
-    torch.testing.assert_close(answers["junk"].grad, torch.tensor([2 * 0.5 / 2 / 3, -2 * 0.5 / 2 / 3]))
+    sampled, hard = answers["sampled"].score.grad, answers["hard"].score.grad
+    assert sampled is not None and hard is not None
+    torch.testing.assert_close(sampled, torch.tensor([2 * 1.0 / 2 / 3, 0.0]))
+    torch.testing.assert_close(hard, torch.tensor([2 * 0.5 / 2 / 3, -2 * 0.5 / 2 / 3]))
 
 
 def test_junk_has_the_reward_that_was_asked_for() -> None:
-    result = RewardRegression(junk_reward=-1.0)(judged([0.0], [1.0], [-1.0, 0.0]), scores([0.0], [1.0]))
+    result = RewardRegression(junk_reward=-1.0)(judged([0.0], [1.0], [-1.0, 0.0], [0.0], [1.0]))
     assert result.metrics["judge/error_junk"].item() == 0.5
     assert result.loss.item() == pytest.approx(0.5 / 3)
 
 
 def test_kinds_that_are_absent_do_not_count() -> None:
-    result = RewardRegression()(judged([], [1.0], []), scores([], [3.0]))
+    result = RewardRegression()(judged([], [1.0], [], [], [3.0]))
     assert result.loss.item() == 4.0
     assert set(result.metrics) == {"judge/error_target"}
 
 
 def test_metrics_have_no_gradient() -> None:
-    result = RewardRegression()(judged([1.0], [1.0], [0.5]), scores([0.0], [0.5]))
+    result = RewardRegression()(judged([1.0], [1.0], [0.5], [0.0], [0.5]))
     assert result.loss.requires_grad
     assert not any(value.requires_grad for value in result.metrics.values())
+
+
+def test_an_objective_without_anything_to_compare_costs_nothing() -> None:
+    """The only sample is the target and there are no negatives: no pair, and a loss of 0 that can be learned from."""
+    answers = {"target": opinion([1.0], is_target=[True]), "sampled": opinion([3.0], is_target=[True])}
+    for objective in (BradleyTerry(), PairSoftmax(), Combined([BradleyTerry(), PairSoftmax()])):
+        result = objective(answers)
+        assert result.loss.item() == 0.0 and result.metrics == {}
+        result.loss.backward()  # type: ignore[no-untyped-call]
+
+
+# closeness
+
+
+def closeness_of(objective: DiscriminatorObjective) -> LossTerm:
+    """Samples: one that is the target, one that is paid 0.95, one that is paid 0.6; a target; two negatives."""
+    return objective(
+        {
+            "sampled": opinion([LN3, LN3, -LN3], reward=[0.1, 0.95, 0.6], is_target=[True, False, False]),
+            "target": opinion([LN3]),
+            "hard": opinion([-LN3, 0.0]),
+        }
+    )
+
+
+def test_closeness_yes_no_by_hand() -> None:
+    """σ(ln 3) = ¾. Samples are close, close and not close, each believed with ¾: −ln ¾. The target likewise.
+
+    The negatives are disbelieved with ¾ and ½: (−ln ¾ − ln ½)/2.
+    """
+    found = closeness_of(ClosenessYesNo(close_from=0.9))
+    hard = -(math.log(3 / 4) + math.log(1 / 2)) / 2
+    assert shown(found) == pytest.approx(
+        {"judge/error_sampled": -math.log(3 / 4), "judge/error_target": -math.log(3 / 4), "judge/error_hard": hard}
+    )
+    assert found.loss.item() == pytest.approx((-2 * math.log(3 / 4) + hard) / 3)
+
+
+def test_what_counts_as_close_is_a_setting() -> None:
+    """From 0.5 on the third sample is close, too, and it is believed with ¼ only."""
+    found = closeness_of(ClosenessYesNo(close_from=0.5)).metrics["judge/error_sampled"]
+    assert found.item() == pytest.approx(-(2 * math.log(3 / 4) + math.log(1 / 4)) / 3)
+
+
+def test_closeness_score_by_hand() -> None:
+    """Samples (¾ − 1)², (¾ − 0.95)², (¼ − 0.6)²; target (¾ − 1)²; negatives ¼² and ½²."""
+    found = shown(closeness_of(ClosenessScore()))
+    assert found == pytest.approx(
+        {
+            "judge/error_sampled": (0.25**2 + 0.2**2 + 0.35**2) / 3,
+            "judge/error_target": 0.25**2,
+            "judge/error_hard": (0.25**2 + 0.5**2) / 2,
+        }
+    )
+
+
+def test_closeness_grades_by_hand() -> None:
+    """Four grades: borders θ = logit(¼, ½, ¾) = −ln 3, 0, ln 3. P(grade ≥ j) = σ(score − θ_j).
+
+    A score of 0 gives 1, ¾, ½, ¼ and so each grade ¼. A score of ln 3 gives σ(2 ln 3) = 9/10, ¾, ½: grades ⅒, 0.15, ¼
+    and ½. Rewards 0, 0.3, 0.5 and 1 are the grades 0, 1, 2 and 3.
+    """
+    rewards = [0.0, 0.3, 0.5, 1.0]
+    objective = ClosenessGrades(grades=4)
+    for score, likelihood in ((0.0, [0.25] * 4), (LN3, [0.1, 0.15, 0.25, 0.5])):
+        for reward, wanted in zip(rewards, likelihood, strict=True):
+            found = objective({"target": opinion([]), "sampled": opinion([score], reward=[reward])})
+            assert found.loss.item() == pytest.approx(-math.log(wanted), rel=1e-5)
+
+
+def test_two_grades_are_yes_and_no() -> None:
+    """The only border is logit(½) = 0: cross-entropy of σ(score), targets and what is paid ½ or more being close."""
+    answers = {"target": opinion([LN3]), "sampled": opinion([LN3, 0.4], reward=[0.2, 0.7])}
+    wanted = shown(ClosenessYesNo(close_from=0.5)(answers))
+    assert shown(ClosenessGrades(grades=2)(answers)) == pytest.approx(wanted)
+    with pytest.raises(LoraGANError, match="at least 2, got 1"):
+        ClosenessGrades(1)
+
+
+@pytest.mark.parametrize("score", [-60.0, 60.0])
+def test_grades_teach_even_a_judge_that_is_far_off(score: float) -> None:
+    """Far above every border the likelihood of a lower grade falls by e for each unit: a gradient of ±1, never 0."""
+    reward = 0.5
+    answers = {"target": opinion([]), "sampled": opinion([score], reward=[reward])}
+    ClosenessGrades(grades=4)(answers).loss.backward()  # type: ignore[no-untyped-call]
+    gradient = answers["sampled"].score.grad
+    assert gradient is not None
+    assert gradient.item() == pytest.approx(math.copysign(1, score), rel=1e-4)
+
+
+def test_an_opponent_whose_reward_is_unknown_is_not_called_close_or_far() -> None:
+    answers = {"target": opinion([0.0]), "sampled": opinion([0.0], reward=[0.5]), "opponent": opinion([5.0])}
+    for objective in (ClosenessYesNo(), ClosenessScore(), ClosenessGrades(), RewardRegression()):
+        answers["target"] = opinion([0.0], reward=[1.0])
+        assert set(objective(answers).metrics) == {"judge/error_target", "judge/error_sampled"}
+
+
+# real and generated
+
+
+def test_real_generated_by_hand() -> None:
+    """Smoothing ⅕: the target, believed with ¾, costs −⅘·ln ¾ − ⅕·ln ¼. The rest is generated, also the opponent.
+
+    They are disbelieved with ¾, ½ and ¼.
+    """
+    answers = {
+        "target": opinion([LN3]),
+        "sampled": opinion([-LN3]),
+        "opponent": opinion([0.0]),
+        "hard": opinion([LN3]),
+    }
+    found = RealGenerated(label_smoothing=0.2)(answers)
+    real = -0.8 * math.log(3 / 4) - 0.2 * math.log(1 / 4)
+    generated = -(math.log(3 / 4) + math.log(1 / 2) + math.log(1 / 4)) / 3
+    assert shown(found) == pytest.approx({"judge/error_real": real, "judge/error_generated": generated})
+    assert found.loss.item() == pytest.approx((real + generated) / 2)
+    assert RealGenerated(0.0)(answers).metrics["judge/error_real"].item() == pytest.approx(-math.log(3 / 4))
+    with pytest.raises(LoraGANError, match="label_smoothing"):
+        RealGenerated(0.5)
+
+
+# ranking
+
+
+def ranked() -> dict[str, Judged]:
+    """Prompt 0: target 2, samples 1 and 3 (which is the target), a negative 0. Prompt 1: target 0, sample 0."""
+    return {
+        "target": opinion([2.0, 0.0], prompt=[0, 1], is_target=[True, True]),
+        "sampled": opinion([1.0, 3.0, 0.0], prompt=[0, 0, 1], is_target=[False, True, False]),
+        "hard": opinion([0.0], prompt=[0]),
+    }
+
+
+def cost(margin: float) -> float:
+    """−ln σ(margin)"""
+    return math.log(1 + math.exp(-margin))
+
+
+def test_bradley_terry_by_hand() -> None:
+    """Target over samples: margins 1 and 0, the sample that is the target being no rival. Target over negative: 2.
+
+    Samples over the negative: 1 and 3.
+    """
+    found = BradleyTerry()(ranked())
+    wanted = {
+        "judge/error_target_sampled": (cost(1) + cost(0)) / 2,
+        "judge/error_target_negative": cost(2),
+        "judge/error_sampled_negative": (cost(1) + cost(3)) / 2,
+    }
+    assert shown(found) == pytest.approx(wanted)
+    assert found.loss.item() == pytest.approx(sum(wanted.values()) / 3)
+
+
+def test_samples_need_not_be_over_negatives() -> None:
+    found = BradleyTerry(samples_over_negatives=False)(ranked())
+    assert found.loss.item() == pytest.approx(((cost(1) + cost(0)) / 2 + cost(2)) / 2)
+
+
+def test_bradley_terry_ranks_the_opponent_as_it_ranks_a_sample() -> None:
+    answers = ranked() | {"opponent": opinion([5.0], prompt=[1])}
+    found = BradleyTerry()(answers).metrics["judge/error_target_sampled"]
+    assert found.item() == pytest.approx((cost(1) + cost(0) + cost(-5)) / 3)
+
+
+def test_bradley_terry_does_not_move_a_sample_against_itself() -> None:
+    """Of prompt 1's answers the sample is pushed down by σ(0)/2 pairs/3 kinds, and the target up as much."""
+    answers = ranked()
+    BradleyTerry()(answers).loss.backward()  # type: ignore[no-untyped-call]
+    target, sampled = answers["target"].score.grad, answers["sampled"].score.grad
+    assert target is not None and sampled is not None
+    assert sampled[2].item() == pytest.approx(0.5 / 2 / 3)
+    assert target[1].item() == pytest.approx(-0.5 / 2 / 3)
+    assert sampled[1].item() < 0, "the sample that is the target is pushed up, over the negative"
+
+
+def test_pair_softmax_with_one_rival_is_the_pair() -> None:
+    """−ln(e²/(e² + e¹)) = −ln σ(2 − 1)."""
+    found = PairSoftmax()({"target": opinion([2.0]), "sampled": opinion([1.0])})
+    assert found.loss.item() == pytest.approx(cost(1))
+
+
+def test_pair_softmax_with_several_rivals_by_hand() -> None:
+    """Prompt 0: target ln 4 against ln 1, ln 2 and a negative ln 1: 4/8. Prompt 1: one rival of the same score: ½.
+
+    Prompt 2's only rival is the target word for word: it is not asked. Mean of ln 2 and ln 2.
+    """
+    answers = {
+        "target": opinion([math.log(4), 5.0, 1.0], prompt=[0, 1, 2]),
+        "sampled": opinion([0.0, math.log(2), 5.0, 9.0], prompt=[0, 0, 1, 2], is_target=[False, False, False, True]),
+        "hard": opinion([0.0], prompt=[0]),
+    }
+    found = PairSoftmax()(answers)
+    assert shown(found) == pytest.approx({"judge/error_softmax": math.log(2)})
+    found.loss.backward()  # type: ignore[no-untyped-call]
+    target, sampled = answers["target"].score.grad, answers["sampled"].score.grad
+    assert target is not None and sampled is not None
+    torch.testing.assert_close(target, torch.tensor([-0.25, -0.25, 0.0]))  # −(1 − ½)/2
+    torch.testing.assert_close(sampled, torch.tensor([1 / 16, 2 / 16, 0.25, 0.0]))  # p/2
+
+
+# the auxiliary head, mixtures
+
+
+def test_auxiliary_predicts_a_part_of_the_reward() -> None:
+    """Samples (0.5 − 1)² and (0.5 − 0)², target (0.25 − 0.5)²; negatives have no reward, the score does not matter."""
+    sampled = replace(
+        opinion([9.0, 9.0], reward=[7.0, 7.0]),
+        auxiliary=torch.tensor([0.5, 0.5]),
+        parts={"perplexity": torch.tensor([1.0, 0.0])},
+    )
+    target = replace(
+        opinion([9.0], reward=[7.0]), auxiliary=torch.tensor([0.25]), parts={"perplexity": torch.tensor([0.5])}
+    )
+    answers = {"sampled": sampled, "target": target, "hard": opinion([1.0])}
+    found = Auxiliary()(answers)
+    assert shown(found) == pytest.approx(
+        {"judge/auxiliary_error_sampled": 0.25, "judge/auxiliary_error_target": 0.0625}
+    )
+    assert found.loss.item() == pytest.approx((0.25 + 0.0625) / 2)
+    with pytest.raises(LoraGANError, match=r"no reward is called 'bleu'.*there are: perplexity"):
+        Auxiliary("bleu")(answers)
+
+
+def test_combined_is_the_weighted_sum() -> None:
+    """2·−ln σ(1) + 3·(−ln σ(2) − ln σ(−1))/2"""
+    answers = {"target": opinion([2.0]), "sampled": opinion([1.0])}
+    found = Combined([PairSoftmax(), RealGenerated(0.0)], [2.0, 3.0])(answers)
+    assert found.loss.item() == pytest.approx(2 * cost(1) + 3 * (cost(2) + cost(-1)) / 2)
+    assert set(found.metrics) == {"judge/error_softmax", "judge/error_real", "judge/error_generated"}
+    alone = Combined([PairSoftmax(), PairSoftmax()])(answers)
+    assert alone.loss.item() == pytest.approx(2 * cost(1))
+    for objectives, weights in (([], None), ([PairSoftmax()], [1.0, 2.0])):
+        with pytest.raises(LoraGANError, match="as many weights"):
+            Combined(objectives, weights)
+
+
+# how good was it
+
+
+def test_accuracy_by_kind_by_hand() -> None:
+    """Prompt 0: target 2 beats 1, not 4. Prompt 1: target 0 ties with 0; the sample that is the target does not count.
+
+    Samples: (1 + 0 + ½)/3; negatives: 1 of 2; together 2.5 of 5.
+    """
+    found = judge_metrics(
+        {
+            "target": opinion([2.0, 0.0], prompt=[0, 1], is_target=[True, True]),
+            "sampled": opinion([1.0, 4.0, 0.0, 7.0], prompt=[0, 0, 1, 1], is_target=[False, False, False, True]),
+            "hard": opinion([3.0, -1.0], prompt=[0, 1]),
+            "cut": opinion([]),
+        }
+    )
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {
+            "judge/score_target": 1.0,
+            "judge/score_sampled": 3.0,
+            "judge/score_hard": 1.0,
+            "judge/accuracy_sampled": 0.5,
+            "judge/accuracy_hard": 0.5,
+            "judge/accuracy": 0.5,
+            "judge/length_accuracy": 0.5,
+        }
+    )
+
+
+def test_length_accuracy_is_that_of_the_better_rule() -> None:
+    """Targets of 3 tokens against 5, 4, 3 and 1: the shorter is the target in 2 pairs, the tie counts half: 2.5/4."""
+    lengths = torch.tensor([5, 4, 3, 1])
+    answers = {
+        "target": replace(opinion([1.0], is_target=[True]), length=torch.tensor([3])),
+        "sampled": replace(opinion([0.0] * 4, prompt=[0] * 4), length=lengths),
+    }
+    assert judge_metrics(answers)["judge/length_accuracy"].item() == 0.625
+    turned = answers | {"sampled": replace(answers["sampled"], length=6 - lengths)}
+    assert judge_metrics(turned)["judge/length_accuracy"].item() == 0.625, "the longer is the target"
+
+
+def test_correlation_by_hand() -> None:
+    """Scores 0, 1, 2 and rewards 1, 1, 4: deviations (−1, 0, 1) and (−1, −1, 2), 3/(√2·√6)."""
+    target = {"target": opinion([0.0])}
+    found = judge_metrics(target | {"sampled": opinion([0.0, 1.0, 2.0], prompt=[0] * 3, reward=[1.0, 1.0, 4.0])})
+    assert found["judge/correlation"].item() == pytest.approx(3 / math.sqrt(12))
+    flat = judge_metrics(target | {"sampled": opinion([1.0, 1.0], prompt=[0, 0], reward=[0.0, 1.0])})
+    assert flat["judge/correlation"].item() == 0.0
+    assert "judge/correlation" not in judge_metrics(target | {"sampled": opinion([1.0], reward=[1.0])})

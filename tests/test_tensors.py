@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lora_gan.tensors import kl_k3, lengths_mask, masked_mean, masked_row_mean, pad, token_logprobs
+from lora_gan.tensors import entropy, kl_k3, lengths_mask, masked_mean, masked_row_mean, pad, token_logprobs, whiten
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
@@ -66,3 +66,50 @@ def test_pad_and_its_mask() -> None:
     assert pad(rows).tolist() == [[1, 2, 3], [4, 0, 0]]
     assert pad(rows, -1).tolist() == [[1, 2, 3], [4, -1, -1]]
     assert lengths_mask(torch.tensor([3, 1, 0]), 3).tolist() == [[True] * 3, [True, False, False], [False] * 3]
+
+
+def test_entropy_by_hand() -> None:
+    """Uniform over four: ln 4. (½, ¼, ¼): ½·ln 2 + ½·ln 4 = 1.5·ln 2. A sure thing, and one with a token ruled out."""
+    inf = float("inf")
+    logits = torch.tensor([[7.0, 7, 7, 7], [math.log(2), 0, 0, -inf], [900.0, 0, 0, 0], [1.0, 1, -inf, -inf]])
+    wanted = torch.tensor([math.log(4), 1.5 * math.log(2), 0.0, math.log(2)])
+    torch.testing.assert_close(entropy(logits), wanted)
+    assert entropy(logits.bfloat16()).dtype == torch.float32
+    assert entropy(torch.zeros(0, 5)).shape == (0,)
+
+
+def test_entropy_gradient_by_hand() -> None:
+    """dH/dz = −p·(log p + H). For p = (¾, ¼): ln p₀ − ln p₁ = ln 3, so dH/dz₀ = −¾·¼·ln 3."""
+    logits = torch.tensor([[math.log(3), 0.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(entropy(logits).sum(), logits)
+    torch.testing.assert_close(gradient, torch.tensor([[-1.0, 1.0]]) * 3 / 16 * math.log(3))
+
+
+def test_entropy_has_the_gradient_of_autograd() -> None:
+    """5 rows of half a million are worked on two at a time; the rows have different weights in the loss."""
+    logits = torch.randn(5, 1 << 19, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
+    (gradient,) = torch.autograd.grad((entropy(logits) * weights).sum(), logits)
+    logp = logits.log_softmax(-1)
+    (expected,) = torch.autograd.grad((-(logp.exp() * logp).sum(-1) * weights).sum(), logits)
+    torch.testing.assert_close(gradient, expected, atol=1e-8, rtol=1e-3)
+    assert expected.abs().max() > 1e-5
+
+
+def test_entropy_gives_no_gradient_to_a_token_that_is_ruled_out() -> None:
+    logits = torch.tensor([[1.0, 0.0, -float("inf")]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(entropy(logits).sum(), logits)
+    assert gradient.isfinite().all() and gradient[0, 2] == 0 and gradient[0, 0] != 0
+
+
+def test_whiten_by_hand() -> None:
+    """1, 2, 6: mean 3, variance (4 + 1 + 9)/3; what is masked is 0, be it NaN before."""
+    found = whiten(X, MASK)
+    deviation = math.sqrt(14 / 3)
+    wanted = torch.tensor([[-2 / deviation, -1 / deviation, 0.0], [3 / deviation, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_equal_numbers_are_whitened_to_zero() -> None:
+    assert whiten(torch.full((2, 3), 5.0), MASK[:2]).tolist() == [[0.0] * 3] * 2
+    assert whiten(X, torch.zeros_like(MASK)).tolist() == [[0.0] * 3] * 3

@@ -185,7 +185,7 @@ def test_the_judge_reads_what_separate_rows_say(architecture: str, make_backbone
             texts = [torch.cat([prompts[b], branch]) for b, row in enumerate(rows) for branch in row]
             hidden = [backbone.causal_lm.base_model(input_ids=text[None]).last_hidden_state[0, -1] for text in texts]
             head = backbone.judge_head
-            wanted = torch.stack(hidden).float() @ head.weight[0] + head.bias
+            wanted = torch.stack(hidden).float() @ head.weight.T + head.bias  # (M, 2)
             torch.testing.assert_close(found[kind], wanted, atol=1e-5, rtol=0)
     assert found["sampled"].std() > 0.05
 

@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_gan.data.tokenizer import load_tokenizer
 from lora_gan.errors import LoraGANError
-from lora_gan.tensors import token_logprobs
-from lora_gan.tree import PromptTree
+from lora_gan.tensors import entropy, token_logprobs
+from lora_gan.tree import Branches, PromptTree
 
-GENERATOR, DISCRIMINATOR = "generator", "discriminator"
+GENERATOR, DISCRIMINATOR, SNAPSHOT = "generator", "discriminator", "snapshot"
 BUILTIN = "builtin"
 
 
@@ -51,6 +51,27 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What the model in its active mode says about the tokens of all branches of one kind."""
+
+    logprobs: Tensor  # (M, T) log-probability of each token, 0 where masked
+    logits: Tensor  # (n, V) what they were computed from, for the n tokens that are not masked, row by row
+    hidden: Tensor  # (B, L, H) last hidden states of the trees, as the head receives them
+    branches: Branches
+
+    @property
+    def states(self) -> Tensor:
+        """(M, T, H) the hidden state from which each token was predicted."""
+        return self.hidden[self.branches.row[:, None], self.branches.parents]
+
+    @property
+    def entropy(self) -> Tensor:
+        """(M, T) entropy in nats of the distribution from which each token was drawn, 0 where masked."""
+        mask = self.branches.mask
+        return self.logprobs.new_zeros(mask.shape).masked_scatter(mask, entropy(self.logits))
+
+
+@dataclass(frozen=True)
 class _Pass:
     hidden: Tensor  # (B, L, H) last hidden states, as the head receives them
     logits: Tensor  # (n, V) at the places asked for
@@ -71,10 +92,11 @@ class Backbone(nn.Module):
         model = load_base(base, dtype)
         self.tokenizer = load_tokenizer(base)
         self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
-        settings = {GENERATOR: generator, DISCRIMINATOR: discriminator}
-        self.lm: PeftModel = get_peft_model(model, _peft_config(model, generator), adapter_name=GENERATOR)
-        self.lm.add_adapter(DISCRIMINATOR, _peft_config(model, settings[DISCRIMINATOR]))
-        self.judge_head = nn.Linear(model.config.hidden_size, 1)
+        self.hidden_size: int = model.config.hidden_size
+        self.generator_lora = generator
+        self.lm: PeftModel = get_peft_model(model, peft_config(model, generator), adapter_name=GENERATOR)
+        self.lm.add_adapter(DISCRIMINATOR, peft_config(model, discriminator))
+        self.judge_head = nn.Linear(self.hidden_size, 2)  # score and auxiliary prediction
         self._layers = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
         self._activate(None)
         self.train(False)
@@ -113,6 +135,12 @@ class Backbone(nn.Module):
             yield
 
     @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """The generator as it was when :meth:`take_snapshot` was called last, no gradient; before that, the base."""
+        with self._mode(SNAPSHOT if self.has_snapshot else None), torch.no_grad():
+            yield
+
+    @contextmanager
     def _mode(self, adapter: str | None) -> Iterator[None]:
         previous = self._active
         self._activate(adapter)
@@ -131,8 +159,44 @@ class Backbone(nn.Module):
                 layer.set_adapter(adapter)
         for name, parameter in self.lm.named_parameters():
             if "lora_" in name:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(f".{SNAPSHOT}." not in name)
         self._active = adapter
+
+    # snapshot
+
+    @property
+    def has_snapshot(self) -> bool:
+        """Whether there is a snapshot of the generator."""
+        return SNAPSHOT in self.lm.peft_config
+
+    def take_snapshot(self) -> None:
+        """Freeze a copy of the generator as it is now, in place of an earlier one."""
+        self.copy_adapter(GENERATOR, self.add_snapshot())
+
+    def add_snapshot(self) -> str:
+        """Make room for a snapshot, as for loading one; returns the adapter's name."""
+        if not self.has_snapshot:
+            active = self._active
+            self.lm.add_adapter(SNAPSHOT, peft_config(self.causal_lm, self.generator_lora))
+            self.lm.to(self.device)
+            self._activate(active)
+        return SNAPSHOT
+
+    @torch.no_grad()
+    def copy_adapter(self, source: str, destination: str) -> None:
+        """Give one adapter the weights of another.
+
+        Raises:
+            LoraGANError: Their shapes differ.
+        """
+        weights = dict(self.lm.named_parameters())
+        for name in [n for n in weights if f".{destination}." in n]:
+            given = weights.get(name.replace(f".{destination}.", f".{source}."))
+            if given is None or given.shape != weights[name].shape:
+                raise LoraGANError(
+                    f"the adapters {source} and {destination} differ in shape; give both the same rank and targets"
+                )
+            weights[name].copy_(given)
 
     # passes
 
@@ -143,27 +207,47 @@ class Backbone(nn.Module):
             tree: The prompt tree.
             temperature: By kind, what the logits are divided by; 1 for kinds not named.
         """
+        return {kind: predicted.logprobs for kind, predicted in self.predict(tree, temperature).items()}
+
+    def predict(self, tree: PromptTree, temperature: Mapping[str, float] | None = None) -> dict[str, Predicted]:
+        """:meth:`logprobs` with what else a loss may need, from the same pass."""
         kinds = list(tree.branches.values())
         rows = torch.cat([b.row[:, None].expand_as(b.mask)[b.mask] for b in kinds])
-        logits = self._forward(tree, rows, torch.cat([b.parents[b.mask] for b in kinds])).logits
-        parts = torch.split(logits, [int(b.mask.sum()) for b in kinds])
+        done = self._forward(tree, rows, torch.cat([b.parents[b.mask] for b in kinds]))
+        parts = torch.split(done.logits, [int(b.mask.sum()) for b in kinds])
         result = {}
         for (kind, branches), part in zip(tree.branches.items(), parts, strict=True):
             scale = (temperature or {}).get(kind, 1.0)
-            values = token_logprobs(part if scale == 1 else part / scale, branches.ids[branches.mask])
-            result[kind] = values.new_zeros(branches.mask.shape).masked_scatter(branches.mask, values)
+            logits = part if scale == 1 else part / scale
+            values = token_logprobs(logits, branches.ids[branches.mask])
+            logprobs = values.new_zeros(branches.mask.shape).masked_scatter(branches.mask, values)
+            result[kind] = Predicted(logprobs, logits, done.hidden, branches)
         return result
 
-    def judge(self, tree: PromptTree) -> dict[str, Tensor]:
-        """The discriminator's score of every branch by kind, (M,), read at the branch's last token."""
-        nowhere = tree.ids.new_zeros(0)
-        hidden = self._forward(tree, nowhere, nowhere).hidden
+    def judge(self, tree: PromptTree, embedded: Tensor | None = None) -> dict[str, Tensor]:
+        """The discriminator's score and auxiliary prediction of every branch by kind, (M, 2), read at its last token.
+
+        Args:
+            tree: The prompt tree.
+            embedded: (B, L, H) word embeddings to read instead of those of ``tree.ids``.
+        """
+        hidden = self.hidden(tree, embedded)
         return {
-            kind: self.judge_head(hidden[branches.row, branches.last].float()).squeeze(-1)
+            kind: self.judge_head(hidden[branches.row, branches.last].float())
             for kind, branches in tree.branches.items()
         }
 
-    def _forward(self, tree: PromptTree, rows: Tensor, columns: Tensor) -> _Pass:
+    def hidden(self, tree: PromptTree, embedded: Tensor | None = None) -> Tensor:
+        """(B, L, H) last hidden states of the trees in the active mode."""
+        nowhere = tree.ids.new_zeros(0)
+        return self._forward(tree, nowhere, nowhere, embedded).hidden
+
+    def embed(self, weights: Tensor) -> Tensor:
+        """Mixtures of word embeddings: (n, V) weights → (n, H)."""
+        table: Tensor = self.causal_lm.get_input_embeddings().weight
+        return weights.to(table.dtype) @ table
+
+    def _forward(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> _Pass:
         """One pass over the tree; the head sees only the n places ``(rows, columns)``.
 
         A hook on the head does this, so whatever an architecture does to its logits afterwards still happens.
@@ -177,7 +261,7 @@ class Backbone(nn.Module):
         handle = self.causal_lm.get_output_embeddings().register_forward_pre_hook(pick)
         try:
             logits = self.causal_lm(
-                input_ids=tree.ids,
+                **({"input_ids": tree.ids} if embedded is None else {"inputs_embeds": embedded}),
                 attention_mask=tree.attention_mask,
                 position_ids=tree.position_ids,
                 use_cache=False,
@@ -209,7 +293,8 @@ def load_base(base: str, dtype: str = "float32") -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def _peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
+def peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
+    """The settings in PEFT's words."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -13,8 +13,16 @@ class Knobs(nn.Module):
     supervised_weight: Tensor
     policy_weight: Tensor
     adversarial_weight: Tensor
+    adversarial_scale: Tensor
+    adversarial_gate: Tensor
+    coupled_weight: Tensor
     kl_coefficient: Tensor
-    discriminator_learning: Tensor
+    kl_penalty: Tensor
+    entropy_coefficient: Tensor
+    value_coefficient: Tensor
+    discriminator_updates: Tensor
+    discriminator_gate: Tensor
+    easiest_share: Tensor
 
     def __init__(self, **values: float) -> None:
         super().__init__()

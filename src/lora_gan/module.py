@@ -6,9 +6,11 @@ reads them. A new variant is a new class behind a seam (reward, objective, advan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from time import perf_counter
 from typing import Any
 
 import lightning as L
@@ -19,19 +21,56 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lora_gan.advantages import AdvantageEstimator, MovingAverage
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, Backbone, LoraSettings
+from lora_gan.coupling import StraightThrough
+from lora_gan.discriminator import Discriminator
 from lora_gan.errors import LoraGANError, NonFiniteError
+from lora_gan.judges import AdapterJudge, Judge
 from lora_gan.knobs import Knobs
-from lora_gan.losses import PolicyLoss, Reinforce, kl_loss
-from lora_gan.objectives import JUNK, SAMPLED, TARGET, DiscriminatorObjective, RewardRegression, judge_metrics
-from lora_gan.rewards import PerplexityReward, Reward, SemanticReward, weighted_sum
+from lora_gan.losses import PolicyLoss, Reinforce, kl_loss, moved_kl, value_loss
+from lora_gan.negatives import HardNegatives, Negatives
+from lora_gan.objectives import OPPONENT, SAMPLED, TARGET, DiscriminatorObjective, RewardRegression, judge_metrics
+from lora_gan.payoffs import Payoff, RawScore
+from lora_gan.replay import Replay
+from lora_gan.rewards import (
+    Combination,
+    PerplexityReward,
+    Reward,
+    SemanticReward,
+    WeightedSum,
+    weighted_sum,
+    weights_of,
+)
 from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import kl_k3, masked_mean
-from lora_gan.tree import PromptTree, grow, grow_scored
-from lora_gan.types import Answered, Credit, Judgement, PromptBatch, RewardContext, Rollout, Scores
+from lora_gan.tree import grow_scored
+from lora_gan.types import Answered, Credit, Earnings, Judgement, PromptBatch, RewardContext, Rollout, Scores
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+REFERENCES = ("base", "snapshot")
+JUDGE = "judge"  # the discriminator's payoff among the rewards
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the generator learns from in one update: some prompts of the round, or all."""
+
+    batch: PromptBatch
+    rollout: Rollout
+    credit: Credit
+    reference_logprobs: Tensor  # (N, T)
+
+    def of(self, prompts: Sequence[int]) -> Lesson:
+        """The chosen prompts only."""
+        if list(prompts) == list(range(len(self.batch))):
+            return self
+        if len(self.rollout) == 0:
+            return replace(self, batch=self.batch.of(prompts))
+        rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
+        width = rollout.ids.shape[1]
+        reference = self.reference_logprobs[rows, :width]
+        return Lesson(self.batch.of(prompts), rollout, self.credit.of(rows, width), reference)
 
 
 @dataclass(frozen=True)
@@ -52,22 +91,36 @@ class LoraGANModule(L.LightningModule):
         answers_per_prompt: Answers k sampled for each prompt in a round.
         sampling: How they are sampled.
         rewards: What makes an answer good; by default 0.7 semantic similarity + 0.3 perplexity.
+        combination: How the rewards and the payoff become what the policy is paid; by default their weighted sum.
+        judge: Architecture of the discriminator; by default the second adapter on the shared base.
         objective: What the discriminator learns; by default to predict the reward.
+        negatives: Worse answers that the discriminator is shown; by default one hard negative for each prompt.
+        replay: Old samples that the discriminator is shown again; by default none.
+        payoff: What the discriminator's score is worth to the generator; by default the score itself.
         advantage: Credit of an answer; by default its reward less a moving average.
         policy_loss: How credit becomes a loss; by default REINFORCE.
+        coupling: Relaxation of the samples through which the discriminator's gradient reaches the generator, where
+            coupled_weight is not 0.
         supervised_weight: Weight of the cross-entropy on the targets (answer tokens only, token mean).
         policy_weight: Weight of the policy loss.
-        adversarial_weight: Weight of the discriminator's score in the reward that the policy is paid.
-        kl_coefficient: Weight of KL(generator‖base) in the generator's loss.
-        train_discriminator: Whether the discriminator learns.
-        junk_per_prompt: Wrong answers shown to the discriminator for each prompt: the example's hard negatives, or
-            another prompt's target where it has none.
+        adversarial_weight: Weight of the payoff in the reward that the policy is paid.
+        coupled_weight: Weight of −log P(close) in the generator's loss, differentiated through relaxed samples.
+        kl_coefficient: Weight of KL(generator‖reference) in the generator's loss (k3, token mean).
+        kl_penalty: Weight of log π − log reference taken off the reward at each token (k1).
+        kl_reference: Whom the generator shall stay near to: "base", or "snapshot", the generator as it was when a
+            callback took one.
+        entropy_coefficient: Weight of the entropy bonus (nats a token).
+        value_coefficient: Weight of the value head's loss, for advantages that need one.
+        value_clip: How far the value head's prediction may move in a round before it counts no more.
+        truncated_penalty: Taken off the reward of an answer that the length limit cut off.
+        mask_truncated: Whether such answers are left out of the policy's losses.
+        discriminator_updates: Updates of the discriminator in a round; 0: it does not learn.
         generator_lora: Shape of the generator's adapter.
         discriminator_lora: Shape of the discriminator's adapter.
         generator_optimizer: The generator's optimizer.
         discriminator_optimizer: The discriminator's optimizer.
-        generator_scheduler: Learning-rate schedule of the generator, stepped with its optimizer.
-        discriminator_scheduler: Learning-rate schedule of the discriminator, stepped with its optimizer.
+        generator_scheduler: Learning-rate schedule of the generator, stepped once in each round in which it learned.
+        discriminator_scheduler: Learning-rate schedule of the discriminator, stepped likewise.
         gradient_clip: Largest norm of a player's gradient.
         accumulate_rounds: Rounds whose gradients are averaged into one step of both optimizers.
         dtype: Number format of the frozen base: float32, bfloat16 or float16.
@@ -79,15 +132,28 @@ class LoraGANModule(L.LightningModule):
         answers_per_prompt: int = 4,
         sampling: Sampling = Sampling(),
         rewards: list[Reward] | None = None,
+        combination: Combination | None = None,
+        judge: Judge | None = None,
         objective: DiscriminatorObjective | None = None,
+        negatives: list[Negatives] | None = None,
+        replay: Replay | None = None,
+        payoff: Payoff | None = None,
         advantage: AdvantageEstimator | None = None,
         policy_loss: PolicyLoss | None = None,
+        coupling: StraightThrough | None = None,
         supervised_weight: float = 1.0,
         policy_weight: float = 1.0,
         adversarial_weight: float = 0.0,
+        coupled_weight: float = 0.0,
         kl_coefficient: float = 0.0,
-        train_discriminator: bool = True,
-        junk_per_prompt: int = 1,
+        kl_penalty: float = 0.0,
+        kl_reference: str = "base",
+        entropy_coefficient: float = 0.0,
+        value_coefficient: float = 0.1,
+        value_clip: float = 0.2,
+        truncated_penalty: float = 0.0,
+        mask_truncated: bool = False,
+        discriminator_updates: int = 1,
         generator_lora: LoraSettings = LoraSettings(),
         discriminator_lora: LoraSettings = LoraSettings(),
         generator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-3, weight_decay=0.0),
@@ -100,26 +166,29 @@ class LoraGANModule(L.LightningModule):
     ) -> None:
         super().__init__()
         _at_least(1, answers_per_prompt=answers_per_prompt, accumulate_rounds=accumulate_rounds)
-        _at_least(0, junk_per_prompt=junk_per_prompt, policy_weight=policy_weight, supervised_weight=supervised_weight)
+        _at_least(0, policy_weight=policy_weight, supervised_weight=supervised_weight, coupled_weight=coupled_weight)
+        _at_least(0, discriminator_updates=discriminator_updates, value_coefficient=value_coefficient)
         if gradient_clip <= 0:
             raise LoraGANError(f"gradient_clip must be > 0, got {gradient_clip}; a large one, 1e9 say, never clips")
+        if kl_reference not in REFERENCES:
+            raise LoraGANError(f"kl_reference must be one of {', '.join(REFERENCES)}, got {kl_reference!r}")
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold what is trained, not the base
         self.base = base
         self.answers_per_prompt = answers_per_prompt
         self.sampling = sampling
-        self.greedy = replace(sampling, do_sample=False)
+        self.greedy = replace(sampling, do_sample=False, num_beams=1)
         self.rewards = rewards if rewards is not None else [SemanticReward(), PerplexityReward()]
         check_names(self.rewards)
-        self.objective = objective or RewardRegression()
+        self.combination = combination or WeightedSum()
+        self.payoff = payoff or RawScore()
         self.advantage = advantage or MovingAverage()
-        if self.advantage.needs_group and answers_per_prompt < 2:
-            raise LoraGANError(
-                f"{type(self.advantage).__name__} compares the answers to one prompt: answers_per_prompt must be at "
-                f"least 2, got {answers_per_prompt}"
-            )
         self.policy_loss = policy_loss or Reinforce()
-        self.junk_per_prompt = junk_per_prompt
+        self.coupling = coupling or StraightThrough()
+        self.kl_reference = kl_reference
+        self.value_clip = value_clip
+        self.truncated_penalty = truncated_penalty
+        self.mask_truncated = mask_truncated
         self.optimizer_factories = {GENERATOR: generator_optimizer, DISCRIMINATOR: discriminator_optimizer}
         self.scheduler_factories = {GENERATOR: generator_scheduler, DISCRIMINATOR: discriminator_scheduler}
         self.gradient_clip = gradient_clip
@@ -127,119 +196,282 @@ class LoraGANModule(L.LightningModule):
         self.dtype_of_base = dtype
         self.lora = {GENERATOR: generator_lora, DISCRIMINATOR: discriminator_lora}
         self.backbone = Backbone(base, generator_lora, discriminator_lora, dtype)
+        self.discriminator = Discriminator(
+            judge or AdapterJudge(),
+            objective or RewardRegression(),
+            [HardNegatives()] if negatives is None else negatives,
+            replay or Replay(),
+        )
+        self.discriminator.judge.build(self.backbone)
+        self.value_head = nn.Linear(self.backbone.hidden_size, 1) if self.advantage.needs_values else None
         self.configured_knobs = {
             "supervised_weight": supervised_weight,
             "policy_weight": policy_weight,
             "adversarial_weight": adversarial_weight,
+            "coupled_weight": coupled_weight,
             "kl_coefficient": kl_coefficient,
-            "discriminator_learning": float(train_discriminator),
+            "kl_penalty": kl_penalty,
+            "entropy_coefficient": entropy_coefficient,
+            "value_coefficient": value_coefficient,
+            "discriminator_updates": float(discriminator_updates),
         }
-        self.knobs = Knobs(baseline=0.0, **self.configured_knobs)
+        self.knobs = Knobs(
+            baseline=0.0,
+            adversarial_scale=1.0,
+            adversarial_gate=1.0,
+            discriminator_gate=1.0,
+            easiest_share=1.0,
+            **self.configured_knobs,
+        )
+        self.rollout = Rollout.empty(self.device)  # of the last round, for callbacks
+        self.phase_seconds: dict[str, float] = {}  # of the last round, for callbacks
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.advantage.needs_group and self.answers_per_prompt < 2:
+            raise LoraGANError(
+                f"{type(self.advantage).__name__} compares the answers to one prompt: answers_per_prompt must be at "
+                f"least 2, got {self.answers_per_prompt}"
+            )
+        if self.configured_knobs["coupled_weight"] and not self.discriminator.judge.differentiable:
+            raise LoraGANError(
+                "coupled_weight needs a judge that reads relaxed samples, such as AdapterJudge; "
+                f"{type(self.discriminator.judge).__name__} reads whole words: set coupled_weight to 0 and pay its "
+                "score by adversarial_weight"
+            )
+        updates = max(
+            self.policy_loss.epochs * self.policy_loss.minibatches, self.configured_knobs["discriminator_updates"]
+        )
+        if self.accumulate_rounds > 1 and updates > 1:
+            raise LoraGANError(
+                "accumulate_rounds > 1 makes one step of several rounds, but a player takes several steps in each "
+                "round here: set epochs, minibatches and discriminator_updates to 1, or accumulate_rounds to 1"
+            )
 
     # the round
 
     @property
     def judging(self) -> bool:
-        """Whether the discriminator takes part in this round: it learns, or its score is paid."""
-        return bool(self.knobs.discriminator_learning or self.knobs.adversarial_weight)
+        """Whether the discriminator takes part in this round: it learns, or somebody wants its opinion."""
+        knobs = self.knobs
+        wanted = self.advantage.needs_judge and knobs.policy_weight
+        return bool(knobs.discriminator_updates or knobs.adversarial_weight or knobs.coupled_weight or wanted)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         """One round: play, score, judge, credit, learn."""
         with self._counted_round():
-            rollout = self.play(batch)
-            scores = self.score(rollout, batch, with_targets=self.judging)
-            judgement = self.update_discriminator(rollout, scores, batch)
-            paid = self.pay(scores, judgement)
-            credit = self.credit(rollout, paid, judgement)
-            learned = self.update_generator(rollout, scores, credit, batch)
-            return self.report(rollout, scores, paid, judgement, credit, learned)
+            with self._timed("play"):
+                rollout = self.play(batch)
+                opponent = self.play_opponent(batch)
+            with self._timed("score"):
+                scores = self.score(rollout, batch, with_targets=self.judging)
+            with self._timed("discriminator"):
+                judgement = self.update_discriminator(rollout, opponent, scores, batch)
+            with self._timed("generator"):
+                earnings = self.pay(rollout, scores, judgement, batch)
+                credit = self.credit(rollout, earnings)
+                learned = self.update_generator(rollout, scores, judgement, credit, batch)
+            self._step_schedulers()
+            return self.report(rollout, scores, earnings, judgement, credit, learned)
 
     def play(self, batch: PromptBatch) -> Rollout:
         """k answers for each prompt, no gradient; none in a round that has no use for them."""
-        if not (self.knobs.policy_weight or self.knobs.kl_coefficient or self.judging):
-            return Rollout.empty(self.device)
+        knobs = self.knobs
+        weights = (knobs.policy_weight, knobs.kl_coefficient, knobs.entropy_coefficient, knobs.coupled_weight)
+        if not (any(weights) or self.judging):
+            self.rollout = Rollout.empty(self.device)
+            return self.rollout
         with self.backbone.generator():
+            self.rollout = sample(self.backbone, batch.prompt_ids, self.answers_per_prompt, self.sampling)
+        return self.rollout
+
+    def play_opponent(self, batch: PromptBatch) -> Rollout:
+        """The answers of the generator's last snapshot, where the payoff compares with them."""
+        if not (self.payoff.needs_opponent and self.judging):
+            return Rollout.empty(self.device)
+        with self.backbone.snapshot():
             return sample(self.backbone, batch.prompt_ids, self.answers_per_prompt, self.sampling)
 
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the answers and, by the same measure, of the targets; the reference pass happens here."""
-        targets = batch if with_targets else PromptBatch.empty()
+        targets = batch.of(batch.answered) if with_targets else PromptBatch.empty()
         answers = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
-        tree = grow_scored(batch.prompt_ids, {SAMPLED: answers, TARGET: _each(targets.target_ids, len(batch))})
+        tree = grow_scored(
+            batch.prompt_ids,
+            {SAMPLED: answers, TARGET: _targets(batch) if with_targets else [[] for _ in range(len(batch))]},
+        )
+        temperature = {SAMPLED: self.sampling.temperature}
         with self.backbone.reference():
-            reference = self.backbone.logprobs(tree)
-            temperature = self.sampling.temperature
-            tempered = reference if temperature == 1 else self.backbone.logprobs(tree, {SAMPLED: temperature})
+            base = self.backbone.logprobs(tree)
+            reference = base if self.sampling.temperature == 1 else self.backbone.logprobs(tree, temperature)
+        if self.kl_reference == "snapshot":
+            with self.backbone.snapshot():
+                reference = self.backbone.logprobs(tree, temperature)
         mask = {kind: branches.mask for kind, branches in tree.branches.items()}
-        sampled = RewardContext(rollout.k, reference[SAMPLED], mask[SAMPLED])
+        sampled = RewardContext(rollout.k, base[SAMPLED], mask[SAMPLED])
         paid = weighted_sum(self.rewards, rollout.texts, batch, sampled)
-        wanted = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, reference[TARGET], mask[TARGET]))
-        return Scores(paid.total, paid.parts, wanted.total, tempered[SAMPLED])
+        wanted = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, base[TARGET], mask[TARGET]))
+        return Scores(paid.total, paid.parts, paid.applies, wanted.total, wanted.parts, reference[SAMPLED])
 
-    def update_discriminator(self, rollout: Rollout, scores: Scores, batch: PromptBatch) -> Judgement:
+    def update_discriminator(
+        self, rollout: Rollout, opponent: Rollout, scores: Scores, batch: PromptBatch
+    ) -> Judgement:
         """The discriminator judges the fresh answers, then learns from them."""
         if not self.judging:
-            return Judgement(torch.zeros_like(scores.total), {})
-        learning = bool(self.knobs.discriminator_learning)
-        tree = self._judged_tree(rollout, batch)
-        with self.backbone.discriminator(), torch.set_grad_enabled(learning):
-            judged = self.backbone.judge(tree)
-            result = self.objective(judged, scores)
-            if learning:
-                self._optimize(DISCRIMINATOR, {"discriminator": result.loss})
-        judged = {kind: scored.detach() for kind, scored in judged.items()}
-        metrics = {
-            "loss/discriminator": result.loss.detach(),
-            **result.metrics,
-            **judge_metrics(judged, scores, tree.branches[JUNK].row),
-        }
-        return Judgement(judged[SAMPLED], metrics)
+            nothing = scores.total[:0]
+            return Judgement(torch.zeros_like(scores.total), nothing, nothing, rollout.k, {})
+        updates = int(self.knobs.discriminator_updates * self.knobs.discriminator_gate)
+        player = self.discriminator
+        exhibit = player.exhibit(self.backbone.tokenizer, batch, rollout, opponent, scores)
+        with player.judge.mode(self.backbone), torch.set_grad_enabled(updates > 0):
+            judged = player(self.backbone, exhibit)
+            term = player.objective(judged)
+            fresh = {kind: opinion.where(opinion.prompt < exhibit.fresh) for kind, opinion in judged.items()}
+            metrics = {"loss/discriminator": term.loss.detach(), **term.metrics, **judge_metrics(fresh)}
+            for update in range(updates):
+                if update:
+                    term = player.objective(player(self.backbone, exhibit))
+                self._optimize(DISCRIMINATOR, {"discriminator": term.loss})
+        player.remember(exhibit)
+        theirs = fresh[OPPONENT].score if OPPONENT in fresh else scores.total[:0]
+        return Judgement(fresh[SAMPLED].score, fresh[TARGET].score, theirs, rollout.k, metrics)
 
-    def pay(self, scores: Scores, judgement: Judgement) -> Tensor:
-        """(N,) what the policy is paid: the rewards plus the discriminator's weighted score."""
-        return scores.total + self.knobs.adversarial_weight * judgement.sampled
+    def pay(self, rollout: Rollout, scores: Scores, judgement: Judgement, batch: PromptBatch) -> Earnings:
+        """What the policy is paid: rewards and the discriminator's payoff at the last token, penalties on the way."""
+        knobs = self.knobs
+        parts, weights = dict(scores.parts), weights_of(self.rewards)
+        if knobs.adversarial_weight:
+            parts[JUDGE] = self.payoff(judgement)
+            weights[JUDGE] = float(knobs.adversarial_weight * knobs.adversarial_scale * knobs.adversarial_gate)
+        total = self.combination(parts, weights, scores.applies, rollout.k) if parts else scores.total
+        total = total - self.truncated_penalty * rollout.truncated.float()
+        rewards = torch.zeros_like(rollout.logprobs)
+        if len(rollout):
+            rewards[torch.arange(len(rollout)), rollout.mask.sum(-1) - 1] = total
+        if knobs.kl_penalty:
+            rewards = rewards - knobs.kl_penalty * (rollout.logprobs - scores.reference_logprobs) * rollout.mask
+        return Earnings(rewards, judgement.sampled, knobs.baseline, self._values(rollout, batch))
 
-    def credit(self, rollout: Rollout, paid: Tensor, judgement: Judgement) -> Credit:
+    @torch.no_grad()
+    def _values(self, rollout: Rollout, batch: PromptBatch) -> Tensor | None:
+        """(N, T) of the value head before the update."""
+        if self.value_head is None or len(rollout) == 0:
+            return None
+        tree = grow_scored(batch.prompt_ids, {SAMPLED: _by_prompt(rollout.answer_ids, rollout.k, len(batch))})
+        with self.backbone.generator():
+            return self._value(self.backbone.predict(tree)[SAMPLED].states)
+
+    def _value(self, states: Tensor) -> Tensor:
+        """(N, T, H) → (N, T)."""
+        assert self.value_head is not None
+        values: Tensor = self.value_head(states.float()).squeeze(-1)
+        return values
+
+    def credit(self, rollout: Rollout, earnings: Earnings) -> Credit:
         """Advantages of the sampled tokens; none where nothing was sampled."""
         if len(rollout) == 0:
             return Credit(rollout.logprobs, {})
         if self.knobs.policy_weight:
             self._check_baseline()
-        return self.advantage(rollout, paid, judgement, self.knobs.baseline)
+        return self.advantage(rollout, earnings)
 
-    def update_generator(self, rollout: Rollout, scores: Scores, credit: Credit, batch: PromptBatch) -> Learned:
-        """Supervised loss on the targets and policy loss on the sampled answers, one forward and one backward."""
-        knobs = self.knobs
-        branches: dict[str, list[list[Tensor]]] = {}
-        if knobs.policy_weight or knobs.kl_coefficient:
-            branches[SAMPLED] = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
-        if knobs.supervised_weight:
-            branches[TARGET] = _each(batch.target_ids, len(batch))
-        if not branches:
-            return Learned({})
-        tree = grow_scored(batch.prompt_ids, branches)
-        metrics: dict[str, Tensor] = {}
-        terms: dict[str, Tensor] = {}
-        with self.backbone.generator():
-            logprobs = self.backbone.logprobs(tree, {SAMPLED: self.sampling.temperature})
-            if knobs.supervised_weight:
-                metrics["loss/supervised"] = -masked_mean(logprobs[TARGET], tree.branches[TARGET].mask)
-                terms["supervised"] = knobs.supervised_weight * metrics["loss/supervised"]
-            if knobs.policy_weight:
-                policy = self.policy_loss(logprobs[SAMPLED], rollout, credit)
-                metrics |= {"loss/policy": policy.loss, **policy.metrics}
-                terms["policy"] = knobs.policy_weight * policy.loss
-            if knobs.kl_coefficient:
-                terms["kl"] = knobs.kl_coefficient * kl_loss(logprobs[SAMPLED], rollout, scores.reference_logprobs)
-            self._optimize(GENERATOR, terms)
-        metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
+    def update_generator(
+        self, rollout: Rollout, scores: Scores, judgement: Judgement, credit: Credit, batch: PromptBatch
+    ) -> Learned:
+        """Supervised loss on the targets and policy loss on the sampled answers, one forward and backward a step."""
+        lesson = Lesson(batch, rollout, credit, scores.reference_logprobs)
+        shown: list[dict[str, Tensor]] = []
+        for prompts in self._parts(self._easiest(judgement, len(batch))):
+            with self.backbone.generator():
+                terms, metrics = self.generator_terms(lesson.of(prompts))
+                if not terms:
+                    return Learned({})
+                shown.append(metrics)
+                if metrics.get("policy/moved", torch.zeros(())) > self.policy_loss.target_kl:
+                    break
+                self._optimize(GENERATOR, terms)
+                metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
+        metrics = {name: torch.stack([m[name] for m in shown if name in m]).mean() for m in shown for name in m}
+        if self.knobs.policy_weight and self.policy_loss.epochs * self.policy_loss.minibatches > 1:
+            metrics["policy/updates"] = torch.tensor(float(sum("loss/generator" in m for m in shown)))
+            metrics["policy/moved"] = shown[-1]["policy/moved"]
         return Learned({name: value.detach() for name, value in metrics.items()})
+
+    def generator_terms(self, lesson: Lesson) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weighted terms of the generator's loss, and what is worth logging about them."""
+        knobs, batch, rollout = self.knobs, lesson.batch, lesson.rollout
+        branches: dict[str, list[list[Tensor]]] = {}
+        if knobs.policy_weight or knobs.kl_coefficient or knobs.entropy_coefficient or knobs.coupled_weight:
+            branches[SAMPLED] = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
+        supervised = bool(knobs.supervised_weight and batch.answered)
+        if supervised:
+            branches[TARGET] = _targets(batch)
+        if not branches:
+            return {}, {}
+        tree = grow_scored(batch.prompt_ids, branches)
+        predicted = self.backbone.predict(tree, {SAMPLED: self.sampling.temperature})
+        terms: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        if supervised:
+            losses["supervised"] = -masked_mean(predicted[TARGET].logprobs, tree.branches[TARGET].mask)
+            terms["supervised"] = knobs.supervised_weight * losses["supervised"]
+        if SAMPLED in predicted:
+            logprobs = predicted[SAMPLED].logprobs
+            counted = self._counted(rollout)
+        if knobs.policy_weight:
+            policy = self.policy_loss(logprobs, counted, lesson.credit)
+            losses["policy"] = policy.loss
+            metrics |= {**policy.metrics, "policy/moved": moved_kl(logprobs, rollout)}
+            terms["policy"] = knobs.policy_weight * policy.loss
+        if knobs.policy_weight and self.value_head is not None:
+            values = self._value(predicted[SAMPLED].states)
+            losses["value"] = value_loss(values, counted, lesson.credit, self.value_clip)
+            terms["value"] = knobs.value_coefficient * losses["value"]
+        if knobs.kl_coefficient:
+            losses["kl"] = kl_loss(logprobs, counted, lesson.reference_logprobs)
+            terms["kl"] = knobs.kl_coefficient * losses["kl"]
+        if knobs.entropy_coefficient:
+            losses["entropy"] = -masked_mean(predicted[SAMPLED].entropy, counted.mask)
+            terms["entropy"] = knobs.entropy_coefficient * losses["entropy"]
+        if knobs.coupled_weight:
+            losses["coupled"] = self.coupling(
+                self.backbone, self.discriminator.judge, predicted[SAMPLED], rollout, batch
+            )
+            terms["coupled"] = knobs.coupled_weight * losses["coupled"]
+        return terms, metrics | {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+
+    def _counted(self, rollout: Rollout) -> Rollout:
+        """The answers with those masked that shall not count."""
+        if not self.mask_truncated:
+            return rollout
+        return replace(rollout, mask=rollout.mask & ~rollout.truncated[:, None])
+
+    def _easiest(self, judgement: Judgement, prompts: int) -> list[int]:
+        """The prompts to learn from: those with the best judged answers, as many as the knob ``easiest_share`` says."""
+        share = float(self.knobs.easiest_share)
+        if share >= 1 or not self.judging:
+            return list(range(prompts))
+        kept = judgement.per_prompt.mean(1).argsort(descending=True)[: max(1, math.ceil(share * prompts))]
+        return sorted(kept.tolist())
+
+    def _parts(self, prompts: Sequence[int]) -> Iterator[list[int]]:
+        """Which prompts each step of this round learns from."""
+        epochs, minibatches = self.policy_loss.epochs, self.policy_loss.minibatches
+        if not self.knobs.policy_weight:
+            epochs = minibatches = 1
+        for _ in range(epochs):
+            if minibatches == 1:
+                yield list(prompts)
+            else:
+                order = torch.randperm(len(prompts)).tensor_split(min(minibatches, len(prompts)))
+                yield from ([prompts[i] for i in part.tolist()] for part in order)
 
     def report(
         self,
         rollout: Rollout,
         scores: Scores,
-        paid: Tensor,
+        earnings: Earnings,
         judgement: Judgement,
         credit: Credit,
         learned: Learned,
@@ -251,39 +483,35 @@ class LoraGANModule(L.LightningModule):
             metrics["reward/target"] = scores.target_total.mean()
         if len(rollout):
             metrics |= {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
-            metrics["reward/total"] = paid.mean()
+            metrics["reward/total"] = earnings.per_answer.mean()
             metrics["policy/kl"] = masked_mean(kl_k3(rollout.logprobs, scores.reference_logprobs), rollout.mask)
             metrics["policy/entropy"] = -masked_mean(rollout.logprobs, rollout.mask)
             metrics["policy/length"] = rollout.mask.sum(-1).float().mean()
             metrics["policy/truncated"] = rollout.truncated.float().mean()
+        if self.payoff.needs_opponent and self.judging:
+            metrics["reward/win"] = self.payoff(judgement).mean()
         shown = {name for name in metrics if name in ("reward/total", "loss/generator", "loss/discriminator")}
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
         return metrics
 
-    def _judged_tree(self, rollout: Rollout, batch: PromptBatch) -> PromptTree:
-        """Sampled answers, targets and junk, all ending in EOS, so that nothing can be told from the format."""
-        eos = torch.tensor([self.backbone.tokenizer.eos_token_id], device=self.device)
-        ended = [
-            torch.cat([answer if cut else answer[:-1], eos])
-            for answer, cut in zip(rollout.answer_ids, rollout.truncated.tolist(), strict=True)
-        ]
-        sampled = _by_prompt(ended, rollout.k, len(batch))
-        junk = [self._pick_junk(batch, b) for b in range(len(batch))]
-        return grow(batch.prompt_ids, {SAMPLED: sampled, TARGET: _each(batch.target_ids, len(batch)), JUNK: junk})
-
-    def _pick_junk(self, batch: PromptBatch, b: int) -> list[Tensor]:
-        pool = list(batch.negative_ids[b]) or [
-            target
-            for target, other in zip(batch.target_ids, batch.examples, strict=True)
-            if other.group != batch.examples[b].group
-        ]
-        return [pool[i] for i in torch.randperm(len(pool))[: self.junk_per_prompt].tolist()]
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Keep how long a phase of the round took."""
+        begun = perf_counter()
+        yield
+        self.phase_seconds[phase] = perf_counter() - begun
 
     # optimization
 
     def configure_optimizers(self) -> Any:
-        optimizers = {p: make(self.backbone.parameters_of(p)) for p, make in self.optimizer_factories.items()}
+        parameters = {
+            GENERATOR: self.backbone.parameters_of(GENERATOR)
+            + list(self.value_head.parameters() if self.value_head else ()),
+            DISCRIMINATOR: self.discriminator.judge.learned(self.backbone),
+        }
+        self.stepped: set[str] = set()
+        optimizers = {player: make(parameters[player]) for player, make in self.optimizer_factories.items()}
         schedulers = [make(optimizers[p]) for p, make in self.scheduler_factories.items() if make is not None]
         return list(optimizers.values()), schedulers
 
@@ -299,10 +527,17 @@ class LoraGANModule(L.LightningModule):
         optimizer = self.optimizers()[index]  # type: ignore[index]
         optimizer.step()
         optimizer.zero_grad()
-        if self.scheduler_factories[player] is not None:
-            schedulers = self.lr_schedulers()
-            chosen = schedulers if not isinstance(schedulers, list) else schedulers[index]
-            chosen.step()  # type: ignore[union-attr]
+        self.stepped.add(player)
+
+    def _step_schedulers(self) -> None:
+        """Once a round for each player that took a step."""
+        scheduled = [player for player, make in self.scheduler_factories.items() if make is not None]
+        found = self.lr_schedulers()
+        schedulers = found if isinstance(found, list) else [found] if found is not None else []
+        for player, scheduler in zip(scheduled, schedulers, strict=True):
+            if player in self.stepped:
+                scheduler.step()
+        self.stepped.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip one player's gradient; Lightning calls this after fp16 gradients are unscaled and before the step."""
@@ -380,7 +615,7 @@ class LoraGANModule(L.LightningModule):
     # checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep adapters, head and knobs; the base is named, not stored."""
+        """Keep adapters, heads, knobs and replay; the base is named, not stored."""
         kept = self._kept()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint["lora_gan"] = {
@@ -389,6 +624,8 @@ class LoraGANModule(L.LightningModule):
             "dtype": self.dtype_of_base,
             "knobs": self.configured_knobs,
             "optimizers": self._optimizer_settings(),
+            "judge": self._judge_description(),
+            "replay": self.discriminator.replay.state_dict(),
             **{player: asdict(settings) for player, settings in self.lora.items()},
         }
 
@@ -397,7 +634,7 @@ class LoraGANModule(L.LightningModule):
         described = checkpoint.get("lora_gan")
         if described is None:
             raise LoraGANError("this checkpoint was not written by lora-gan")
-        mine = {"version": CHECKPOINT_VERSION, "base": self.base}
+        mine = {"version": CHECKPOINT_VERSION, "base": self.base, "judge": self._judge_description()}
         mine |= {player: asdict(settings) for player, settings in self.lora.items()}
         if (
             self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
@@ -406,6 +643,9 @@ class LoraGANModule(L.LightningModule):
         differing = [f"{k}: {described.get(k)} there, {v} here" for k, v in mine.items() if described.get(k) != v]
         if differing:
             raise LoraGANError("the checkpoint does not fit this configuration: " + "; ".join(differing))
+        if any(f".{SNAPSHOT}." in name for name in checkpoint["state_dict"]):
+            self.backbone.add_snapshot()
+        self.discriminator.replay.load_state_dict(described["replay"])
         missing = self._kept() - set(checkpoint["state_dict"])
         if missing:
             raise LoraGANError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} for one")
@@ -421,9 +661,14 @@ class LoraGANModule(L.LightningModule):
             settings[player] = {name: float(v) for name, v in defaults.items() if isinstance(v, int | float)}
         return settings
 
+    def _judge_description(self) -> dict[str, str]:
+        judge = self.discriminator.judge
+        return {"architecture": type(judge).__name__, "reads": type(judge.reads).__name__}
+
     def _kept(self) -> set[str]:
-        trained = {f"backbone.{name}" for name, p in self.backbone.named_parameters() if p.requires_grad}
-        return trained | {f"knobs.{name}" for name, _ in self.knobs.named_buffers()}
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        snapshot = {name for name, _ in self.named_parameters() if f".{SNAPSHOT}." in name}
+        return trained | snapshot | {f"knobs.{name}" for name, _ in self.knobs.named_buffers()}
 
 
 def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Tensor]]:
@@ -431,9 +676,10 @@ def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Ten
     return [list(answers[b * k : (b + 1) * k]) for b in range(prompts)]
 
 
-def _each(answers: tuple[Tensor, ...], prompts: int) -> list[list[Tensor]]:
-    """One branch for each prompt, or none."""
-    return [[answer] for answer in answers] or [[] for _ in range(prompts)]
+def _targets(batch: PromptBatch) -> list[list[Tensor]]:
+    """The target of each prompt, or nothing where it has none."""
+    answered = set(batch.answered)
+    return [[target] if b in answered else [] for b, target in enumerate(batch.target_ids)]
 
 
 def _at_least(bound: float, **settings: float) -> None:

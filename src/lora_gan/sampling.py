@@ -9,7 +9,7 @@ another ends, and the same numbers can be used again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lora_gan.backbone import Backbone
 from lora_gan.errors import LoraGANError
 from lora_gan.packing import packed
 from lora_gan.tensors import lengths_mask, token_logprobs
+from lora_gan.tree import grow_scored
 from lora_gan.types import Rollout
 
 TRIES = 8  # numbers tried for each token where top-p may reject the first; one more is kept for the sorted row
@@ -38,6 +39,8 @@ class Sampling:
             still those of the whole vocabulary, so policy gradients are no longer exactly on-policy.
         top_k: Draw from this many most likely tokens; 0 is all.
         do_sample: false takes the most likely token each time (greedy decoding).
+        num_beams: More than 1: the answers are the best of a beam search of this width, instead of being drawn. The
+            policy gradient is then no longer that of the policy's own distribution.
     """
 
     max_new_tokens: int = 64
@@ -45,10 +48,13 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     do_sample: bool = True
+    num_beams: int = 1
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise LoraGANError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.num_beams < 1:
+            raise LoraGANError(f"num_beams must be at least 1 (1 is no beam search), got {self.num_beams}")
         if self.temperature <= 0:
             raise LoraGANError(
                 f"temperature must be > 0, got {self.temperature}; for greedy decoding set do_sample: false"
@@ -113,6 +119,8 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
             f"the longest prompt has {longest} tokens; with max_new_tokens {how.max_new_tokens} that is more than the "
             f"model's context of {backbone.context_length}: lower data.max_prompt_tokens or sampling.max_new_tokens"
         )
+    if how.num_beams > 1:
+        return _beam_search(backbone, prompts, k, how)
     n, device = len(prompts) * k, prompts[0].device
     ids = torch.zeros(n, how.max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(n, how.max_new_tokens, device=device)
@@ -141,6 +149,31 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
                 alive, token = alive[going], token[going]
             logits = decoder.step(token)
     return _gather(backbone, ids, logprobs, ends, finished, k)
+
+
+def _beam_search(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling) -> Rollout:
+    """The k best answers of transformers' beam search, with their log-probabilities from a scoring pass."""
+    if k > how.num_beams:
+        raise LoraGANError(f"a beam search of {how.num_beams} beams cannot give {k} answers: raise sampling.num_beams")
+    width = max(len(p) for p in prompts)
+    eos = _eos_ids(backbone)
+    found = backbone.causal_lm.generate(
+        input_ids=torch.stack([pad_tensor(p, (width - len(p), 0), value=eos[0]) for p in prompts]),
+        attention_mask=torch.stack([pad_tensor(torch.ones_like(p), (width - len(p), 0)) for p in prompts]),
+        max_new_tokens=how.max_new_tokens,
+        num_beams=how.num_beams,
+        num_return_sequences=k,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos[0],
+    )[:, width:]
+    is_end = torch.isin(found, torch.tensor(eos, device=found.device))
+    finished = is_end.any(1)
+    ends = torch.where(finished, is_end.int().argmax(1) + 1, found.shape[1])
+    rollout = _gather(backbone, found, torch.zeros(found.shape, device=found.device), ends, finished, k)
+    rows = [list(rollout.answer_ids[b * k : (b + 1) * k]) for b in range(len(prompts))]
+    scored = backbone.logprobs(grow_scored(prompts, {"beams": rows}), {"beams": how.temperature})["beams"]
+    return replace(rollout, logprobs=scored)
 
 
 def _gather(backbone: Backbone, ids: Tensor, logprobs: Tensor, ends: Tensor, finished: Tensor, k: int) -> Rollout:

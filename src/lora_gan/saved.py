@@ -20,6 +20,11 @@ def write_adapters(module: Any, run: Path) -> None:
     """Write both adapters under ``run/adapters`` in PEFT's format, each loadable by ``PeftModel.from_pretrained``."""
     for player in (GENERATOR, DISCRIMINATOR):
         save_adapter(module.backbone, player, run / "adapters" / player)
+    judge = module.discriminator.judge
+    own = {name for name, parameter in judge.named_parameters() if parameter.requires_grad}
+    if own:
+        weights = {name: tensor for name, tensor in judge.state_dict().items() if name in own}
+        torch.save(weights, run / "adapters" / DISCRIMINATOR / "judge.pt")
 
 
 def save_adapter(backbone: Backbone, player: str, folder: Path) -> None:
@@ -76,7 +81,7 @@ def chat(
         with backbone.generator():
             rollout = sample(backbone, [prompt], 1, how)
         with backbone.discriminator(), torch.no_grad():
-            score = backbone.judge(grow([prompt], {"answer": [[rollout.answer_ids[0]]]}))["answer"].item()
+            score = backbone.judge(grow([prompt], {"answer": [[rollout.answer_ids[0]]]}))["answer"][0, 0].item()
         print(f"{rollout.texts[0]}   (discriminator {score:.2f})", flush=True)
 
 

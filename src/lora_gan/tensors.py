@@ -19,10 +19,51 @@ def masked_row_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` (N, T) with mean 0 and standard deviation 1 over the places where ``mask`` is True; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean).square(), mask)
+    return torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0)
+
+
 def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of ``labels`` (n,) under ``logits`` (n, V) → (n,), in float32."""
-    result: Tensor = _TokenLogprobs.apply(logits, labels)
+    result: Tensor = _TokenLogprobs.apply(logits, labels)  # type: ignore[no-untyped-call]
     return result
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits) (n, V) → (n,), in float32.
+
+    Its gradient is computed again from the logits in the backward pass, some rows at a time: nothing else of the size
+    of the logits is kept.
+    """
+    result: Tensor = _Entropy.apply(logits)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Entropy(torch.autograd.Function):
+    """H = −Σ p·log p, dH/dz = −p·(log p + H)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        parts = []
+        for rows in _rows(logits, _few(logits)):
+            logp = rows.float().log_softmax(-1)
+            parts.append(-(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1))
+        result = torch.cat(parts)
+        ctx.save_for_backward(logits, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        logits, found = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        few = _few(logits)
+        for out, z, h, grad in zip(*(_rows(x, few) for x in (result, logits, found, grads[0])), strict=True):
+            logp = z.float().log_softmax(-1)
+            out.copy_(-grad[:, None] * logp.exp() * (logp.masked_fill(logp == -torch.inf, 0) + h[:, None]))
+        return result
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -33,7 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        normaliser = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(_few(logits))])
+        normaliser = torch.cat([rows.float().logsumexp(-1) for rows in _rows(logits, _few(logits))])
         ctx.save_for_backward(logits, labels, normaliser)
         return logits.gather(-1, labels[:, None]).squeeze(-1).float() - normaliser
 
@@ -42,12 +83,17 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, labels, normaliser = ctx.saved_tensors
         result = torch.empty_like(logits)
         few = _few(logits)
-        for out, *rows in zip(*(x.split(few) for x in (result, logits, normaliser, grads[0], labels)), strict=True):
+        for out, *rows in zip(*(_rows(x, few) for x in (result, logits, normaliser, grads[0], labels)), strict=True):
             z, log_sum, grad, label = rows
             part = (z.float() - log_sum[:, None]).exp_().mul_(-grad[:, None])
             part[torch.arange(len(label), device=label.device), label] += grad
             out.copy_(part)
         return result, None
+
+
+def _rows(x: Tensor, few: int) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = x.split(few)  # type: ignore[no-untyped-call]
+    return parts
 
 
 def _few(logits: Tensor) -> int:

@@ -6,7 +6,7 @@ P prompt tokens, T answer tokens, M branches of a prompt tree, L tokens of a pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +56,10 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """B tokenised examples. Answers (targets, negatives) end with EOS; nothing is padded."""
+    """B tokenised examples. Answers (targets, negatives) end with EOS; nothing is padded.
+
+    An example without target has an empty one, so ``target_ids`` of EOS alone; see :attr:`answered`.
+    """
 
     examples: tuple[Example, ...]  # B
     prompt_ids: tuple[Tensor, ...]  # B tensors (P,)
@@ -67,6 +70,17 @@ class PromptBatch:
     def empty(cls) -> PromptBatch:
         """No examples."""
         return cls((), (), (), ())
+
+    @property
+    def answered(self) -> list[int]:
+        """Which of the B prompts have a target."""
+        return [b for b, example in enumerate(self.examples) if example.target.strip()]
+
+    def of(self, prompts: Sequence[int]) -> PromptBatch:
+        """The chosen examples only."""
+        fields = (self.examples, self.prompt_ids, self.target_ids, self.negative_ids)
+        examples, prompt_ids, target_ids, negative_ids = (tuple(field[b] for b in prompts) for field in fields)
+        return PromptBatch(examples, prompt_ids, target_ids, negative_ids)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         """B."""
@@ -107,6 +121,18 @@ class Rollout:
         """N."""
         return len(self.texts)
 
+    def of(self, prompts: Sequence[int]) -> Rollout:
+        """The answers to the chosen prompts only, as wide as the longest of them."""
+        rows = self.rows_of(prompts)
+        index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
+        width = int(self.mask[index].sum(-1).max())
+        ids, mask, logprobs = (x[index, :width] for x in (self.ids, self.mask, self.logprobs))
+        return Rollout(ids, mask, logprobs, self.truncated[index], tuple(self.texts[n] for n in rows), self.k)
+
+    def rows_of(self, prompts: Sequence[int]) -> list[int]:
+        """Which of the N answers belong to the chosen prompts."""
+        return [b * self.k + i for b in prompts for i in range(self.k)]
+
     @property
     def answer_ids(self) -> tuple[Tensor, ...]:
         """N tensors (T,) without padding."""
@@ -129,8 +155,10 @@ class Scores:
 
     total: Tensor  # (N,) weighted sum of the parts
     parts: Mapping[str, Tensor]  # name → (N,), each before its weight
-    target_total: Tensor  # (B,) the same reward given to the targets; (0,) where nobody asked
-    reference_logprobs: Tensor  # (N, T) under the base, at the sampling temperature
+    applies: Mapping[str, Tensor]  # name → (N,) bool, False where the reward says nothing
+    target_total: Tensor  # the same reward given to the targets of the answered prompts; (0,) where nobody asked
+    target_parts: Mapping[str, Tensor]  # name → as target_total
+    reference_logprobs: Tensor  # (N, T) under the KL reference, at the sampling temperature
 
 
 @dataclass(frozen=True)
@@ -144,11 +172,74 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What the discriminator thought of the sampled answers before it learned from them."""
+class Candidates:
+    """What the discriminator is shown: prompts, their targets, and answers by kind. Answers end with EOS."""
 
-    sampled: Tensor  # (N,) detached scores
+    prompts: tuple[Tensor, ...]  # B tensors (P,)
+    targets: tuple[Tensor, ...]  # B tensors (T,)
+    answers: Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prompt its answers, tensors (T,)
+
+    def is_target(self, answer: Tensor, prompt: int) -> bool:
+        """Whether the answer is the prompt's target, word for word; an empty one is nobody's."""
+        return len(answer) > 1 and torch.equal(answer, self.targets[prompt])
+
+    def prompt_of(self, kind: str) -> Tensor:
+        """(M,) which prompt each answer of the kind belongs to."""
+        rows = [b for b, answers in enumerate(self.answers[kind]) for _ in answers]
+        return torch.tensor(rows, dtype=torch.long, device=self.prompts[0].device)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The discriminator's opinion of M answers of one kind, and what is known about them."""
+
+    score: Tensor  # (M,)
+    auxiliary: Tensor  # (M,) prediction of the auxiliary head
+    prompt: Tensor  # (M,) which prompt each answers
+    length: Tensor  # (M,) in tokens
+    is_target: Tensor  # (M,) bool: word for word the target
+    reward: Tensor | None = None  # (M,) what the rewards gave; None where nobody asked them
+    parts: Mapping[str, Tensor] = field(default_factory=dict)  # name → (M,)
+
+    def where(self, chosen: Tensor) -> Judged:
+        """The answers where ``chosen`` (M,) is True, without gradient."""
+        fields = (self.score, self.auxiliary, self.prompt, self.length, self.is_target)
+        score, auxiliary, prompt, length, is_target = (x.detach()[chosen] for x in fields)
+        reward = None if self.reward is None else self.reward[chosen]
+        return Judged(
+            score, auxiliary, prompt, length, is_target, reward, {k: v[chosen] for k, v in self.parts.items()}
+        )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the discriminator thought of the answers before it learned from them; detached."""
+
+    sampled: Tensor  # (N,) scores of the sampled answers
+    target: Tensor  # of the targets of the answered prompts; (0,) where it was not asked
+    opponent: Tensor  # (N,) of the opponent's answers; (0,) where there is none
+    k: int
     metrics: Mapping[str, Tensor]  # scalars to log
+
+    @property
+    def per_prompt(self) -> Tensor:
+        """(B, K) scores of the sampled answers."""
+        return self.sampled.view(-1, self.k)
+
+
+@dataclass(frozen=True)
+class Earnings:
+    """What the policy was paid for each token, and what was to be expected."""
+
+    rewards: Tensor  # (N, T): the answer's reward stands at its last token, penalties where they arise
+    predicted: Tensor  # (N,) the discriminator's scores
+    baseline: Tensor  # scalar, the module's knob
+    values: Tensor | None = None  # (N, T) of the value head, at each token before it was drawn
+
+    @property
+    def per_answer(self) -> Tensor:
+        """(N,) the sum over each answer's tokens."""
+        return self.rewards.sum(-1)
 
 
 @dataclass(frozen=True)
@@ -157,6 +248,14 @@ class Credit:
 
     advantages: Tensor  # (N, T)
     metrics: Mapping[str, Tensor]
+    returns: Tensor | None = None  # (N, T) what the value head shall predict
+    values: Tensor | None = None  # (N, T) what it predicted
+
+    def of(self, rows: Sequence[int], width: int) -> Credit:
+        """The credit of the chosen answers' first ``width`` tokens only."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.advantages.device)
+        returns, values = (None if x is None else x[index, :width] for x in (self.returns, self.values))
+        return Credit(self.advantages[index, :width], self.metrics, returns, values)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from .setting import LORA, Size, make_items
 from .timing import Comparison, clock
 
 LEARNING_RATE, BETA = 1e-4, 0.04
-RL = {"supervised_weight": 0.0, "adversarial_weight": 0.0, "discriminator_learning": 0.0}
-ADVERSARIAL = {"supervised_weight": 1.0, "adversarial_weight": 0.5, "discriminator_learning": 1.0}
+RL = {"supervised_weight": 0.0, "adversarial_weight": 0.0, "discriminator_updates": 0.0}
+ADVERSARIAL = {"supervised_weight": 1.0, "adversarial_weight": 0.5, "discriminator_updates": 1.0}
 
 
 def constant(response: str, target: str) -> float:

@@ -19,17 +19,30 @@ class Phase:
         start: First round of the phase, from 0.
         supervised_weight: Weight of the supervised loss.
         policy_weight: Weight of the policy loss; at 0, and with the discriminator not learning, nothing is sampled.
-        adversarial_weight: Weight of the discriminator's score in the reward.
-        kl_coefficient: Weight of the KL term.
-        discriminator_learning: Whether the discriminator learns.
+        adversarial_weight: Weight of the discriminator's payoff in the reward.
+        coupled_weight: Weight of the discriminator's loss that is differentiated through relaxed samples.
+        kl_coefficient: Weight of the KL term in the loss.
+        kl_penalty: Weight of the KL term in the reward.
+        entropy_coefficient: Weight of the entropy bonus.
+        discriminator_updates: Updates of the discriminator in a round; 0: it does not learn.
+        take_snapshot: Whether a snapshot of the generator is taken as the phase begins.
+        judge_from_generator: Whether the discriminator starts anew from the generator's adapter as the phase begins.
     """
 
     start: int
     supervised_weight: float | None = None
     policy_weight: float | None = None
     adversarial_weight: float | None = None
+    coupled_weight: float | None = None
     kl_coefficient: float | None = None
-    discriminator_learning: bool | None = None
+    kl_penalty: float | None = None
+    entropy_coefficient: float | None = None
+    discriminator_updates: int | None = None
+    take_snapshot: bool = False
+    judge_from_generator: bool = False
+
+
+EVENTS = ("start", "take_snapshot", "judge_from_generator")
 
 
 class Curriculum(L.Callback):
@@ -51,5 +64,37 @@ class Curriculum(L.Callback):
         assert isinstance(pl_module, LoraGANModule)
         for phase in self.phases:
             if phase.start == trainer.global_step:
-                settings = {f.name: getattr(phase, f.name) for f in fields(phase) if f.name != "start"}
-                pl_module.knobs.set(**{name: value for name, value in settings.items() if value is not None})
+                self._begin(phase, pl_module)
+
+    def _begin(self, phase: Phase, module: LoraGANModule) -> None:
+        settings = {f.name: getattr(phase, f.name) for f in fields(phase) if f.name not in EVENTS}
+        module.knobs.set(**{name: value for name, value in settings.items() if value is not None})
+        if phase.take_snapshot:
+            module.backbone.take_snapshot()
+        if phase.judge_from_generator:
+            module.discriminator.judge.start_from_generator(module.backbone)
+
+
+class EasyFirst(L.Callback):
+    """Example curriculum: the generator learns from the prompts whose answers the discriminator likes best, then all.
+
+    The share of each batch's prompts that count, the knob ``easiest_share``, grows along a straight line to 1. It acts
+    in rounds in which the discriminator takes part.
+
+    Args:
+        first: Share at round ``start``.
+        start: First round of the curriculum.
+        end: Round from which all prompts count.
+    """
+
+    def __init__(self, first: float = 0.5, start: int = 0, end: int = 200) -> None:
+        if not 0 < first <= 1 or not 0 <= start < end:
+            raise LoraGANError(f"need first in (0, 1] and 0 <= start < end; got {first}, rounds {start} to {end}")
+        self.first, self.start, self.end = first, start, end
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LoraGANModule)
+        share = min(max((trainer.global_step - self.start) / (self.end - self.start), 0.0), 1.0)
+        pl_module.knobs.set(easiest_share=self.first + share * (1 - self.first))

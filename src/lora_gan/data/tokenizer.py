@@ -51,13 +51,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Encoded]:
     """Ids of the examples, prompt and answers apart, so that they meet at the same border as in generation."""
     prompts = _ids(tokenizer, [example.prompt for example in examples])
-    targets = _ids(tokenizer, [example.target for example in examples], literal=True)
-    negatives = iter(_ids(tokenizer, [n.text for example in examples for n in example.negatives], literal=True))
-    start, end = _start(tokenizer), (int(tokenizer.eos_token_id),)
+    targets = encode_answers(tokenizer, [example.target for example in examples])
+    negatives = iter(encode_answers(tokenizer, [n.text for example in examples for n in example.negatives]))
+    start = _start(tokenizer)
     return [
-        Encoded(example, _started(start, prompt), target + end, tuple(next(negatives) + end for _ in example.negatives))
+        Encoded(example, _started(start, prompt), target, tuple(next(negatives) for _ in example.negatives))
         for example, prompt, target in zip(examples, prompts, targets, strict=True)
     ]
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
+    """Ids of answers: no BOS, special tokens spelled out, EOS at the end."""
+    return [(*ids, int(tokenizer.eos_token_id)) for ids in _ids(tokenizer, list(texts), literal=True)]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:

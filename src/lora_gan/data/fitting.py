@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_gan.data.cache import encode_large
 from lora_gan.data.templates import as_chat, join, pieces_of
-from lora_gan.data.tokenizer import Encoded, encode, prompt_ids
+from lora_gan.data.tokenizer import Encoded, prompt_ids
 from lora_gan.types import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHORTEST_ANSWER = 2  # a token and EOS
-CHUNK = 512  # examples that are tokenised together
 UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
 
 
@@ -57,16 +57,15 @@ class Fitter:
 
     def fit(self, examples: Sequence[Example]) -> Iterator[Encoded]:
         """The examples that fit, with the negatives that fit."""
-        for start in range(0, len(examples), CHUNK):
-            chunk = examples[start : start + CHUNK]
-            told = [as_chat(self.tokenizer, example, self.system) for example in chunk] if self.chat else chunk
-            for item in encode(self.tokenizer, told):
-                shortened = self._shortened(item)
-                reason = self._fault(shortened)
-                if reason:
-                    self.dropped[reason] += 1
-                else:
-                    yield self._with_fitting_negatives(shortened)
+        if self.chat:
+            examples = [as_chat(self.tokenizer, example, self.system) for example in examples]
+        for item in encode_large(self.tokenizer, examples):
+            shortened = self._shortened(item)
+            reason = self._fault(shortened)
+            if reason:
+                self.dropped[reason] += 1
+            else:
+                yield self._with_fitting_negatives(shortened)
 
     def _shortened(self, item: Encoded) -> Encoded:
         limit = min(self.room.prompt, self.room.together - len(item.target_ids))

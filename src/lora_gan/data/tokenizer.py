@@ -87,11 +87,11 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = F
         return_token_type_ids=False,
         verbose=False,
     )
-    return [tuple(map(_shared, ids)) for ids in encoded["input_ids"]]
+    return [tuple(map(shared, ids)) for ids in encoded["input_ids"]]
 
 
 @cache
-def _shared(number: int) -> int:
+def shared(number: int) -> int:
     """One object for each token of the vocabulary: a tuple of ids then takes 8 bytes a token, not 36."""
     return number
 

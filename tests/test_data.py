@@ -5,6 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +18,7 @@ import lightning as L
 import pytest
 import torch
 
-from lora_gan.data import Alpaca, BuiltinWorld, InstructionDataModule, Source
+from lora_gan.data import Alpaca, BuiltinWorld, InstructionDataModule, Source, cache
 from lora_gan.data.files import Row, clean, read_rows
 from lora_gan.data.sampler import BucketSampler, Place
 from lora_gan.data.splits import one_wording_each, place, split_of
@@ -415,6 +419,62 @@ def test_alpaca_is_cut_in_its_input_only(build: Callable[..., InstructionDataMod
     assert item.example.prompt.startswith("### Prompt:\nCount {the} words.\n")
     assert item.example.prompt.endswith("many words\n\n### Response:\n")
     assert len(item.prompt_ids) == 60
+
+
+# Large data sets
+
+
+def test_ids_of_large_sets_are_kept(
+    build: Callable[..., InstructionDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "LARGE", 3)
+    encoded: list[int] = []
+
+    def counted(tokenizer: Any, examples: Any) -> Any:
+        encoded.append(len(examples))
+        return encode(tokenizer, examples)
+
+    monkeypatch.setattr(cache, "encode", counted)
+    negatives = (Negative("no", "junk"), Negative("", "empty"))
+    source = Given(*(Example(f"{i} é🌙?", str(i), negatives=negatives[: i % 3], group="g") for i in range(7)))
+    first, second = (build(source, validation=0, test=0) for _ in range(2))
+    items = [data.splits["train"].items for data in (first, second)]
+    assert encoded == [7]
+    assert items[0] == items[1] == tuple(encode(first.tokenizer, source.examples))
+
+    (file,) = (tmp_path / "lora_gan" / "ids").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    assert build(source, validation=0, test=0).splits["train"].items == items[0]
+    other = Given(*source.examples[:-1], Example("6 é🌙!", "6", group="g"))
+    assert build(other, validation=0, test=0).splits["train"].items[-1].example.prompt == "6 é🌙!"
+    assert len(list(file.parent.iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_50_000_rows_are_loaded_in_time(tmp_path: Path) -> None:
+    words = [text for example in BuiltinWorld().rows() for text in example.target.split()]
+    choose = random.Random(0).choices
+    rows = [
+        {"instruction": " ".join(choose(words, k=12)), "input": "", "output": " ".join(choose(words, k=60))}
+        for _ in range(50_000)
+    ]
+    path = write(tmp_path / "rows.json", json.dumps(rows))
+    told = (
+        "import resource, sys, time; from lora_gan.data import InstructionDataModule as D; d = D(path=sys.argv[1]); "
+        "d.tokenizer; t = time.process_time(); d.setup(); print(time.process_time() - t, "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TOKENIZERS_PARALLELISM": "false"}
+    runs = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", told, path], env=environment, capture_output=True, check=True)
+        runs.append([float(number) for number in done.stdout.split()])
+    (first, memory), (second, _) = runs
+    print(f"first {first:.1f} s, second {second:.1f} s of one core, {memory:.2f} GB")
+    assert first < 20
+    assert second < 0.7 * first
+    assert memory < 1.5
 
 
 # Chat templates

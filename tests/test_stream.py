@@ -284,7 +284,7 @@ def test_memory_does_not_grow(tmp_path: Path, build: Build, monkeypatch: pytest.
         weakref.finalize(items[0].example, gone)
         return items
 
-    monkeypatch.setattr("lora_gan.data.fitting.encode", counted)
+    monkeypatch.setattr("lora_gan.data.cache.encode", counted)
     assert sum(len(batch) for batch in build(path, batch_size=16).train_dataloader()) == 20_000
     assert most <= 2 * 16
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_gan.data.cache import encode_large
 from lora_gan.data.templates import as_chat, join, pieces_of
-from lora_gan.data.tokenizer import Encoded, encode, prompt_ids
+from lora_gan.data.tokenizer import Encoded, prompt_ids
 from lora_gan.types import Example
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Fitter:
         """The examples that fit, with the negatives that fit."""
         if self.chat:
             examples = [as_chat(self.tokenizer, example, self.system) for example in examples]
-        for item in encode(self.tokenizer, examples):
+        for item in encode_large(self.tokenizer, examples):
             shortened = self._shortened(item)
             reason = self._fault(shortened)
             if reason:

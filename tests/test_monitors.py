@@ -236,7 +236,7 @@ def fit(base: str, batch: PromptBatch, reward: Callable[[str, str], float], roun
         rewards=[FunctionReward(reward)],
         advantage=LeaveOneOut(),
         supervised_weight=0.0,
-        train_discriminator=False,
+        discriminator_updates=0,
         generator_lora=LoraSettings(8, 16),
         discriminator_lora=LoraSettings(2, 4),
         generator_optimizer=lambda p: torch.optim.AdamW(p, lr=0.02),

@@ -156,8 +156,10 @@ class _Asked:
 
 
 def _ask(reward: Reward, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> _Asked:
-    """Show a reward the answers that it applies to; the others get 0."""
+    """Show a reward the answers that it applies to, if any; the others get 0."""
     device = context.logprobs.device
+    if not answers:
+        return _Asked(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
     chosen = [b for b, there in enumerate(reward.applies(batch, context.k)) if there]
     if len(chosen) == len(batch):
         scores = _checked(reward, answers, batch, context).to(device)

@@ -82,6 +82,8 @@ def check_names(rewards: Sequence[Reward]) -> None:
 class Combination(ABC):
     """Makes one number of the rewards of an answer: what the policy is paid."""
 
+    needs_group = False  # True: needs at least two answers for each prompt
+
     @abstractmethod
     def __call__(
         self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
@@ -118,13 +120,16 @@ class WeightedSum(Combination):
 class NormalisedSum(Combination):
     """Each reward less its mean over the prompt's k answers, over their standard deviation; then the weighted sum.
 
-    A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242). Needs k ≥ 2. The sum has
+    A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242, without its
+    last step, a normalisation over the batch). Needs k ≥ 2. The sum has
     mean 0 in every group, so it says which of a prompt's answers is better and nothing about the prompt.
 
     Args:
         clip: The sum is cut to ± this.
         epsilon: Added to the standard deviation, so that a group of equal rewards gives 0.
     """
+
+    needs_group = True
 
     def __init__(self, clip: float = 5.0, epsilon: float = 1e-4) -> None:
         if clip <= 0:

@@ -65,11 +65,17 @@ def questions(rng: random.Random, prompts: int = 16) -> PromptBatch:
     return PromptBatch(examples, (), tuple(torch.ones(len(e.target.split()) + 1) for e in examples), ())
 
 
+def run_so_far() -> Any:
+    """Stands in for the trainer on one device."""
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+    return SimpleNamespace(global_step=0, should_stop=False, strategy=strategy)
+
+
 def watch(
     monitor: CollapseMonitor, policy: Policy, rounds: int = 50, prompts: int = 16, start: int = 1
 ) -> tuple[Player, Any]:
     """Rounds of a policy that begins as it is told."""
-    player, trainer = Player(), SimpleNamespace(global_step=0, should_stop=False)
+    player, trainer = Player(), run_so_far()
     rng = random.Random(start)
     for round in range(start, start + rounds):
         batch = questions(rng, prompts)
@@ -172,7 +178,7 @@ def test_a_recovered_policy_may_be_reported_again(caplog: pytest.LogCaptureFixtu
 
 def test_prompts_without_targets(caplog: pytest.LogCaptureFixture) -> None:
     batch = PromptBatch((Example("Q1", ""), Example("Q2", "")), (), (torch.ones(1), torch.ones(1)), ())
-    monitor, player, trainer = CollapseMonitor(1), Player(), SimpleNamespace(global_step=1, should_stop=False)
+    monitor, player, trainer = CollapseMonitor(1), Player(), run_so_far()
     player.rollout = played(["yes yes yes yes yes", "", "a b c d e f", "g h"])
     monitor.on_train_batch_end(trainer, player, {}, batch, 0)  # type: ignore[arg-type]
     assert warned(caplog) == ["repetition"], "length and beginnings are not judged"

@@ -17,13 +17,13 @@ LAYERS = [
     {"tree", "rewards", "objectives", "advantages", "losses", "negatives", "payoffs", "replay"},
     {"backbone", "sampling", "knobs"},
     {"judges", "discriminator", "coupling"},
-    {"checkpoints"},
+    {"adapters", "checkpoints"},
     {"module", "saved"},
-    {"callbacks"},
+    {"api", "callbacks", "export"},
     {"cli"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-USE_MODULE = {"callbacks", "cli", "saved"}
+USE_MODULE = {"__init__", "api", "callbacks", "cli", "saved"}
 
 
 def imports() -> dict[str, set[str]]:

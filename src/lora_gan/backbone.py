@@ -300,5 +300,6 @@ def peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
         lora_alpha=settings.alpha,
         target_modules=settings.targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+        base_model_name_or_path=model.name_or_path,
         task_type="CAUSAL_LM",
     )

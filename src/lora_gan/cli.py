@@ -1,4 +1,4 @@
-"""``python -m src.cli`` or ``lora-gan``: fit, validate, test, predict (LightningCLI), data, chat and export."""
+"""``python -m src.cli`` or ``lora-gan``: LightningCLI's fit, validate, test, predict; data, chat, generate, export."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers.utils.logging import disable_progress_bar
 
+from lora_gan.adapters import PLAYERS, save_player
 from lora_gan.callbacks.last import last_checkpoint
 from lora_gan.data.report import report
 from lora_gan.errors import LoraGANError
+from lora_gan.export import export
 from lora_gan.module import LoraGANModule
-from lora_gan.saved import chat, export, write_adapters
+from lora_gan.saved import chat, generate
 
 logger = logging.getLogger("lora_gan")
 
-COMMANDS: dict[str, Callable[..., None]] = {"chat": chat, "export": export}
+COMMANDS: dict[str, Callable[..., None]] = {"chat": chat, "export": export, "generate": generate}
 
 
 class Parser(LightningArgumentParser):
@@ -53,7 +55,7 @@ class CLI(LightningCLI):
             parser_kwargs={
                 "prog": "python -m src.cli",
                 "description": "Adversarial, reward-guided fine-tuning with two LoRA adapters on one frozen model. "
-                "Start: fit --config configs/gan.yaml. Further commands: data, chat, export.",
+                "Start: fit --config configs/gan.yaml. Further commands: data, chat, generate, export.",
             },
             parser_class=Parser,
             args=args,
@@ -74,9 +76,11 @@ class CLI(LightningCLI):
             self.model.load_state_dict(state, strict=False)
         if self._get(self.config["fit"], "test_after_fit") and is_overridden("test_dataloader", self.datamodule):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        if self.trainer.is_global_zero and self.trainer.log_dir:
-            write_adapters(self.model, Path(self.trainer.log_dir))
-            print(closing_lines(self.trainer, best))
+        folder, newest = self.trainer.log_dir, last_checkpoint(self.trainer)  # broadcast: every device asks for them
+        if self.trainer.is_global_zero and folder:
+            for player in PLAYERS:
+                save_player(self.model, player, Path(folder) / "adapters" / player)
+            print(closing_lines(folder, best, str(newest) if newest.is_file() else best))
 
 
 class DataCLI(CLI):
@@ -93,13 +97,11 @@ class DataCLI(CLI):
         print(report(self.datamodule))
 
 
-def closing_lines(trainer: L.Trainer, best: str) -> str:
+def closing_lines(folder: str, best: str, last: str) -> str:
     """Where the run's results lie and how to go on."""
-    folder = _relative(trainer.log_dir or "")
+    folder = _relative(folder)
     lines = [f"run          {folder}", f"adapters     {folder}/adapters/generator, {folder}/adapters/discriminator"]
     if best:
-        newest = last_checkpoint(trainer)
-        last = str(newest) if newest.is_file() else best
         lines += [
             f"checkpoints  best {_relative(best)}, last {_relative(last)}",
             f"resume       python -m src.cli fit --config {folder}/config.yaml --ckpt_path {_relative(last)} "

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from lora_gan.adapters import load_player
 from lora_gan.advantages import AdvantageEstimator, MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
 from lora_gan.checkpoints import Checkpointed
@@ -102,6 +103,8 @@ class LoraGANModule(Checkpointed):
         discriminator_optimizer: The discriminator's optimizer.
         generator_scheduler: Learning-rate schedule of the generator, stepped once in each round in which it learned.
         discriminator_scheduler: Learning-rate schedule of the discriminator, stepped likewise.
+        generator_adapter: PEFT folder or hub id from which the generator starts, of another run say.
+        discriminator_adapter: Folder from which the discriminator starts, its head included.
         gradient_clip: Largest norm of a player's gradient.
         accumulate_rounds: Rounds whose gradients are averaged into one step of both optimizers.
         dtype: Number format of the frozen base: float32, bfloat16 or float16.
@@ -141,6 +144,8 @@ class LoraGANModule(Checkpointed):
         discriminator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-3, weight_decay=0.0),
         generator_scheduler: LRSchedulerCallable | None = None,
         discriminator_scheduler: LRSchedulerCallable | None = None,
+        generator_adapter: str | None = None,
+        discriminator_adapter: str | None = None,
         gradient_clip: float = 1.0,
         accumulate_rounds: int = 1,
         dtype: str = "float32",
@@ -184,6 +189,9 @@ class LoraGANModule(Checkpointed):
         )
         self.discriminator.judge.build(self.backbone)
         self.value_head = nn.Linear(self.backbone.hidden_size, 1) if self.advantage.needs_values else None
+        for player, adapter in ((GENERATOR, generator_adapter), (DISCRIMINATOR, discriminator_adapter)):
+            if adapter is not None:
+                load_player(self, player, adapter)
         self.configured_knobs = {
             "supervised_weight": supervised_weight,
             "policy_weight": policy_weight,
@@ -203,7 +211,10 @@ class LoraGANModule(Checkpointed):
             easiest_share=1.0,
             **self.configured_knobs,
         )
+        self.frozen: frozenset[str] = frozenset()  # players that take part and do not learn
         self.rollout = Rollout.empty(self.device)  # of the last round, for callbacks
+        self.scores: Scores | None = None  # likewise
+        self.judgement: Judgement | None = None  # likewise
         self.phase_seconds: dict[str, float] = {}  # of the last round, for callbacks
         self._check_combination()
 
@@ -300,7 +311,8 @@ class LoraGANModule(Checkpointed):
         if not self.judging:
             nothing = scores.total[:0]
             return Judgement(torch.zeros_like(scores.total), nothing, nothing, rollout.k, {})
-        updates = int(self.knobs.discriminator_updates * self.knobs.discriminator_gate)
+        learns = DISCRIMINATOR not in self.frozen
+        updates = int(learns * self.knobs.discriminator_updates * self.knobs.discriminator_gate)
         player = self.discriminator
         exhibit = player.exhibit(self.backbone.tokenizer, batch, rollout, opponent, scores)
         with player.judge.mode(self.backbone), torch.set_grad_enabled(updates > 0):
@@ -359,6 +371,8 @@ class LoraGANModule(Checkpointed):
         self, rollout: Rollout, scores: Scores, judgement: Judgement, credit: Credit, batch: PromptBatch
     ) -> Learned:
         """Supervised loss on the targets and policy loss on the sampled answers, one forward and backward a step."""
+        if GENERATOR in self.frozen:
+            return Learned({})
         lesson = Lesson(batch, rollout, credit, scores.reference_logprobs)
         shown: list[dict[str, Tensor]] = []
         for prompts in self._parts(self._easiest(judgement, len(batch))):
@@ -457,6 +471,7 @@ class LoraGANModule(Checkpointed):
         learned: Learned,
     ) -> dict[str, Tensor]:
         """Log the round once; callbacks read the same dictionary."""
+        self.scores, self.judgement = scores, judgement
         metrics = {**learned.metrics, **judgement.metrics, **credit.metrics}
         metrics |= {f"knob/{name}": value.clone() for name, value in self.knobs.named_buffers()}
         if len(scores.target_total):

@@ -265,7 +265,7 @@ def test_oasst_takes_a_subtree_along(tmp_path: Path) -> None:
         ([message("p0", "a1"), message("a1", "p0")], "line 1: the message 'p0' is its own ancestor"),
         ([message("p0", "p0")], "'p0' is its own ancestor"),
         ([message("p0", None, role="system")], "the role 'system' is neither"),
-        ([message("p0", 3)], "'parent_id' of the message 'p0' has the wrong type"),
+        ([message("p0", 3)], "'parent_id' of the message 'p0' is empty or of the wrong type"),
         ([message("p0", None, rank=0.5)], "rank 0.5 is not a whole number"),
         ([message("p0", None, rank=float("inf"))], "rank inf is not a whole number"),
         ([message("p0", None, message_tree_id=None)], "'message_tree_id'"),

@@ -370,6 +370,12 @@ def test_own_file(tmp_path: Path) -> None:
     assert source.dropped == Counter(empty_target=1)
 
 
+def test_prompts_without_targets(tmp_path: Path) -> None:
+    source = OwnFile(write(tmp_path / "own.jsonl", [{"q": "Q?"}, {"q": ""}]), "{q}", target=None)
+    assert [(e.prompt, e.target, e.references) for e in source.rows()] == [("Q?", "", ())]
+    assert source.dropped == Counter(empty_prompt=1)
+
+
 @pytest.mark.parametrize(
     ("template", "told"),
     [("{}", "must name its fields"), ("none", "must name"), ("{a", "cannot be read"), ("{a.b}", "must name")],

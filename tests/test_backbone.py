@@ -205,3 +205,61 @@ def test_an_unknown_base_is_named(tmp_path: Path) -> None:
 def test_a_rank_is_at_least_one() -> None:
     with pytest.raises(LoraGANError, match="rank must be at least 1, got 0"):
         LoraSettings(rank=0)
+
+
+# the snapshot
+
+
+def said(backbone: Backbone) -> Tensor:
+    with backbone.snapshot():
+        return logits(backbone)
+
+
+def test_before_a_snapshot_is_taken_it_is_the_base(backbone: Backbone) -> None:
+    assert not backbone.has_snapshot
+    with backbone.reference():
+        assert torch.equal(said(backbone), logits(backbone))
+
+
+def test_a_snapshot_is_the_generator_as_it_was(backbone: Backbone) -> None:
+    """Later steps of the generator do not move it, and it moves nothing else; a later snapshot takes its place."""
+    before = state(backbone)
+    with backbone.generator():
+        first = logits(backbone)
+        backbone.take_snapshot()
+        assert torch.equal(logits(backbone), first), "the mode goes on as it was"
+    assert not {name for name in before if not torch.equal(before[name], backbone.state_dict()[name])}
+    assert torch.equal(said(backbone), first)
+
+    frozen = state(backbone)
+    optimizer = torch.optim.SGD(backbone.parameters_of(GENERATOR), lr=1.0)
+    with backbone.generator():
+        (-backbone.logprobs(TREE)["target"].mean()).backward()
+        optimizer.step()
+        second = logits(backbone)
+    assert moved(backbone, frozen) == {name for name in frozen if f".{GENERATOR}." in name}
+    assert torch.equal(said(backbone), first) and not torch.equal(first, second)
+    backbone.take_snapshot()
+    assert torch.equal(said(backbone), second)
+
+
+def test_a_snapshot_has_no_gradient_and_belongs_to_no_player(backbone: Backbone) -> None:
+    players = [{id(p) for p in backbone.parameters_of(player)} for player in (GENERATOR, DISCRIMINATOR)]
+    learning = {id(p) for p in backbone.parameters() if p.requires_grad}
+    backbone.take_snapshot()
+    for mode in (backbone.snapshot, backbone.generator, backbone.discriminator, backbone.reference):
+        with mode():
+            assert {id(p) for p in backbone.parameters() if p.requires_grad} == learning
+    assert players == [{id(p) for p in backbone.parameters_of(player)} for player in (GENERATOR, DISCRIMINATOR)]
+    with backbone.snapshot():
+        assert not backbone.logprobs(TREE)["target"].requires_grad
+    kinds = {p.dtype for name, p in backbone.named_parameters() if ".snapshot." in name}
+    assert kinds == {torch.float32}
+
+
+def test_a_snapshot_of_a_low_precision_base_is_in_float32(make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone(dtype="bfloat16")
+    backbone.take_snapshot()
+    assert {p.dtype for name, p in backbone.named_parameters() if ".snapshot." in name} == {torch.float32}
+    with backbone.generator():
+        assert torch.equal(said(backbone), logits(backbone))

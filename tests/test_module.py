@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from conftest import randomise
 from rounds import Build, fit, moved, share_of_a, state
 from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from lora_gan.advantages import MovingAverage
+from lora_gan.advantages import MovingAverage, ValueGAE
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
 from lora_gan.callbacks import Curriculum, MovingAverageBaseline, Phase
 from lora_gan.errors import LoraGANError, NonFiniteError, RewardError
-from lora_gan.losses import PolicyLoss
+from lora_gan.losses import ClippedPPO, PolicyLoss
+from lora_gan.module import LoraGANModule
 from lora_gan.negatives import HardNegatives
-from lora_gan.objectives import DiscriminatorObjective
+from lora_gan.objectives import Auxiliary, BradleyTerry, Combined, DiscriminatorObjective
+from lora_gan.payoffs import Win
+from lora_gan.replay import Replay
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
-from lora_gan.types import Credit, Judged, LossTerm, PromptBatch, Rollout
+from lora_gan.tree import grow
+from lora_gan.types import Credit, Judged, Judgement, Lesson, LossTerm, PromptBatch, Rollout, Scores
 
 # counting
 
@@ -315,6 +322,8 @@ def test_moving_average_without_its_callback_is_refused(build: Build, batch: Pro
         ({"kl_reference": "teacher"}, "kl_reference"),
         ({"negatives": [HardNegatives(), HardNegatives()]}, "hard"),
         ({"policy_weight": -0.1}, "policy_weight"),
+        ({"accumulate_rounds": 2, "policy_loss": ClippedPPO()}, "accumulate_rounds > 1 makes one step of several"),
+        ({"accumulate_rounds": 2, "discriminator_updates": 2}, "accumulate_rounds > 1 makes one step of several"),
         ({"gradient_clip": 0.0}, "gradient_clip must be > 0, got 0.0"),
         ({"rewards": [FunctionReward(share_of_a), FunctionReward(share_of_a)]}, "two rewards are called 'share_of_a'"),
     ],
@@ -480,3 +489,440 @@ def test_evaluation_answers_greedily_in_the_right_mode(build: Build, batch: Prom
     assert validated.texts == tested["trained"].texts == ("a", "hi", "4") != tested["base"].texts
     assert validated.reward.tolist() == [1.0, 0.0, 0.0]
     assert module.predict_step(batch, 0)[0] == {"prompt": "Say a", "answer": "a", "target": "a", "reward": 1.0}
+
+
+# several steps a round
+
+
+class Steps:
+    """Makes SGD and counts its steps."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        self.lr = lr
+        self.count = 0
+
+    def __call__(self, parameters: Any) -> SGD:
+        optimizer = SGD(parameters, lr=self.lr)
+        optimizer.register_step_post_hook(self.counted)
+        return optimizer
+
+    def counted(self, *_: Any) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "minibatches", "steps"), [(1, 1, 1), (3, 1, 3), (1, 3, 3), (2, 2, 4), (2, 99, 6)], ids=str
+)
+def test_ppo_takes_a_step_for_each_minibatch_of_each_epoch(
+    epochs: int, minibatches: int, steps: int, build: Build, batch: PromptBatch
+) -> None:
+    """Two rounds of three prompts; no minibatch is empty. The discriminator steps once, a round counts once."""
+    mine, theirs = Steps(), Steps()
+    module = build(
+        policy_loss=ClippedPPO(epochs=epochs, minibatches=minibatches),
+        generator_optimizer=mine,
+        discriminator_optimizer=theirs,
+    )
+    recorder, runner = fit(module, [batch], 2)
+    assert (mine.count, theirs.count, runner.global_step) == (2 * steps, 2, 2)
+    updates = [report.get("policy/updates") for report in recorder.reports]
+    assert updates == ([None] * 2 if steps == 1 else [steps] * 2)
+
+
+def test_the_ratio_is_1_in_the_first_minibatch(build: Build, batch: PromptBatch) -> None:
+    how = Sampling(max_new_tokens=5, temperature=0.7)
+    recorder, _ = fit(build(policy_loss=ClippedPPO(epochs=1), sampling=how), [batch], 3)
+    for report in recorder.reports:
+        assert report["policy/ratio"] == pytest.approx(1, abs=1e-5)
+        assert report["policy/moved"] == pytest.approx(0, abs=1e-6)
+        assert report["policy/clipped"] == 0
+
+
+def test_an_absurd_learning_rate_is_stopped_by_the_target_kl(build: Build, batch: PromptBatch) -> None:
+    """The first step goes too far; the second is not taken, whatever is left of the epochs."""
+    held = Steps(lr=1e3)
+    settings: dict[str, Any] = {"supervised_weight": 0.0, "gradient_clip": 1e9, "discriminator_updates": 0}
+    settings["rewards"] = [FunctionReward(length_of)]
+    module = build(policy_loss=ClippedPPO(epochs=6, target_kl=0.05), generator_optimizer=held, **settings)
+    recorder, _ = fit(module, [batch], 1)
+    report = recorder.reports[0]
+    assert held.count == 1 and report["policy/updates"] == 1
+    assert report["policy/moved"] > 0.05
+    free = Steps(lr=1e-3)
+    calm, _ = fit(
+        build(policy_loss=ClippedPPO(epochs=6, target_kl=0.05), generator_optimizer=free, **settings), [batch], 1
+    )
+    assert free.count == 6 and calm.reports[0]["policy/moved"] < 0.05
+
+
+def length_of(response: str, target: str) -> float:
+    return float(len(response))
+
+
+def test_a_warm_up_without_policy_takes_one_step_and_reports(build: Build, batch: PromptBatch) -> None:
+    mine = Steps()
+    module = build(policy_loss=ClippedPPO(epochs=3, minibatches=2), generator_optimizer=mine, policy_weight=0.0)
+    recorder, _ = fit(module, [batch], 3, Curriculum([Phase(2, policy_weight=1.0)]))
+    assert mine.count == 1 + 1 + 6
+    assert ["policy/updates" in report for report in recorder.reports] == [False, False, True]
+
+
+def test_schedulers_are_stepped_once_a_round_however_many_steps_it_takes(build: Build, batch: PromptBatch) -> None:
+    def halve(optimizer: torch.optim.Optimizer) -> StepLR:
+        return StepLR(optimizer, step_size=1, gamma=0.5)
+
+    module = build(
+        policy_loss=ClippedPPO(epochs=2, minibatches=2),
+        discriminator_updates=3,
+        generator_scheduler=halve,
+        discriminator_scheduler=halve,
+    )
+    recorder, _ = fit(module, [batch], 2)
+    assert recorder.rates == [[5e-4, 5e-4], [2.5e-4, 2.5e-4]]
+
+
+def test_the_discriminator_may_take_several_steps_a_round(build: Build, batch: PromptBatch) -> None:
+    """One loss is logged, that before the first step; at rate 0 every step sees the same, so nothing moves."""
+    once, thrice = Steps(), Steps()
+    reports = []
+    for updates, steps in ((1, once), (3, thrice)):
+        recorder, _ = fit(build(discriminator_updates=updates, discriminator_optimizer=steps), [batch], 1)
+        reports.append(recorder.reports[0])
+    assert (once.count, thrice.count) == (1, 3)
+    assert reports[0]["loss/discriminator"] == reports[1]["loss/discriminator"]
+    assert reports[0]["judge/accuracy"] == reports[1]["judge/accuracy"]
+
+
+def lesson_of(module: LoraGANModule, batch: PromptBatch, ends: tuple[int, ...] = ()) -> Lesson:
+    """A sampled rollout with advantages 1, 2, 3, … and a reference that is off by ⅒."""
+    if ends:
+        assert module.backbone.causal_lm.generation_config is not None
+        module.backbone.causal_lm.generation_config.eos_token_id = list(ends)
+    torch.manual_seed(8)
+    rollout = module.play(batch)
+    advantages = torch.arange(1.0, len(rollout) + 1)[:, None] * rollout.mask
+    credit = Credit(advantages, {}, returns=advantages, values=advantages / 2)
+    return Lesson(batch, rollout, credit, rollout.logprobs - 0.1)
+
+
+def test_minibatches_together_are_the_batch(build: Build, batch: PromptBatch) -> None:
+    """Every term is a mean over tokens: those of the minibatches, weighted by their tokens, are that of the batch.
+
+    Answers are of unequal length, and in some minibatches all of them shorter than the longest of the round.
+    """
+    module = build(
+        policy_loss=ClippedPPO(), advantage=ValueGAE(), kl_coefficient=1.0, entropy_coefficient=1.0, value_clip=1e9
+    )
+    module.knobs.set(supervised_weight=0.0)
+    whole = lesson_of(module, batch, ends=tuple(range(0, 256, 4)))
+    parts = [whole.of([2]), whole.of([0, 1])]
+    widths = [part.rollout.ids.shape[1] for part in parts]
+    assert min(widths) < max(widths) == whole.rollout.ids.shape[1]
+    tokens = [int(part.rollout.mask.sum()) for part in parts]
+    with module.backbone.generator():
+        wanted, _ = module.generator_terms(whole)
+        found = [module.generator_terms(part)[0] for part in parts]
+    assert set(wanted) == {"policy", "value", "kl", "entropy"}
+    for name, term in wanted.items():
+        mean = sum(n * part[name] for n, part in zip(tokens, found, strict=True)) / sum(tokens)
+        torch.testing.assert_close(term, mean, atol=1e-5, rtol=1e-5)
+
+
+# what the policy is paid
+
+
+def paid(module: LoraGANModule, batch: PromptBatch, sampled: list[float]) -> Tensor:
+    """Two prompts, an answer of 3 and one of 2 tokens each, the 2nd and 4th cut off; rewards 1, 2, 3 and 4."""
+    mask = torch.tensor([[True, True, True], [True, True, False]] * 2)
+    rollout = Rollout(mask.long(), mask, -1.0 * mask, torch.tensor([False, True] * 2), ("",) * 4, 2)
+    reference = torch.tensor([[-1.0, -3.0, -0.5], [-2.0, -1.0, 0.0]] * 2)
+    total = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    scores = Scores(total, {"share_of_a": total}, {}, torch.zeros(2), {}, reference)
+    judgement = Judgement(torch.tensor(sampled), torch.zeros(2), torch.zeros(0), 2, {})
+    return module.pay(rollout, scores, judgement, batch).rewards
+
+
+def test_the_reward_stands_at_the_last_token_less_the_penalty_for_truncation(build: Build, batch: PromptBatch) -> None:
+    found = paid(build(truncated_penalty=0.5), batch, [0.0] * 4)
+    assert found.tolist() == [[0.0, 0.0, 1.0], [0.0, 1.5, 0.0], [0.0, 0.0, 3.0], [0.0, 3.5, 0.0]]
+
+
+def test_the_kl_penalty_stands_at_the_token_where_it_arises(build: Build, batch: PromptBatch) -> None:
+    """log π − log reference is 0, 2, −½ for the first answer and 1, 0 for the second; half of it is taken off."""
+    found = paid(build(kl_penalty=0.5), batch, [0.0] * 4)
+    assert found[:2].tolist() == [[0.0, -1.0, 1.25], [-0.5, 2.0, 0.0]]
+    assert found[2:].tolist() == [[0.0, -1.0, 3.25], [-0.5, 4.0, 0.0]]
+
+
+def test_the_payoff_is_paid_by_weight_scale_and_gate(build: Build, batch: PromptBatch) -> None:
+    """½·2·½ of a score of 4 and so on; a gate of 0 pays nothing."""
+    module = build(adversarial_weight=0.5)
+    module.knobs.set(adversarial_scale=2.0, adversarial_gate=0.5)
+    assert paid(module, batch, [4.0, -2.0, 0.0, 1.0]).sum(1).tolist() == [3.0, 1.0, 3.0, 4.5]
+    module.knobs.set(adversarial_gate=0.0)
+    assert paid(module, batch, [4.0, -2.0, 0.0, 1.0]).sum(1).tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_kl_penalty_keeps_the_policy_near_the_base(build: Build, batch: PromptBatch) -> None:
+    settings: dict[str, Any] = {
+        "supervised_weight": 0.0,
+        "discriminator_updates": 0,
+        "answers_per_prompt": 8,
+        "rewards": [FunctionReward(length_of)],
+        "generator_optimizer": lambda p: AdamW(p, lr=1e-2, weight_decay=0.0),
+    }
+    free, _ = fit(build(**settings), [batch], 15)
+    held, _ = fit(build(**settings, kl_penalty=5.0), [batch], 15)
+    assert held.reports[-1]["policy/kl"] < 0.5 * free.reports[-1]["policy/kl"]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_truncated_answers_may_be_left_out(masked: bool, build: Build, batch: PromptBatch) -> None:
+    """Then nothing of the policy's losses depends on what they were credited with or on where the reference was."""
+    module = build(
+        mask_truncated=masked,
+        supervised_weight=0.0,
+        kl_coefficient=1.0,
+        advantage=ValueGAE(),
+        answers_per_prompt=4,
+    )
+    lesson = lesson_of(module, batch, ends=tuple(range(0, 256, 6)))
+    cut = lesson.rollout.truncated
+    assert 0 < cut.sum() < len(cut)
+    other = torch.where(cut[:, None], 7.0, lesson.credit.advantages)
+    changed = replace(
+        lesson,
+        credit=Credit(other, {}, returns=other, values=lesson.credit.values),
+        reference_logprobs=torch.where(cut[:, None], -9.0, lesson.reference_logprobs),
+    )
+    with module.backbone.generator():
+        left, right = module.generator_terms(lesson)[0], module.generator_terms(changed)[0]
+    assert set(left) == {"policy", "value", "kl"}
+    for name in left:
+        assert (left[name].item() == right[name].item()) == masked, name
+
+
+# entropy, references, opponents
+
+
+def test_an_entropy_bonus_raises_the_entropy(build: Build, batch: PromptBatch) -> None:
+    """loss/entropy is the mean of −H, so at least −ln 257; where nothing else counts it nears that."""
+    module = build(
+        supervised_weight=0.0,
+        policy_weight=0.0,
+        discriminator_updates=0,
+        entropy_coefficient=1.0,
+        generator_optimizer=lambda p: AdamW(p, lr=1e-2, weight_decay=0.0),
+    )
+    recorder, _ = fit(module, [batch], 12)
+    entropy = [-report["loss/entropy"] for report in recorder.reports]
+    assert entropy[0] < entropy[-1] - 0.3
+    assert max(entropy) < math.log(257)
+    assert recorder.reports[0]["loss/generator"] == recorder.reports[0]["loss/entropy"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_reference_may_be_a_snapshot(temperature: float, build: Build, batch: PromptBatch) -> None:
+    """A snapshot of now is no distance away, the base is; both at the sampling temperature."""
+    how = Sampling(max_new_tokens=5, temperature=temperature)
+    distances = []
+    for reference in ("snapshot", "base"):
+        module = build(kl_reference=reference, sampling=how)
+        randomise(module.backbone)
+        module.backbone.take_snapshot()
+        torch.manual_seed(8)
+        rollout = module.play(batch)
+        scores = module.score(rollout, batch, with_targets=False)
+        distances.append((scores.reference_logprobs - rollout.logprobs).abs().max().item())
+    assert distances[0] < 1e-4 < 0.1 < distances[1]
+
+
+def test_the_kl_to_a_snapshot_begins_anew_when_one_is_taken(build: Build, batch: PromptBatch) -> None:
+    rate: dict[str, Any] = {"generator_optimizer": lambda p: AdamW(p, lr=1e-2, weight_decay=0.0)}
+    recorder, _ = fit(build(kl_reference="snapshot", **rate), [batch], 7, Curriculum([Phase(5, take_snapshot=True)]))
+    kl = [report["policy/kl"] for report in recorder.reports]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[5] == pytest.approx(0, abs=1e-6)
+    assert min(kl[4], kl[6]) > 1e-3
+
+
+def test_self_play_pays_the_share_of_wins(build: Build, batch: PromptBatch) -> None:
+    """The opponent answers the same prompts, the discriminator learns from that, the generator earns its wins."""
+    module = build(payoff=Win(), adversarial_weight=2.0)
+    recorder, _ = fit(module, [batch], 2)
+    for report in recorder.reports:
+        assert report["reward/total"] == pytest.approx(report["reward/share_of_a"] + 2 * report["reward/win"])
+        assert 0 <= report["reward/win"] <= 1
+        assert "judge/accuracy_opponent" in report and "judge/score_opponent" in report
+
+
+def test_the_opponent_is_the_snapshot(build: Build, batch: PromptBatch) -> None:
+    """Its log-probabilities are the snapshot's, not today's generator's; before one is taken they are the base's."""
+    module = build(payoff=Win())
+    backbone = module.backbone
+    randomise(backbone)
+    for wanted, other in ((backbone.reference, backbone.generator), (backbone.snapshot, backbone.generator)):
+        opponent = module.play_opponent(batch)
+        rows = [list(opponent.answer_ids[2 * b : 2 * b + 2]) for b in range(3)]
+        distances = []
+        for mode in (wanted, other):
+            with mode(), torch.no_grad():
+                found = backbone.logprobs(grow(batch.prompt_ids, {"theirs": rows}))["theirs"]
+            distances.append((opponent.logprobs - found).abs().max().item())
+        assert distances[0] < 1e-4 < 0.1 < distances[1]
+        backbone.take_snapshot()
+        randomise(backbone)
+    assert len(build().play_opponent(batch)) == 0, "nobody asks for one"
+
+
+# which prompts
+
+
+def opinions(sampled: list[float]) -> Judgement:
+    """Of two answers to each of three prompts."""
+    return Judgement(torch.tensor(sampled), torch.zeros(3), torch.zeros(0), 2, {})
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(1.0, [0, 1, 2]), (0.6, [0, 2]), (0.34, [0, 2]), (0.3, [2]), (0.0, [2])])
+def test_the_easiest_prompts_are_those_with_the_best_judged_answers(
+    share: float, wanted: list[int], build: Build
+) -> None:
+    """Mean scores 1, 0 and 2; a share is rounded up and leaves at least one prompt."""
+    module = build()
+    module.knobs.set(easiest_share=share)
+    assert module._easiest(opinions([3.0, -1.0, 0.0, 0.0, 2.0, 2.0]), 3) == wanted
+
+
+def test_only_the_easiest_prompts_are_learned_from(
+    build: Build, batch: PromptBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build(policy_loss=ClippedPPO(epochs=2, minibatches=2))
+    module.knobs.set(easiest_share=0.5)
+    lessons: list[Lesson] = []
+    given = module.generator_terms
+
+    def seen(lesson: Lesson) -> Any:
+        lessons.append(lesson)
+        return given(lesson)
+
+    monkeypatch.setattr(module, "generator_terms", seen)
+    monkeypatch.setattr(module, "_easiest", lambda judgement, prompts: [0, 2])
+    recorder, _ = fit(module, [batch], 1)
+    prompts = [lesson.batch.examples[0].prompt for lesson in lessons]
+    assert len(prompts) == recorder.reports[0]["policy/updates"] == 4
+    assert sorted(prompts[:2]) == sorted(prompts[2:]) == ["2+2=", "Say a"]
+    texts = {"Say a": module.rollout.texts[:2], "2+2=": module.rollout.texts[4:]}
+    assert all(lesson.rollout.texts == texts[prompt] for lesson, prompt in zip(lessons, prompts, strict=True))
+
+
+# the value head
+
+
+def test_the_value_head_learns_what_answers_are_paid(build: Build, batch: PromptBatch) -> None:
+    """Every answer is paid 1, so that with trace 1 and no discount every token's return is 1."""
+    module = build(
+        advantage=ValueGAE(trace=1.0),
+        rewards=[FunctionReward(one)],
+        discriminator_updates=0,
+        supervised_weight=0.0,
+        value_coefficient=1.0,
+        value_clip=1e9,
+        generator_optimizer=lambda p: AdamW(p, lr=2e-2, weight_decay=0.0),
+    )
+    recorder, _ = fit(module, [batch], 40)
+    first, last = recorder.reports[0], recorder.reports[-1]
+    assert last["loss/value"] < 0.1 * first["loss/value"]
+    assert last["value/mean"] == pytest.approx(1, abs=0.15)
+    assert {"value/explained", "policy/advantage_abs"} <= set(last)
+
+
+def test_the_value_head_belongs_to_the_generator(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
+    """It is in the generator's optimizer, in its clipped gradient and in the checkpoint."""
+    settings: dict[str, Any] = {"advantage": ValueGAE(), "gradient_clip": 1e-3, "value_coefficient": 1.0}
+    settings |= {f"{p}_optimizer": lambda p: SGD(p, lr=1.0) for p in (GENERATOR, DISCRIMINATOR)}
+    module = build(**settings)
+    assert module.value_head is not None and build().value_head is None
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    _, runner = fit(module, [batch], 1)
+    mine = [n for n in before if f".{GENERATOR}." in n or n.startswith("value_head.")]
+    steps = {n: p.detach() - before[n] for n, p in module.named_parameters() if n in mine}
+    assert all(steps[f"value_head.{n}"].abs().max() > 0 for n in ("weight", "bias"))
+    assert math.sqrt(sum(step.square().sum().item() for step in steps.values())) == pytest.approx(1e-3, rel=1e-3)
+    runner.save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["value_head.weight"], module.value_head.weight)
+
+
+def test_the_values_of_a_round_are_those_before_each_token_was_drawn(build: Build, batch: PromptBatch) -> None:
+    """Row by row: the head on the state of the token before, so the first value belongs to the prompt's end."""
+    module = build(advantage=ValueGAE())
+    randomise(module.backbone)
+    rollout = module.play(batch)
+    found = module._values(rollout, batch)
+    assert found is not None and not found.requires_grad and module.value_head is not None
+    for n, answer in enumerate(rollout.answer_ids):
+        prompt = batch.prompt_ids[n // 2]
+        with module.backbone.generator(), torch.no_grad():
+            row = torch.cat([prompt, answer])[None]
+            states = module.backbone.causal_lm.base_model(input_ids=row).last_hidden_state[0, len(prompt) - 1 : -1]
+        wanted = module.value_head(states)[:, 0]
+        torch.testing.assert_close(found[n, : len(answer)], wanted, atol=1e-5, rtol=1e-4)
+
+
+# a run with everything, resumed
+
+
+class Seeded(L.Callback):
+    """Each round has random numbers of its own, so that a resumed run draws what the uninterrupted one drew."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(100 + trainer.global_step)
+
+
+def test_a_run_with_everything_is_resumed_as_if_it_had_not_stopped(
+    build: Build, batch: PromptBatch, tmp_path: Path
+) -> None:
+    """Three rounds, a checkpoint into a fresh module, and two more are bit-identical to five.
+
+    Snapshot, replay, value head, knobs, both optimizers and schedulers have to come back for that.
+    """
+
+    def halve(optimizer: torch.optim.Optimizer) -> StepLR:
+        return StepLR(optimizer, step_size=2, gamma=0.5)
+
+    def everything() -> LoraGANModule:
+        return build(
+            advantage=ValueGAE(),
+            policy_loss=ClippedPPO(epochs=2, minibatches=2),
+            payoff=Win(),
+            objective=Combined([BradleyTerry(), Auxiliary("share_of_a")], [1.0, 0.5]),
+            replay=Replay(capacity=4, per_round=2),
+            adversarial_weight=0.5,
+            coupled_weight=0.1,
+            kl_penalty=0.1,
+            kl_coefficient=0.1,
+            kl_reference="snapshot",
+            entropy_coefficient=0.01,
+            discriminator_updates=2,
+            generator_scheduler=halve,
+            discriminator_scheduler=halve,
+        )
+
+    callbacks = [Seeded(), Curriculum([Phase(1, take_snapshot=True, kl_coefficient=0.2)])]
+    whole_module = everything()
+    whole, _ = fit(whole_module, [batch], 5, *callbacks)
+    path = tmp_path / "three.ckpt"
+    fit(everything(), [batch], 3, *callbacks)[1].save_checkpoint(path)
+    module = everything()
+    assert not module.backbone.has_snapshot
+    resumed, runner = fit(module, [batch], 5, *callbacks, ckpt_path=path)
+    assert runner.global_step == 5 and module.backbone.has_snapshot
+    assert resumed.reports == whole.reports[3:]
+    assert resumed.rates == whole.rates[3:]
+    assert set(whole.weights[-1]) == set(resumed.weights[-1])
+    assert not moved(whole.weights[-1], resumed.weights[-1])
+    assert whole_module.value_head is not None and module.value_head is not None
+    assert torch.equal(whole_module.value_head.weight, module.value_head.weight)
+    assert len(module.discriminator.replay.episodes) == 4
+    report = whole.reports[-1]
+    assert {"reward/win", "loss/coupled", "loss/value", "loss/kl", "loss/entropy", "policy/updates"} <= set(report)
+    assert all(math.isfinite(value) for value in report.values())

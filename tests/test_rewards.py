@@ -85,7 +85,13 @@ def test_weighted_sum_by_hand(batch: PromptBatch) -> None:
 
 def test_no_rewards_and_no_answers(batch: PromptBatch) -> None:
     assert weighted_sum([], ["", ""], batch, context(2)).total.tolist() == [0.0, 0.0]
-    assert weighted_sum([FunctionReward(len_difference)], [], batch, context(0)).total.tolist() == []
+    for k in (0, 1):
+        found = weighted_sum([Given("not asked"), NeedsTarget()], [], batch, context(0, k))
+        assert found.total.tolist() == [] and set(found.parts) == {"given", "needs"}
+    for reward in (BleuReward(), FunctionReward(len_difference), RepetitionPenalty(), LengthReward(), TruthReward()):
+        assert reward([], PromptBatch.empty(), context(0)).tolist() == []
+    for reward in (SelfConsistency(), SemanticConsistency()):
+        assert reward([], PromptBatch.empty(), context(0, k=2)).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -295,3 +295,54 @@ def test_a_prompt_too_long_for_the_context_names_the_remedy(backbone: Backbone) 
         assert len(sample(backbone, [prompt], 1, Sampling(max_new_tokens=6))) == 1
         with pytest.raises(LoraGANError, match=r"250 tokens.*256.*max_prompt_tokens or sampling.max_new_tokens"):
             sample(backbone, [prompt], 1, Sampling(max_new_tokens=7))
+
+
+# beam search
+
+
+def test_beam_search_equals_generate(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
+    """The two best of four beams for each prompt, as transformers finds them for the prompt alone."""
+    backbone = make_backbone(architecture)
+    asked = prompts(backbone)
+    backbone.causal_lm.generation_config.eos_token_id = ends = [*range(0, 256, 2), EOS]
+    with backbone.generator():
+        rollout = sample(backbone, asked, 2, Sampling(max_new_tokens=6, num_beams=4))
+        wanted = []
+        for prompt in asked:
+            found = backbone.causal_lm.generate(
+                prompt[None],
+                attention_mask=torch.ones_like(prompt[None]),
+                num_beams=4,
+                num_return_sequences=2,
+                do_sample=False,
+                max_new_tokens=6,
+                pad_token_id=1000,
+            )
+            wanted += [[token for token in row.tolist() if token != 1000] for row in found[:, len(prompt) :]]
+    assert answers(rollout) == wanted
+    assert rollout.k == 2 and len(rollout) == 6
+    assert rollout.truncated.tolist() == [answer[-1] not in ends for answer in wanted]
+    assert len({len(answer) for answer in wanted}) > 1, "some end before others"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_beams_have_the_log_probabilities_of_a_scoring_pass(temperature: float, backbone: Backbone) -> None:
+    """Row by row through transformers; what is greedy for one beam is what beam search of one would give."""
+    asked = prompts(backbone)
+    backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 5), EOS]
+    with backbone.generator(), torch.no_grad():
+        rollout = sample(backbone, asked, 3, Sampling(max_new_tokens=5, num_beams=3, temperature=temperature))
+        for n, answer in enumerate(rollout.answer_ids):
+            prompt = asked[n // 3]
+            logits = backbone.causal_lm(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
+            wanted = (logits / temperature).log_softmax(-1).gather(1, answer[:, None])[:, 0]
+            torch.testing.assert_close(rollout.logprobs[n, : len(answer)], wanted, atol=1e-4, rtol=0)
+    assert (rollout.logprobs[~rollout.mask] == 0).all()
+    assert len(set(map(tuple, answers(rollout)))) == 9, "the answers to a prompt differ"
+
+
+def test_more_answers_than_beams_are_refused(backbone: Backbone) -> None:
+    with backbone.generator(), pytest.raises(LoraGANError, match=r"2 beams cannot give 3 answers.*num_beams"):
+        sample(backbone, prompts(backbone), 3, Sampling(max_new_tokens=2, num_beams=2))
+    with pytest.raises(LoraGANError, match="num_beams must be at least 1"):
+        Sampling(num_beams=0)

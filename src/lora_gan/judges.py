@@ -170,6 +170,7 @@ class OwnBaseJudge(Judge):
         self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
         self.lm = get_peft_model(model, peft_config(model, lora), adapter_name=DISCRIMINATOR)
         self.head = nn.Linear(model.config.hidden_size, 2)
+        self.train(False)
 
     def forward(self, backbone: Backbone, candidates: Candidates) -> dict[str, Tensor]:
         reading = self.reads(self._translated(candidates, backbone.tokenizer), self.tokenizer)

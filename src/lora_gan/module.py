@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lora_gan.advantages import AdvantageEstimator, MovingAverage
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, Backbone, LoraSettings
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.checkpoints import Checkpointed
 from lora_gan.coupling import StraightThrough
 from lora_gan.discriminator import Discriminator
 from lora_gan.errors import LoraGANError, NonFiniteError
@@ -45,42 +44,24 @@ from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import kl_k3, masked_mean
 from lora_gan.tree import grow_scored
-from lora_gan.types import Answered, Credit, Earnings, Judgement, PromptBatch, RewardContext, Rollout, Scores
+from lora_gan.types import (
+    Answered,
+    Credit,
+    Earnings,
+    Judgement,
+    Learned,
+    Lesson,
+    PromptBatch,
+    RewardContext,
+    Rollout,
+    Scores,
+)
 
-CHECKPOINT_VERSION = 2
 REFERENCES = ("base", "snapshot")
 JUDGE = "judge"  # the discriminator's payoff among the rewards
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What the generator learns from in one update: some prompts of the round, or all."""
-
-    batch: PromptBatch
-    rollout: Rollout
-    credit: Credit
-    reference_logprobs: Tensor  # (N, T)
-
-    def of(self, prompts: Sequence[int]) -> Lesson:
-        """The chosen prompts only."""
-        if list(prompts) == list(range(len(self.batch))):
-            return self
-        if len(self.rollout) == 0:
-            return replace(self, batch=self.batch.of(prompts))
-        rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
-        width = rollout.ids.shape[1]
-        reference = self.reference_logprobs[rows, :width]
-        return Lesson(self.batch.of(prompts), rollout, self.credit.of(rows, width), reference)
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What the generator's update did."""
-
-    metrics: Mapping[str, Tensor]
-
-
-class LoraGANModule(L.LightningModule):
+class LoraGANModule(Checkpointed):
     """Two LoRA adapters on one frozen causal language model: a generator that answers, a discriminator that judges.
 
     The modes of the field are weights: supervised only (policy_weight 0), policy gradient only (supervised_weight 0),
@@ -173,7 +154,6 @@ class LoraGANModule(L.LightningModule):
         if kl_reference not in REFERENCES:
             raise LoraGANError(f"kl_reference must be one of {', '.join(REFERENCES)}, got {kl_reference!r}")
         self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints hold what is trained, not the base
         self.base = base
         self.answers_per_prompt = answers_per_prompt
         self.sampling = sampling
@@ -611,64 +591,6 @@ class LoraGANModule(L.LightningModule):
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
         scores = self.score(rollout, batch, with_targets=False)
         return Answered(batch.examples, rollout.texts, rollout.truncated, scores.total)
-
-    # checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep adapters, heads, knobs and replay; the base is named, not stored."""
-        kept = self._kept()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint["lora_gan"] = {
-            "version": CHECKPOINT_VERSION,
-            "base": self.base,
-            "dtype": self.dtype_of_base,
-            "knobs": self.configured_knobs,
-            "optimizers": self._optimizer_settings(),
-            "judge": self._judge_description(),
-            "replay": self.discriminator.replay.state_dict(),
-            **{player: asdict(settings) for player, settings in self.lora.items()},
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of something else, saying what differs; a knob configured anew keeps its new value."""
-        described = checkpoint.get("lora_gan")
-        if described is None:
-            raise LoraGANError("this checkpoint was not written by lora-gan")
-        mine = {"version": CHECKPOINT_VERSION, "base": self.base, "judge": self._judge_description()}
-        mine |= {player: asdict(settings) for player, settings in self.lora.items()}
-        if (
-            self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        ):  # the optimizers' saved state would override new settings
-            mine["optimizers"] = self._optimizer_settings()
-        differing = [f"{k}: {described.get(k)} there, {v} here" for k, v in mine.items() if described.get(k) != v]
-        if differing:
-            raise LoraGANError("the checkpoint does not fit this configuration: " + "; ".join(differing))
-        if any(f".{SNAPSHOT}." in name for name in checkpoint["state_dict"]):
-            self.backbone.add_snapshot()
-        self.discriminator.replay.load_state_dict(described["replay"])
-        missing = self._kept() - set(checkpoint["state_dict"])
-        if missing:
-            raise LoraGANError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} for one")
-        for name, value in self.configured_knobs.items():
-            if described["knobs"][name] != value:  # set anew for the resumed run
-                checkpoint["state_dict"][f"knobs.{name}"] = torch.tensor(float(value))
-
-    def _optimizer_settings(self) -> dict[str, dict[str, float]]:
-        """The numbers among each optimizer's settings: learning rate, weight decay and so on."""
-        settings = {}
-        for player, make in self.optimizer_factories.items():
-            defaults = make([nn.Parameter(torch.zeros(1))]).defaults
-            settings[player] = {name: float(v) for name, v in defaults.items() if isinstance(v, int | float)}
-        return settings
-
-    def _judge_description(self) -> dict[str, str]:
-        judge = self.discriminator.judge
-        return {"architecture": type(judge).__name__, "reads": type(judge.reads).__name__}
-
-    def _kept(self) -> set[str]:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        snapshot = {name for name, _ in self.named_parameters() if f".{SNAPSHOT}." in name}
-        return trained | snapshot | {f"knobs.{name}" for name, _ in self.knobs.named_buffers()}
 
 
 def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Tensor]]:

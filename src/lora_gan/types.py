@@ -7,7 +7,7 @@ P prompt tokens, T answer tokens, M branches of a prompt tree, L tokens of a pro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -263,4 +263,32 @@ class LossTerm:
     """A loss of one player, and what is worth logging about it."""
 
     loss: Tensor  # scalar with gradient
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the generator learns from in one update: some prompts of the round, or all."""
+
+    batch: PromptBatch
+    rollout: Rollout
+    credit: Credit
+    reference_logprobs: Tensor  # (N, T)
+
+    def of(self, prompts: Sequence[int]) -> Lesson:
+        """The chosen prompts only."""
+        if list(prompts) == list(range(len(self.batch))):
+            return self
+        if len(self.rollout) == 0:
+            return replace(self, batch=self.batch.of(prompts))
+        rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
+        width = rollout.ids.shape[1]
+        reference = self.reference_logprobs[rows, :width]
+        return Lesson(self.batch.of(prompts), rollout, self.credit.of(rows, width), reference)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the generator's update did."""
+
     metrics: Mapping[str, Tensor]

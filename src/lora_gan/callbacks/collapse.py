@@ -100,7 +100,7 @@ class CollapseMonitor(L.Callback):
         if len(rollout) == 0:
             return
         self._collect(rollout, batch)
-        if self.rounds == self.every_n_rounds:
+        if self.rounds >= self.every_n_rounds:
             self._judge(trainer, pl_module)
             self._forget()
 
@@ -125,19 +125,20 @@ class CollapseMonitor(L.Callback):
         for name in sorted(found - self.warned):
             self._warn(trainer, name, ours, theirs)
         self.warned = found
+        if self.stop:  # on every device, if it has to be on one
+            trainer.should_stop |= trainer.strategy.reduce_boolean_decision(bool(found), all=False)
 
     def _warn(self, trainer: L.Trainer, name: str, ours: Mapping[str, float], theirs: Mapping[str, float]) -> None:
         log.warning(
             "collapse: %s %.3g in the %d rounds to round %d, of the targets %.3g: %s%s",
             name,
             ours[name],
-            self.every_n_rounds,
+            self.rounds,
             trainer.global_step,
             theirs[name],
             REMEDIES[name],
             "; the run stops" if self.stop else "",
         )
-        trainer.should_stop = trainer.should_stop or self.stop
 
     def _forget(self) -> None:
         self.rounds, self.answers, self.targets = 0, Sample(), Sample()

@@ -25,7 +25,8 @@ class TextMetrics(L.Callback):
     """Measures the answers of a validation or test pass, logs them, and shows some.
 
     Validation logs ``text/<metric>`` of the generator. Test logs ``test/<player>/<metric>``, base and generator side by
-    side, prints the table and writes it to ``held_out.md`` in the run's folder.
+    side, prints the table and writes it to ``held_out.md`` in the run's folder. Of several in the list of callbacks the
+    last one measures, so that a further configuration file can append its own.
 
     Args:
         samples: Answers shown in the tables.
@@ -68,6 +69,8 @@ class TextMetrics(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._replaced(trainer):
+            return
         metrics = self._measure("trained")
         shown = {f"text/{name}": value for name, value in metrics.items()}
         pl_module.log_dict(shown, sync_dist=True)
@@ -79,6 +82,8 @@ class TextMetrics(L.Callback):
                 self._write(trainer, f"evidence/{reward.name}", evidence_table(reward.evidence, self.samples))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._replaced(trainer):
+            return
         metrics = {player: self._measure(player) for player in self.seen}
         logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
         pl_module.log_dict(logged, sync_dist=True)
@@ -89,6 +94,9 @@ class TextMetrics(L.Callback):
             print(f"\nHeld-out test split, {count} prompts\n\n{table}\n")
             if trainer.log_dir:
                 Path(trainer.log_dir, "held_out.md").write_text(table + "\n", encoding="utf-8")
+
+    def _replaced(self, trainer: L.Trainer) -> bool:
+        return [c for c in trainer.callbacks if isinstance(c, TextMetrics)][-1] is not self  # type: ignore[attr-defined]
 
     def _measure(self, player: str) -> dict[str, float]:
         return measure(self.seen[player], self.semantic_model, self.bert_score_model, self.metrics)

@@ -18,7 +18,7 @@ class Throughput(L.Callback):
 
     ``speed/answers``, ``speed/tokens`` and ``speed/round`` (seconds) of each round; ``speed/share_<phase>`` where the
     module times its phases. The totals of a run are told at its end, and go on after a resume. Validation and the wait
-    for data do not count.
+    for data do not count; of several devices each counts its own.
     """
 
     def __init__(self) -> None:

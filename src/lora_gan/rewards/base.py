@@ -82,6 +82,8 @@ def check_names(rewards: Sequence[Reward]) -> None:
 class Combination(ABC):
     """Makes one number of the rewards of an answer: what the policy is paid."""
 
+    needs_group = False  # True: needs at least two answers for each prompt
+
     @abstractmethod
     def __call__(
         self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
@@ -118,13 +120,16 @@ class WeightedSum(Combination):
 class NormalisedSum(Combination):
     """Each reward less its mean over the prompt's k answers, over their standard deviation; then the weighted sum.
 
-    A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242). Needs k ≥ 2. The sum has
+    A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242, without its
+    last step, a normalisation over the batch). Needs k ≥ 2. The sum has
     mean 0 in every group, so it says which of a prompt's answers is better and nothing about the prompt.
 
     Args:
         clip: The sum is cut to ± this.
         epsilon: Added to the standard deviation, so that a group of equal rewards gives 0.
     """
+
+    needs_group = True
 
     def __init__(self, clip: float = 5.0, epsilon: float = 1e-4) -> None:
         if clip <= 0:
@@ -156,8 +161,10 @@ class _Asked:
 
 
 def _ask(reward: Reward, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> _Asked:
-    """Show a reward the answers that it applies to; the others get 0."""
+    """Show a reward the answers that it applies to, if any; the others get 0."""
     device = context.logprobs.device
+    if not answers:
+        return _Asked(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
     chosen = [b for b, there in enumerate(reward.applies(batch, context.k)) if there]
     if len(chosen) == len(batch):
         scores = _checked(reward, answers, batch, context).to(device)

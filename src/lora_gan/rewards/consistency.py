@@ -59,8 +59,9 @@ class SemanticConsistency(Reward):
         return [k > 1] * len(batch)
 
     def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        vectors = sentence_encoder(self.model).encode(answers)
-        groups = vectors.view(-1, max(context.k, 1), vectors.shape[-1])
+        if not answers:
+            return torch.zeros(0)
+        groups = sentence_encoder(self.model).encode(answers).view(len(batch), context.k, -1)
         cosines = (groups @ groups.mT).clamp(0, 1)
         others = cosines.sum(-1) - cosines.diagonal(dim1=1, dim2=2)
         there = torch.tensor([bool(answer.strip()) for answer in answers])

@@ -42,7 +42,7 @@ from lora_gan.rewards import (
 )
 from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
-from lora_gan.tensors import kl_k3, masked_mean
+from lora_gan.tensors import kl_k3, masked_mean, masked_row_mean
 from lora_gan.tree import grow_scored
 from lora_gan.types import (
     Answered,
@@ -208,11 +208,12 @@ class LoraGANModule(Checkpointed):
         self._check_combination()
 
     def _check_combination(self) -> None:
-        if self.advantage.needs_group and self.answers_per_prompt < 2:
-            raise LoraGANError(
-                f"{type(self.advantage).__name__} compares the answers to one prompt: answers_per_prompt must be at "
-                f"least 2, got {self.answers_per_prompt}"
-            )
+        for part in (self.advantage, self.combination):
+            if part.needs_group and self.answers_per_prompt < 2:
+                raise LoraGANError(
+                    f"{type(part).__name__} compares the answers to one prompt: answers_per_prompt must be at least 2, "
+                    f"got {self.answers_per_prompt}"
+                )
         if self.configured_knobs["coupled_weight"] and not self.discriminator.judge.differentiable:
             raise LoraGANError(
                 "coupled_weight needs a judge that reads relaxed samples, such as AdapterJudge; "
@@ -291,7 +292,9 @@ class LoraGANModule(Checkpointed):
         sampled = RewardContext(rollout.k, base[SAMPLED], mask[SAMPLED])
         paid = weighted_sum(self.rewards, rollout.texts, batch, sampled)
         wanted = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, base[TARGET], mask[TARGET]))
-        return Scores(paid.total, paid.parts, paid.applies, wanted.total, wanted.parts, reference[SAMPLED])
+        return Scores(
+            paid.total, paid.parts, paid.applies, wanted.total, wanted.parts, reference[SAMPLED], base[SAMPLED]
+        )
 
     def update_discriminator(
         self, rollout: Rollout, opponent: Rollout, scores: Scores, batch: PromptBatch
@@ -462,7 +465,7 @@ class LoraGANModule(Checkpointed):
         if len(scores.target_total):
             metrics["reward/target"] = scores.target_total.mean()
         if len(rollout):
-            metrics |= {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
+            metrics |= {f"reward/{name}": masked_mean(x, scores.applies[name]) for name, x in scores.parts.items()}
             metrics["reward/total"] = earnings.per_answer.mean()
             metrics["policy/kl"] = masked_mean(kl_k3(rollout.logprobs, scores.reference_logprobs), rollout.mask)
             metrics["policy/entropy"] = -masked_mean(rollout.logprobs, rollout.mask)
@@ -590,7 +593,8 @@ class LoraGANModule(Checkpointed):
         """One answer for each prompt in the active mode, with its reward."""
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
         scores = self.score(rollout, batch, with_targets=False)
-        return Answered(batch.examples, rollout.texts, rollout.truncated, scores.total)
+        perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
+        return Answered(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity)
 
 
 def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Tensor]]:

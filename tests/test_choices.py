@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_gan.backbone import Backbone
 from lora_gan.choices import (
@@ -21,6 +22,7 @@ from lora_gan.choices import (
     mc2,
     score_choices,
 )
+from lora_gan.cli import main
 from lora_gan.data import ARC, InstructionDataModule, TruthfulQA
 from lora_gan.data.datamodule import collate
 from lora_gan.data.tokenizer import encode
@@ -128,3 +130,56 @@ def test_what_does_not_fit_is_left_out(
 
 def test_the_data_module_says_how_long_a_text_may_be() -> None:
     assert InstructionDataModule(max_prompt_tokens=10).room.together == 512
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "metrics"),
+    [
+        ("truthfulqa", "truthfulqa.csv", {"truthfulqa/mc1", "truthfulqa/mc2"}),
+        ("arc", "arc.jsonl", {"arc/accuracy", "arc/accuracy_per_character"}),
+    ],
+)
+def test_the_test_of_a_run_measures_choices(
+    name: str, file: str, metrics: set[str], bases: dict[str, str], tmp_path: Path
+) -> None:
+    """Untrained, so base and generator are one and the same model, whose choices are scored here row by row."""
+    source = ARC(path=str(FIXTURES / file)) if name == "arc" else TruthfulQA(path=str(FIXTURES / file))
+    main(
+        [
+            "test",
+            f"--config={CONFIGS / 'gan.yaml'}",
+            f"--config={CONFIGS / 'data' / f'{name}.yaml'}",
+            f"--model.init_args.base={bases['gpt2']}",
+            "--model.init_args.sampling.max_new_tokens=4",
+            f"--data.init_args.path={FIXTURES / file}",
+            "--data.init_args.validation=0.0",
+            "--data.init_args.test=0.9",
+            f"--trainer.logger.init_args.save_dir={tmp_path}",
+        ]
+    )
+    (run,) = tmp_path.glob("gan/version_*")
+    events = EventAccumulator(str(run)).Reload()  # type: ignore[no-untyped-call]
+    found = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}  # type: ignore[no-untyped-call]
+    assert {f"test/base/{metric}" for metric in metrics} <= set(found)
+    for metric in metrics:
+        assert found[f"test/base/{metric}"] == pytest.approx(found[f"test/trained/{metric}"], abs=1e-5)
+    if name == "truthfulqa":  # all of it is the test
+        model = AutoModelForCausalLM.from_pretrained(bases["gpt2"])
+        tokenizer = AutoTokenizer.from_pretrained(bases["gpt2"])
+        asked = [example for example in source.rows() if example.negatives]
+        shares = []
+        for example in asked:
+            choices = choices_of(example)
+            prompt = tokenizer.encode(example.prompt)
+            sums = []
+            for text in choices.texts:
+                ids = torch.tensor([prompt + tokenizer.encode(text)])
+                logp = model(ids).logits[0].log_softmax(-1)
+                sums.append(sum(float(logp[t - 1, ids[0, t]]) for t in range(len(prompt), ids.shape[1])))
+            share = torch.tensor(sums, dtype=torch.float64).softmax(0)
+            shares.append(float(share[torch.tensor(choices.right)].sum()))
+        assert found["test/base/truthfulqa/mc2"] == pytest.approx(sum(shares) / len(shares), abs=1e-4)

@@ -15,7 +15,7 @@ LAYERS = [
     {"types"},
     {"tensors", "embedding", "metrics", "packing"},
     {"tree", "rewards", "objectives", "advantages", "losses", "negatives", "payoffs", "replay"},
-    {"backbone", "sampling", "knobs"},
+    {"backbone", "sampling", "knobs", "choices"},
     {"judges", "discriminator", "coupling"},
     {"checkpoints"},
     {"module", "saved"},

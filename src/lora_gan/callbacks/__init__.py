@@ -1,6 +1,7 @@
 """Callbacks: they turn the module's knobs and watch the round; the module does not know them."""
 
 from lora_gan.callbacks.baseline import MovingAverageBaseline
+from lora_gan.callbacks.choices import ChoiceAccuracy
 from lora_gan.callbacks.coefficients import AdaptiveEntropy, AdaptiveKL, KLSchedule
 from lora_gan.callbacks.collapse import CollapseMonitor
 from lora_gan.callbacks.control import AdaptiveAdversarialWeight, ConfidenceGate, DiscriminatorControl
@@ -16,6 +17,7 @@ __all__ = [
     "AdaptiveAdversarialWeight",
     "AdaptiveEntropy",
     "AdaptiveKL",
+    "ChoiceAccuracy",
     "CollapseMonitor",
     "ConfidenceGate",
     "Curriculum",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,9 +18,9 @@ import lightning as L
 import pytest
 import torch
 
-from lora_gan.data import Alpaca, BuiltinWorld, InstructionDataModule, Source
-from lora_gan.data.datamodule import SeededSampler
+from lora_gan.data import Alpaca, BuiltinWorld, InstructionDataModule, Source, cache
 from lora_gan.data.files import Row, clean, read_rows
+from lora_gan.data.sampler import BucketSampler, Place
 from lora_gan.data.splits import one_wording_each, place, split_of
 from lora_gan.data.tokenizer import encode, load_tokenizer
 from lora_gan.errors import DataError, LoraGANError
@@ -380,6 +384,137 @@ def test_too_long_is_counted_by_reason(build: Callable[..., InstructionDataModul
     assert len(item.negative_ids) == 1
 
 
+LONG = Example("Do:\n0123456789\nabcdef\n>", "1", cuttable=((4, 14), (15, 21)))  # 23 characters, as many tokens
+
+
+@pytest.mark.parametrize(
+    ("room", "prompt"),
+    [(23, LONG.prompt), (18, "Do:\n56789\nabcdef\n>"), (14, "Do:\n9\nabcdef\n>"), (11, "Do:\n\ncdef\n>")],
+)
+def test_a_long_prompt_is_cut_inside_its_longest_field(
+    build: Callable[..., InstructionDataModule], room: int, prompt: str
+) -> None:
+    split = build(Given(LONG), max_prompt_tokens=room, validation=0, test=0).splits["train"]
+    (item,) = split.items
+    assert (item.example.prompt, len(item.prompt_ids)) == (prompt, room)
+    assert split.repaired["prompt_cut"] == (room < 23)
+
+
+def test_a_prompt_is_cut_so_that_the_target_fits(build: Callable[..., InstructionDataModule]) -> None:
+    split = build(Given(LONG), max_tokens=20, validation=0, test=0).splits["train"]
+    assert split.items[0].example.prompt == "Do:\n56789\nabcdef\n>"  # 18, and 2 for the target with EOS
+
+
+@pytest.mark.parametrize("room", [6, 7])
+def test_a_prompt_is_not_cut_to_nothing(build: Callable[..., InstructionDataModule], room: int) -> None:
+    short = Example("p", "t")
+    split = build(Given(LONG, short), max_prompt_tokens=room, validation=0, test=0).splits["train"]
+    assert split.dropped == Counter(prompt_too_long=1)
+
+
+def test_alpaca_is_cut_in_its_input_only(build: Callable[..., InstructionDataModule], tmp_path: Path) -> None:
+    row = {"instruction": "Count {the} words.", "input": "many words " * 30, "output": "60"}
+    data = build(path=write(tmp_path / "rows.json", json.dumps([row])), max_prompt_tokens=60, validation=0, test=0)
+    (item,) = data.splits["train"].items
+    assert item.example.prompt.startswith("### Prompt:\nCount {the} words.\n")
+    assert item.example.prompt.endswith("many words\n\n### Response:\n")
+    assert len(item.prompt_ids) == 60
+
+
+# Large data sets
+
+
+def test_ids_of_large_sets_are_kept(
+    build: Callable[..., InstructionDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "LARGE", 3)
+    encoded: list[int] = []
+
+    def counted(tokenizer: Any, examples: Any) -> Any:
+        encoded.append(len(examples))
+        return encode(tokenizer, examples)
+
+    monkeypatch.setattr(cache, "encode", counted)
+    negatives = (Negative("no", "junk"), Negative("", "empty"))
+    source = Given(*(Example(f"{i} é🌙?", str(i), negatives=negatives[: i % 3], group="g") for i in range(7)))
+    first, second = (build(source, validation=0, test=0) for _ in range(2))
+    items = [data.splits["train"].items for data in (first, second)]
+    assert encoded == [7]
+    assert items[0] == items[1] == tuple(encode(first.tokenizer, source.examples))
+
+    (file,) = (tmp_path / "lora_gan" / "ids").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    assert build(source, validation=0, test=0).splits["train"].items == items[0]
+    other = Given(*source.examples[:-1], Example("6 é🌙!", "6", group="g"))
+    assert build(other, validation=0, test=0).splits["train"].items[-1].example.prompt == "6 é🌙!"
+    assert len(list(file.parent.iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_50_000_rows_are_loaded_in_time(tmp_path: Path) -> None:
+    words = [text for example in BuiltinWorld().rows() for text in example.target.split()]
+    choose = random.Random(0).choices
+    rows = [
+        {"instruction": " ".join(choose(words, k=12)), "input": "", "output": " ".join(choose(words, k=60))}
+        for _ in range(50_000)
+    ]
+    path = write(tmp_path / "rows.json", json.dumps(rows))
+    told = (
+        "import resource, sys, time; from lora_gan.data import InstructionDataModule as D; d = D(path=sys.argv[1]); "
+        "d.tokenizer; t = time.process_time(); d.setup(); print(time.process_time() - t, "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TOKENIZERS_PARALLELISM": "false"}
+    runs = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", told, path], env=environment, capture_output=True, check=True)
+        runs.append([float(number) for number in done.stdout.split()])
+    (first, memory), (second, _) = runs
+    print(f"first {first:.1f} s, second {second:.1f} s of one core, {memory:.2f} GB")
+    assert first < 20
+    assert second < 0.7 * first
+    assert memory < 1.5
+
+
+# Chat templates
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_folder(tokenizer_folder: str, tmp_path: Path) -> str:
+    tokenizer: Any = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+def test_a_chat_template_replaces_the_plain_one(chat_folder: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.json", json.dumps([{**ROW, "input": "in French, " + "please " * 20}]))
+
+    def prompt(**settings: Any) -> str:
+        data = InstructionDataModule(path=path, tokenizer=chat_folder, chat=True, validation=0, test=0, **settings)
+        data.setup()
+        (item,) = data.splits["train"].items
+        assert data.tokenizer.decode(item.prompt_ids) == item.example.prompt
+        return item.example.prompt
+
+    whole = "<|user|>Say hello.\n\nin French, " + "please " * 19 + "please\n<|assistant|>"
+    assert prompt() == whole
+    assert prompt(system="Be brief.") == "<|system|>Be brief.\n" + whole
+    assert prompt(max_prompt_tokens=40) == "<|user|>Say hello.\n\nplease\n<|assistant|>"
+
+
+def test_a_chat_needs_a_template(tokenizer_folder: str) -> None:
+    data = InstructionDataModule(path=str(FIXTURE), tokenizer=tokenizer_folder, chat=True)
+    with pytest.raises(LoraGANError, match=r"has no chat template; set data\.init_args\.chat: false"):
+        data.setup()
+
+
 def test_when_nothing_fits_the_lengths_are_told(build: Callable[..., InstructionDataModule]) -> None:
     with pytest.raises(DataError, match=r"longest prompt has 6 .*max_prompt_tokens 4.* target 3 .* raise"):
         build(Given(Example("123456", "12")), max_prompt_tokens=4)
@@ -428,7 +563,7 @@ def test_batches_are_ragged_and_end_with_eos(build: Callable[..., InstructionDat
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = SeededSampler(50, seed)
+        sampler = BucketSampler([1] * 50, seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -437,36 +572,99 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
     assert order(0, 0) != order(0, 1) != order(1, 1)
 
 
-def test_lightning_changes_the_order_each_epoch(build: Callable[..., InstructionDataModule]) -> None:
-    class Listener(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.seen: list[tuple[int, str]] = []
+def test_batches_hold_prompts_of_like_length() -> None:
+    lengths = [(7 * i) % 100 for i in range(103)]
+    sampler = BucketSampler(lengths, seed=0, batch_size=10, bucket_batches=5)
+    order = list(sampler)
+    assert sorted(order) == list(range(103))
+    batches = [[lengths[i] for i in order[start : start + 10]] for start in range(0, 100, 10)]
+    spread = [max(batch) - min(batch) for batch in batches]
+    assert max(spread) < 35, "of 50 prompts, those of a batch are neighbours; by chance it would be about 80"
+    assert [max(batch) for batch in batches] != sorted(max(batch) for batch in batches)
+    sampler.set_epoch(1)
+    assert list(sampler) != order
 
-        def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-            self.seen += [(self.current_epoch, text) for text in batch.targets]
 
-        def configure_optimizers(self) -> None:
-            return None
+def test_an_epoch_begun_in_the_middle() -> None:
+    whole = BucketSampler([1] * 20, seed=0, batch_size=4, bucket_batches=2)
+    begun = BucketSampler([1] * 20, seed=0, batch_size=4, bucket_batches=2, start=Place(epoch=1, batches=3))
+    for epoch, skipped in ((0, 0), (1, 12), (2, 0)):
+        whole.set_epoch(epoch)
+        begun.set_epoch(epoch)
+        assert list(begun) == list(whole)[skipped:]
 
-    def run() -> list[list[str]]:
-        listener = Listener()
+
+class Listener(L.LightningModule):
+    """Notes what it is trained on in which epoch, and saves after each batch where a folder is given."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.folder = folder
+        self.seen: list[tuple[int, str]] = []
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.seen += [(self.current_epoch, text) for text in batch.targets]
+
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        if self.folder:
+            self.trainer.save_checkpoint(self.folder / f"{len(self.seen)}.ckpt")
+
+    def on_train_epoch_end(self) -> None:
+        if self.folder:
+            self.trainer.save_checkpoint(self.folder / f"epoch{self.current_epoch}.ckpt")
+
+    def configure_optimizers(self) -> None:
+        return None
+
+    def fit(self, data: InstructionDataModule, ckpt: Path | None = None) -> list[tuple[int, str]]:
         trainer = L.Trainer(
-            max_epochs=2,
+            max_epochs=3,
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(listener, datamodule=build(numbered(40), validation=0, test=0, batch_size=8))
-        return [[text for epoch, text in listener.seen if epoch == wanted] for wanted in (0, 1)]
+        trainer.fit(self, datamodule=data, ckpt_path=ckpt, weights_only=True)
+        return self.seen
 
-    first, second = run()
+
+def test_lightning_changes_the_order_each_epoch(build: Callable[..., InstructionDataModule]) -> None:
+    def run() -> list[list[str]]:
+        seen = Listener().fit(build(numbered(40), validation=0, test=0, batch_size=8))
+        return [[text for epoch, text in seen if epoch == wanted] for wanted in (0, 1, 2)]
+
+    first, second, third = run()
     assert sorted(first) == sorted(second) == sorted(map(str, range(40)))
     assert first != second
-    assert run() == [first, second]
+    assert run() == [first, second, third]
+
+
+@pytest.mark.parametrize("bucket_batches", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_goes_on_inside_the_epoch(
+    build: Callable[..., InstructionDataModule], tmp_path: Path, bucket_batches: int, workers: int
+) -> None:
+    def data() -> InstructionDataModule:
+        given = {"batch_size": 8, "bucket_batches": bucket_batches, "num_workers": workers}
+        return build(numbered(42), validation=0, test=0, **given)
+
+    whole = Listener(tmp_path).fit(data())
+    assert len(whole) == 3 * 40
+    for trained in (8, 40, 56) if workers == 0 else (40, 56):
+        assert Listener().fit(data(), tmp_path / f"{trained}.ckpt") == whole[trained:]
+    assert Listener().fit(data(), tmp_path / "epoch1.ckpt") == whole[80:]
+
+
+def test_another_order_than_that_of_the_checkpoint_is_told(
+    build: Callable[..., InstructionDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Listener(tmp_path).fit(build(numbered(40), validation=0, test=0, batch_size=8))
+    data = build(numbered(40), validation=0, test=0, batch_size=8, seed=1)
+    resumed = Listener().fit(data, tmp_path / "16.ckpt")
+    assert "are not those of the checkpoint: the epoch starts anew" in caplog.text
+    assert [text for epoch, text in resumed if epoch == 1] != []
 
 
 def test_few_rows_make_one_small_batch(

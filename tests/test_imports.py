@@ -17,6 +17,7 @@ LAYERS = [
     {"tree", "rewards", "objectives", "advantages", "losses", "negatives", "payoffs", "replay"},
     {"backbone", "sampling", "knobs"},
     {"judges", "discriminator", "coupling"},
+    {"checkpoints"},
     {"module", "saved"},
     {"callbacks"},
     {"cli"},

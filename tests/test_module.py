@@ -24,7 +24,7 @@ from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
 from lora_gan.callbacks import Curriculum, MovingAverageBaseline, Phase
 from lora_gan.errors import LoraGANError, NonFiniteError, RewardError
 from lora_gan.losses import ClippedPPO, PolicyLoss
-from lora_gan.module import Lesson, LoraGANModule
+from lora_gan.module import LoraGANModule
 from lora_gan.negatives import HardNegatives
 from lora_gan.objectives import Auxiliary, BradleyTerry, Combined, DiscriminatorObjective
 from lora_gan.payoffs import Win
@@ -32,7 +32,7 @@ from lora_gan.replay import Replay
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
 from lora_gan.tree import grow
-from lora_gan.types import Credit, Judged, Judgement, LossTerm, PromptBatch, Rollout, Scores
+from lora_gan.types import Credit, Judged, Judgement, Lesson, LossTerm, PromptBatch, Rollout, Scores
 
 # counting
 
@@ -396,7 +396,7 @@ def test_a_checkpoint_holds_what_is_trained(build: Build, batch: PromptBatch, tm
     runner.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)
     assert all(".lora_A." in n or ".lora_B." in n or "judge_head" in n or "knobs." in n for n in saved["state_dict"])
-    assert len(saved["state_dict"]) == 8 * 2 * 2 + 2 + 13  # layers · matrices · players, head, knobs
+    assert len(saved["state_dict"]) == 8 * 2 * 2 + 2 + 14  # layers · matrices · players, head, knobs
     assert not any("base_layer" in name for name in saved["state_dict"])
     assert saved["global_step"] == 2
     assert saved["lora_gan"]["base"] == module.base
@@ -636,7 +636,8 @@ def paid(module: LoraGANModule, batch: PromptBatch, sampled: list[float]) -> Ten
     mask = torch.tensor([[True, True, True], [True, True, False]] * 2)
     rollout = Rollout(mask.long(), mask, -1.0 * mask, torch.tensor([False, True] * 2), ("",) * 4, 2)
     reference = torch.tensor([[-1.0, -3.0, -0.5], [-2.0, -1.0, 0.0]] * 2)
-    scores = Scores(torch.tensor([1.0, 2.0, 3.0, 4.0]), {}, torch.zeros(2), {}, reference)
+    total = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    scores = Scores(total, {"share_of_a": total}, {}, torch.zeros(2), {}, reference, reference)
     judgement = Judgement(torch.tensor(sampled), torch.zeros(2), torch.zeros(0), 2, {})
     return module.pay(rollout, scores, judgement, batch).rewards
 

@@ -170,9 +170,11 @@ def test_old_rewards_stand_with_their_answers(build: Build, batch: PromptBatch) 
     scores = Scores(
         total=torch.arange(6.0),
         parts={"mine": torch.arange(6.0) * 10},
+        applies={},
         target_total=torch.tensor([7.0, 8.0, 9.0]),
         target_parts={"mine": torch.tensor([70.0, 80.0, 90.0])},
         reference_logprobs=rollout.logprobs,
+        base_logprobs=rollout.logprobs,
     )
     nobody = Rollout.empty(module.device)
     shown = module.discriminator.exhibit(module.backbone.tokenizer, batch, rollout, nobody, scores)

@@ -1,4 +1,4 @@
-"""``python -m src.cli`` or ``lora-gan``: fit, validate, test, predict (LightningCLI), chat and export."""
+"""``python -m src.cli`` or ``lora-gan``: fit, validate, test, predict (LightningCLI), data, chat and export."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers.utils.logging import disable_progress_bar
 
 from lora_gan.callbacks.last import last_checkpoint
+from lora_gan.data.report import report
 from lora_gan.errors import LoraGANError
 from lora_gan.module import LoraGANModule
 from lora_gan.saved import chat, export, write_adapters
@@ -52,7 +53,7 @@ class CLI(LightningCLI):
             parser_kwargs={
                 "prog": "python -m src.cli",
                 "description": "Adversarial, reward-guided fine-tuning with two LoRA adapters on one frozen model. "
-                "Start: fit --config configs/gan.yaml. Further commands: chat, export.",
+                "Start: fit --config configs/gan.yaml. Further commands: data, chat, export.",
             },
             parser_class=Parser,
             args=args,
@@ -76,6 +77,20 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero and self.trainer.log_dir:
             write_adapters(self.model, Path(self.trainer.log_dir))
             print(closing_lines(self.trainer, best))
+
+
+class DataCLI(CLI):
+    """``data``: takes what ``fit`` takes and tells what it would train on, without making the model."""
+
+    def instantiate_classes(self) -> None:
+        parser = LightningArgumentParser()
+        parser.add_subclass_arguments(L.LightningDataModule, "data")
+        self.datamodule = parser.instantiate_classes(
+            parser.parse_object({"data": self.config["fit"]["data"].as_dict()})
+        ).data
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        print(report(self.datamodule))
 
 
 def closing_lines(trainer: L.Trainer, best: str) -> str:
@@ -106,6 +121,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if arguments and arguments[0] in COMMANDS:
             auto_cli(COMMANDS[arguments[0]], args=arguments[1:], as_positional=False)
+        elif arguments and arguments[0] == "data":
+            DataCLI(["fit", *arguments[1:]])
         else:
             CLI(None if args is None else arguments)
     except Exception as error:
@@ -131,7 +148,13 @@ def _quiet() -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for advice in ("does not have many workers", "LeafSpec", "in eval mode at the start", "is_gradient_checkpointing"):
+    for advice in (
+        "args parameter is intended",
+        "does not have many workers",
+        "LeafSpec",
+        "in eval mode at the start",
+        "is_gradient_checkpointing",
+    ):
         warnings.filterwarnings("ignore", message=f".*{advice}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     disable_progress_bar()

@@ -61,9 +61,13 @@ class Discriminator(nn.Module):
     ) -> Exhibit:
         """Targets, samples, negatives, the opponent's answers and some old samples, all ending in EOS."""
         old = [episode.to(rollout.ids.device) for episode in self.replay.draw()]
+        answered = set(batch.answered)
         answers: dict[str, list[list[Tensor]]] = {
             SAMPLED: [*ended(rollout, len(batch), tokenizer.eos_token_id), *(list(e.answers) for e in old)],
-            TARGET: [[target] for target in (*batch.target_ids, *(e.target for e in old))],
+            TARGET: [
+                *([target] if b in answered else [] for b, target in enumerate(batch.target_ids)),
+                *([e.target] for e in old),
+            ],
         }
         nothing: list[list[Tensor]] = [[] for _ in old]
         if len(opponent):
@@ -95,7 +99,7 @@ class Discriminator(nn.Module):
         for kind, outputs in self.judge(backbone, candidates).items():
             prompt = candidates.prompt_of(kind)
             answers = [answer for row in candidates.answers[kind] for answer in row]
-            same = [torch.equal(a, candidates.targets[b]) for a, b in zip(answers, prompt.tolist(), strict=True)]
+            same = [candidates.is_target(answer, b) for answer, b in zip(answers, prompt.tolist(), strict=True)]
             result[kind] = Judged(
                 score=outputs[:, 0],
                 auxiliary=outputs[:, 1],
@@ -120,10 +124,10 @@ class Discriminator(nn.Module):
                     tuple(candidates.answers[SAMPLED][b]),
                     exhibit.rewards[SAMPLED][b * k : (b + 1) * k],
                     {name: part[b * k : (b + 1) * k] for name, part in exhibit.parts[SAMPLED].items()},
-                    exhibit.rewards[TARGET][b],
-                    {name: part[b] for name, part in exhibit.parts[TARGET].items()},
+                    exhibit.rewards[TARGET][place],
+                    {name: part[place] for name, part in exhibit.parts[TARGET].items()},
                 )
-                for b in range(exhibit.fresh)
+                for place, b in enumerate(b for b in range(exhibit.fresh) if candidates.answers[TARGET][b])
             ]
         )
 

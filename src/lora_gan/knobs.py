@@ -21,6 +21,7 @@ class Knobs(nn.Module):
     entropy_coefficient: Tensor
     value_coefficient: Tensor
     discriminator_updates: Tensor
+    discriminator_gate: Tensor
     easiest_share: Tensor
 
     def __init__(self, **values: float) -> None:

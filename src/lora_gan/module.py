@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lora_gan.advantages import AdvantageEstimator, MovingAverage
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, Backbone, LoraSettings
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.checkpoints import Checkpointed
 from lora_gan.coupling import StraightThrough
 from lora_gan.discriminator import Discriminator
 from lora_gan.errors import LoraGANError, NonFiniteError
@@ -32,46 +31,37 @@ from lora_gan.negatives import HardNegatives, Negatives
 from lora_gan.objectives import OPPONENT, SAMPLED, TARGET, DiscriminatorObjective, RewardRegression, judge_metrics
 from lora_gan.payoffs import Payoff, RawScore
 from lora_gan.replay import Replay
-from lora_gan.rewards import PerplexityReward, Reward, SemanticReward, weighted_sum
+from lora_gan.rewards import (
+    Combination,
+    PerplexityReward,
+    Reward,
+    SemanticReward,
+    WeightedSum,
+    weighted_sum,
+    weights_of,
+)
 from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
-from lora_gan.tensors import kl_k3, masked_mean
+from lora_gan.tensors import kl_k3, masked_mean, masked_row_mean
 from lora_gan.tree import grow_scored
-from lora_gan.types import Answered, Credit, Earnings, Judgement, PromptBatch, RewardContext, Rollout, Scores
+from lora_gan.types import (
+    Answered,
+    Credit,
+    Earnings,
+    Judgement,
+    Learned,
+    Lesson,
+    PromptBatch,
+    RewardContext,
+    Rollout,
+    Scores,
+)
 
-CHECKPOINT_VERSION = 2
 REFERENCES = ("base", "snapshot")
+JUDGE = "judge"  # the discriminator's payoff among the rewards
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What the generator learns from in one update: some prompts of the round, or all."""
-
-    batch: PromptBatch
-    rollout: Rollout
-    credit: Credit
-    reference_logprobs: Tensor  # (N, T)
-
-    def of(self, prompts: Sequence[int]) -> Lesson:
-        """The chosen prompts only."""
-        if list(prompts) == list(range(len(self.batch))):
-            return self
-        if len(self.rollout) == 0:
-            return replace(self, batch=self.batch.of(prompts))
-        rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
-        width = rollout.ids.shape[1]
-        reference = self.reference_logprobs[rows, :width]
-        return Lesson(self.batch.of(prompts), rollout, self.credit.of(rows, width), reference)
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What the generator's update did."""
-
-    metrics: Mapping[str, Tensor]
-
-
-class LoraGANModule(L.LightningModule):
+class LoraGANModule(Checkpointed):
     """Two LoRA adapters on one frozen causal language model: a generator that answers, a discriminator that judges.
 
     The modes of the field are weights: supervised only (policy_weight 0), policy gradient only (supervised_weight 0),
@@ -82,6 +72,7 @@ class LoraGANModule(L.LightningModule):
         answers_per_prompt: Answers k sampled for each prompt in a round.
         sampling: How they are sampled.
         rewards: What makes an answer good; by default 0.7 semantic similarity + 0.3 perplexity.
+        combination: How the rewards and the payoff become what the policy is paid; by default their weighted sum.
         judge: Architecture of the discriminator; by default the second adapter on the shared base.
         objective: What the discriminator learns; by default to predict the reward.
         negatives: Worse answers that the discriminator is shown; by default one hard negative for each prompt.
@@ -122,6 +113,7 @@ class LoraGANModule(L.LightningModule):
         answers_per_prompt: int = 4,
         sampling: Sampling = Sampling(),
         rewards: list[Reward] | None = None,
+        combination: Combination | None = None,
         judge: Judge | None = None,
         objective: DiscriminatorObjective | None = None,
         negatives: list[Negatives] | None = None,
@@ -162,13 +154,13 @@ class LoraGANModule(L.LightningModule):
         if kl_reference not in REFERENCES:
             raise LoraGANError(f"kl_reference must be one of {', '.join(REFERENCES)}, got {kl_reference!r}")
         self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints hold what is trained, not the base
         self.base = base
         self.answers_per_prompt = answers_per_prompt
         self.sampling = sampling
         self.greedy = replace(sampling, do_sample=False, num_beams=1)
         self.rewards = rewards if rewards is not None else [SemanticReward(), PerplexityReward()]
         check_names(self.rewards)
+        self.combination = combination or WeightedSum()
         self.payoff = payoff or RawScore()
         self.advantage = advantage or MovingAverage()
         self.policy_loss = policy_loss or Reinforce()
@@ -204,18 +196,24 @@ class LoraGANModule(L.LightningModule):
             "discriminator_updates": float(discriminator_updates),
         }
         self.knobs = Knobs(
-            baseline=0.0, adversarial_scale=1.0, adversarial_gate=1.0, easiest_share=1.0, **self.configured_knobs
+            baseline=0.0,
+            adversarial_scale=1.0,
+            adversarial_gate=1.0,
+            discriminator_gate=1.0,
+            easiest_share=1.0,
+            **self.configured_knobs,
         )
         self.rollout = Rollout.empty(self.device)  # of the last round, for callbacks
         self.phase_seconds: dict[str, float] = {}  # of the last round, for callbacks
         self._check_combination()
 
     def _check_combination(self) -> None:
-        if self.advantage.needs_group and self.answers_per_prompt < 2:
-            raise LoraGANError(
-                f"{type(self.advantage).__name__} compares the answers to one prompt: answers_per_prompt must be at "
-                f"least 2, got {self.answers_per_prompt}"
-            )
+        for part in (self.advantage, self.combination):
+            if part.needs_group and self.answers_per_prompt < 2:
+                raise LoraGANError(
+                    f"{type(part).__name__} compares the answers to one prompt: answers_per_prompt must be at least 2, "
+                    f"got {self.answers_per_prompt}"
+                )
         if self.configured_knobs["coupled_weight"] and not self.discriminator.judge.differentiable:
             raise LoraGANError(
                 "coupled_weight needs a judge that reads relaxed samples, such as AdapterJudge; "
@@ -277,9 +275,12 @@ class LoraGANModule(L.LightningModule):
 
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the answers and, by the same measure, of the targets; the reference pass happens here."""
-        targets = batch if with_targets else PromptBatch.empty()
+        targets = batch.of(batch.answered) if with_targets else PromptBatch.empty()
         answers = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
-        tree = grow_scored(batch.prompt_ids, {SAMPLED: answers, TARGET: _each(targets.target_ids, len(batch))})
+        tree = grow_scored(
+            batch.prompt_ids,
+            {SAMPLED: answers, TARGET: _targets(batch) if with_targets else [[] for _ in range(len(batch))]},
+        )
         temperature = {SAMPLED: self.sampling.temperature}
         with self.backbone.reference():
             base = self.backbone.logprobs(tree)
@@ -291,7 +292,9 @@ class LoraGANModule(L.LightningModule):
         sampled = RewardContext(rollout.k, base[SAMPLED], mask[SAMPLED])
         paid = weighted_sum(self.rewards, rollout.texts, batch, sampled)
         wanted = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, base[TARGET], mask[TARGET]))
-        return Scores(paid.total, paid.parts, wanted.total, wanted.parts, reference[SAMPLED])
+        return Scores(
+            paid.total, paid.parts, paid.applies, wanted.total, wanted.parts, reference[SAMPLED], base[SAMPLED]
+        )
 
     def update_discriminator(
         self, rollout: Rollout, opponent: Rollout, scores: Scores, batch: PromptBatch
@@ -300,7 +303,7 @@ class LoraGANModule(L.LightningModule):
         if not self.judging:
             nothing = scores.total[:0]
             return Judgement(torch.zeros_like(scores.total), nothing, nothing, rollout.k, {})
-        updates = int(self.knobs.discriminator_updates)
+        updates = int(self.knobs.discriminator_updates * self.knobs.discriminator_gate)
         player = self.discriminator
         exhibit = player.exhibit(self.backbone.tokenizer, batch, rollout, opponent, scores)
         with player.judge.mode(self.backbone), torch.set_grad_enabled(updates > 0):
@@ -319,10 +322,12 @@ class LoraGANModule(L.LightningModule):
     def pay(self, rollout: Rollout, scores: Scores, judgement: Judgement, batch: PromptBatch) -> Earnings:
         """What the policy is paid: rewards and the discriminator's payoff at the last token, penalties on the way."""
         knobs = self.knobs
-        total = scores.total - self.truncated_penalty * rollout.truncated.float()
+        parts, weights = dict(scores.parts), weights_of(self.rewards)
         if knobs.adversarial_weight:
-            weight = knobs.adversarial_weight * knobs.adversarial_scale * knobs.adversarial_gate
-            total = total + weight * self.payoff(judgement)
+            parts[JUDGE] = self.payoff(judgement)
+            weights[JUDGE] = float(knobs.adversarial_weight * knobs.adversarial_scale * knobs.adversarial_gate)
+        total = self.combination(parts, weights, scores.applies, rollout.k) if parts else scores.total
+        total = total - self.truncated_penalty * rollout.truncated.float()
         rewards = torch.zeros_like(rollout.logprobs)
         if len(rollout):
             rewards[torch.arange(len(rollout)), rollout.mask.sum(-1) - 1] = total
@@ -371,7 +376,7 @@ class LoraGANModule(L.LightningModule):
                 self._optimize(GENERATOR, terms)
                 metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
         metrics = {name: torch.stack([m[name] for m in shown if name in m]).mean() for m in shown for name in m}
-        if self.policy_loss.epochs * self.policy_loss.minibatches > 1 and self.knobs.policy_weight:
+        if self.knobs.policy_weight and self.policy_loss.epochs * self.policy_loss.minibatches > 1:
             metrics["policy/updates"] = torch.tensor(float(sum("loss/generator" in m for m in shown)))
             metrics["policy/moved"] = shown[-1]["policy/moved"]
         return Learned({name: value.detach() for name, value in metrics.items()})
@@ -382,8 +387,9 @@ class LoraGANModule(L.LightningModule):
         branches: dict[str, list[list[Tensor]]] = {}
         if knobs.policy_weight or knobs.kl_coefficient or knobs.entropy_coefficient or knobs.coupled_weight:
             branches[SAMPLED] = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
-        if knobs.supervised_weight:
-            branches[TARGET] = _each(batch.target_ids, len(batch))
+        supervised = bool(knobs.supervised_weight and batch.answered)
+        if supervised:
+            branches[TARGET] = _targets(batch)
         if not branches:
             return {}, {}
         tree = grow_scored(batch.prompt_ids, branches)
@@ -391,7 +397,7 @@ class LoraGANModule(L.LightningModule):
         terms: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
-        if knobs.supervised_weight:
+        if supervised:
             losses["supervised"] = -masked_mean(predicted[TARGET].logprobs, tree.branches[TARGET].mask)
             terms["supervised"] = knobs.supervised_weight * losses["supervised"]
         if SAMPLED in predicted:
@@ -428,7 +434,7 @@ class LoraGANModule(L.LightningModule):
     def _easiest(self, judgement: Judgement, prompts: int) -> list[int]:
         """The prompts to learn from: those with the best judged answers, as many as the knob ``easiest_share`` says."""
         share = float(self.knobs.easiest_share)
-        if share >= 1 or len(judgement.target) == 0:
+        if share >= 1 or not self.judging:
             return list(range(prompts))
         kept = judgement.per_prompt.mean(1).argsort(descending=True)[: max(1, math.ceil(share * prompts))]
         return sorted(kept.tolist())
@@ -460,7 +466,7 @@ class LoraGANModule(L.LightningModule):
         if len(scores.target_total):
             metrics["reward/target"] = scores.target_total.mean()
         if len(rollout):
-            metrics |= {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
+            metrics |= {f"reward/{name}": masked_mean(x, scores.applies[name]) for name, x in scores.parts.items()}
             metrics["reward/total"] = earnings.per_answer.mean()
             metrics["policy/kl"] = masked_mean(kl_k3(rollout.logprobs, scores.reference_logprobs), rollout.mask)
             metrics["policy/entropy"] = -masked_mean(rollout.logprobs, rollout.mask)
@@ -588,65 +594,8 @@ class LoraGANModule(L.LightningModule):
         """One answer for each prompt in the active mode, with its reward."""
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
         scores = self.score(rollout, batch, with_targets=False)
-        return Answered(batch.examples, rollout.texts, rollout.truncated, scores.total)
-
-    # checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep adapters, heads, knobs and replay; the base is named, not stored."""
-        kept = self._kept()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint["lora_gan"] = {
-            "version": CHECKPOINT_VERSION,
-            "base": self.base,
-            "dtype": self.dtype_of_base,
-            "knobs": self.configured_knobs,
-            "optimizers": self._optimizer_settings(),
-            "judge": self._judge_description(),
-            "replay": self.discriminator.replay.state_dict(),
-            **{player: asdict(settings) for player, settings in self.lora.items()},
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of something else, saying what differs; a knob configured anew keeps its new value."""
-        described = checkpoint.get("lora_gan")
-        if described is None:
-            raise LoraGANError("this checkpoint was not written by lora-gan")
-        mine = {"version": CHECKPOINT_VERSION, "base": self.base, "judge": self._judge_description()}
-        mine |= {player: asdict(settings) for player, settings in self.lora.items()}
-        if (
-            self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        ):  # the optimizers' saved state would override new settings
-            mine["optimizers"] = self._optimizer_settings()
-        differing = [f"{k}: {described.get(k)} there, {v} here" for k, v in mine.items() if described.get(k) != v]
-        if differing:
-            raise LoraGANError("the checkpoint does not fit this configuration: " + "; ".join(differing))
-        if any(f".{SNAPSHOT}." in name for name in checkpoint["state_dict"]):
-            self.backbone.add_snapshot()
-        self.discriminator.replay.load_state_dict(described["replay"])
-        missing = self._kept() - set(checkpoint["state_dict"])
-        if missing:
-            raise LoraGANError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} for one")
-        for name, value in self.configured_knobs.items():
-            if described["knobs"][name] != value:  # set anew for the resumed run
-                checkpoint["state_dict"][f"knobs.{name}"] = torch.tensor(float(value))
-
-    def _optimizer_settings(self) -> dict[str, dict[str, float]]:
-        """The numbers among each optimizer's settings: learning rate, weight decay and so on."""
-        settings = {}
-        for player, make in self.optimizer_factories.items():
-            defaults = make([nn.Parameter(torch.zeros(1))]).defaults
-            settings[player] = {name: float(v) for name, v in defaults.items() if isinstance(v, int | float)}
-        return settings
-
-    def _judge_description(self) -> dict[str, str]:
-        judge = self.discriminator.judge
-        return {"architecture": type(judge).__name__, "reads": type(judge.reads).__name__}
-
-    def _kept(self) -> set[str]:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        snapshot = {name for name, _ in self.named_parameters() if f".{SNAPSHOT}." in name}
-        return trained | snapshot | {f"knobs.{name}" for name, _ in self.knobs.named_buffers()}
+        perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
+        return Answered(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity)
 
 
 def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Tensor]]:
@@ -654,9 +603,10 @@ def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Ten
     return [list(answers[b * k : (b + 1) * k]) for b in range(prompts)]
 
 
-def _each(answers: tuple[Tensor, ...], prompts: int) -> list[list[Tensor]]:
-    """One branch for each prompt, or none."""
-    return [[answer] for answer in answers] or [[] for _ in range(prompts)]
+def _targets(batch: PromptBatch) -> list[list[Tensor]]:
+    """The target of each prompt, or nothing where it has none."""
+    answered = set(batch.answered)
+    return [[target] if b in answered else [] for b, target in enumerate(batch.target_ids)]
 
 
 def _at_least(bound: float, **settings: float) -> None:

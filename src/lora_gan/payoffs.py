@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lora_gan.errors import LoraGANError
 from lora_gan.types import Judgement
 
 
@@ -55,6 +56,8 @@ class AgainstTarget(Payoff):
     needs_target = True
 
     def __call__(self, judgement: Judgement) -> Tensor:
+        if len(judgement.target) != len(judgement.per_prompt):
+            raise LoraGANError("AgainstTarget compares with targets, and some prompts have none; choose another payoff")
         return (judgement.per_prompt - judgement.target[:, None]).sigmoid().flatten()
 
 

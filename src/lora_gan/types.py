@@ -7,7 +7,7 @@ P prompt tokens, T answer tokens, M branches of a prompt tree, L tokens of a pro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +21,26 @@ class Negative:
     kind: str
 
 
+Span = tuple[int, int]  # start and end, in characters
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue, for models with a chat template; ``cuttable`` is as in :class:`Example`."""
+
+    role: str  # system, user or assistant
+    content: str
+    cuttable: tuple[Span, ...] = ()
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt with what is known about good and bad answers to it.
 
     ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted answer without EOS.
     ``references`` are all accepted answers, the target first. ``group`` is what must not cross a split.
+    ``cuttable`` are the spans of the prompt that may lose their beginning where the prompt is too long: an input, a
+    context or an earlier turn, never the instruction. ``messages`` is the prompt as a dialogue.
     """
 
     prompt: str
@@ -36,11 +50,16 @@ class Example:
     group: str = ""
     source: str = ""
     meta: Mapping[str, str] = field(default_factory=dict)
+    cuttable: tuple[Span, ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """B tokenised examples. Answers (targets, negatives) end with EOS; nothing is padded."""
+    """B tokenised examples. Answers (targets, negatives) end with EOS; nothing is padded.
+
+    An example without target has an empty one, so ``target_ids`` of EOS alone; see :attr:`answered`.
+    """
 
     examples: tuple[Example, ...]  # B
     prompt_ids: tuple[Tensor, ...]  # B tensors (P,)
@@ -51,6 +70,11 @@ class PromptBatch:
     def empty(cls) -> PromptBatch:
         """No examples."""
         return cls((), (), (), ())
+
+    @property
+    def answered(self) -> list[int]:
+        """Which of the B prompts have a target."""
+        return [b for b, example in enumerate(self.examples) if example.target.strip()]
 
     def of(self, prompts: Sequence[int]) -> PromptBatch:
         """The chosen examples only."""
@@ -131,9 +155,11 @@ class Scores:
 
     total: Tensor  # (N,) weighted sum of the parts
     parts: Mapping[str, Tensor]  # name → (N,), each before its weight
-    target_total: Tensor  # (B,) the same reward given to the targets; (0,) where nobody asked
-    target_parts: Mapping[str, Tensor]  # name → (B,)
+    applies: Mapping[str, Tensor]  # name → (N,) bool, False where the reward says nothing
+    target_total: Tensor  # the same reward given to the targets of the answered prompts; (0,) where nobody asked
+    target_parts: Mapping[str, Tensor]  # name → as target_total
     reference_logprobs: Tensor  # (N, T) under the KL reference, at the sampling temperature
+    base_logprobs: Tensor  # (N, T) under the base, at temperature 1
 
 
 @dataclass(frozen=True)
@@ -144,6 +170,7 @@ class Answered:
     texts: tuple[str, ...]  # B
     truncated: Tensor  # (B,) bool
     reward: Tensor  # (B,)
+    perplexity: Tensor  # (B,) under the base
 
 
 @dataclass(frozen=True)
@@ -153,6 +180,10 @@ class Candidates:
     prompts: tuple[Tensor, ...]  # B tensors (P,)
     targets: tuple[Tensor, ...]  # B tensors (T,)
     answers: Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prompt its answers, tensors (T,)
+
+    def is_target(self, answer: Tensor, prompt: int) -> bool:
+        """Whether the answer is the prompt's target, word for word; an empty one is nobody's."""
+        return len(answer) > 1 and torch.equal(answer, self.targets[prompt])
 
     def prompt_of(self, kind: str) -> Tensor:
         """(M,) which prompt each answer of the kind belongs to."""
@@ -187,7 +218,7 @@ class Judgement:
     """What the discriminator thought of the answers before it learned from them; detached."""
 
     sampled: Tensor  # (N,) scores of the sampled answers
-    target: Tensor  # (B,) of the targets; (0,) where it was not asked
+    target: Tensor  # of the targets of the answered prompts; (0,) where it was not asked
     opponent: Tensor  # (N,) of the opponent's answers; (0,) where there is none
     k: int
     metrics: Mapping[str, Tensor]  # scalars to log
@@ -234,4 +265,32 @@ class LossTerm:
     """A loss of one player, and what is worth logging about it."""
 
     loss: Tensor  # scalar with gradient
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the generator learns from in one update: some prompts of the round, or all."""
+
+    batch: PromptBatch
+    rollout: Rollout
+    credit: Credit
+    reference_logprobs: Tensor  # (N, T)
+
+    def of(self, prompts: Sequence[int]) -> Lesson:
+        """The chosen prompts only."""
+        if list(prompts) == list(range(len(self.batch))):
+            return self
+        if len(self.rollout) == 0:
+            return replace(self, batch=self.batch.of(prompts))
+        rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
+        width = rollout.ids.shape[1]
+        reference = self.reference_logprobs[rows, :width]
+        return Lesson(self.batch.of(prompts), rollout, self.credit.of(rows, width), reference)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the generator's update did."""
+
     metrics: Mapping[str, Tensor]

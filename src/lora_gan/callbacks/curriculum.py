@@ -73,3 +73,28 @@ class Curriculum(L.Callback):
             module.backbone.take_snapshot()
         if phase.judge_from_generator:
             module.discriminator.judge.start_from_generator(module.backbone)
+
+
+class EasyFirst(L.Callback):
+    """Example curriculum: the generator learns from the prompts whose answers the discriminator likes best, then all.
+
+    The share of each batch's prompts that count, the knob ``easiest_share``, grows along a straight line to 1. It acts
+    in rounds in which the discriminator takes part.
+
+    Args:
+        first: Share at round ``start``.
+        start: First round of the curriculum.
+        end: Round from which all prompts count.
+    """
+
+    def __init__(self, first: float = 0.5, start: int = 0, end: int = 200) -> None:
+        if not 0 < first <= 1 or not 0 <= start < end:
+            raise LoraGANError(f"need first in (0, 1] and 0 <= start < end; got {first}, rounds {start} to {end}")
+        self.first, self.start, self.end = first, start, end
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LoraGANModule)
+        share = min(max((trainer.global_step - self.start) / (self.end - self.start), 0.0), 1.0)
+        pl_module.knobs.set(easiest_share=self.first + share * (1 - self.first))

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_gan.embedding import MINILM, sentence_encoder
-from lora_gan.metrics import distinct_n, exact_match, rouge_l
+from lora_gan.errors import LoraGANError
+from lora_gan.metrics import bert_score, bleu, distinct_n, exact_match, mmd, ngram_entropy, rouge, self_bleu, words
+from lora_gan.rewards import Evidence, references_of
 from lora_gan.types import Answered
 
 TITLES = {"base": "base", "trained": "trained", "sampled": "trained, sampled"}
+OwnMetric = Callable[[Sequence[str], Sequence[str]], float]
 
 
 class TextMetrics(L.Callback):
     """Measures the answers of a validation or test pass, logs them, and shows some.
 
     Validation logs ``text/<metric>`` of the generator. Test logs ``test/<player>/<metric>``, base and generator side by
-    side, prints the table and writes it to ``held_out.md`` in the run's folder.
+    side, prints the table and writes it to ``held_out.md`` in the run's folder. Of several in the list of callbacks the
+    last one measures, so that a further configuration file can append its own.
 
     Args:
         samples: Answers shown in the tables.
-        semantic_model: Sentence encoder of the semantic similarity.
+        semantic_model: Sentence encoder of the semantic similarity and of the distance between the sets (mmd).
+        bert_score_model: Adds BERTScore by this encoder: hub id or local folder, roberta-large say. It is slow.
+        metrics: Your own, by import path: functions of all answers and their targets that return one number, logged
+            under the function's name. A prompt without target has an empty one.
     """
 
-    def __init__(self, samples: int = 3, semantic_model: str = MINILM) -> None:
+    def __init__(
+        self,
+        samples: int = 3,
+        semantic_model: str = MINILM,
+        bert_score_model: str | None = None,
+        metrics: list[OwnMetric] | None = None,
+    ) -> None:
         self.samples = samples
         self.semantic_model = semantic_model
+        self.bert_score_model = bert_score_model
+        self.metrics = metrics or []
         self.seen: dict[str, list[Answered]] = {}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,14 +69,22 @@ class TextMetrics(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics = measure(self.seen["trained"], self.semantic_model)
+        if self._replaced(trainer):
+            return
+        metrics = self._measure("trained")
         shown = {f"text/{name}": value for name, value in metrics.items()}
         pl_module.log_dict(shown, sync_dist=True)
-        pl_module.log("exact", metrics["exact_match"], prog_bar=True, logger=False, sync_dist=True)
+        if "exact_match" in metrics:
+            pl_module.log("exact", metrics["exact_match"], prog_bar=True, logger=False, sync_dist=True)
         self._write(trainer, "samples", samples_table(self.seen, self.samples))
+        for reward in getattr(pl_module, "rewards", []):
+            if getattr(reward, "evidence", ()):
+                self._write(trainer, f"evidence/{reward.name}", evidence_table(reward.evidence, self.samples))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics = {player: measure(answered, self.semantic_model) for player, answered in self.seen.items()}
+        if self._replaced(trainer):
+            return
+        metrics = {player: self._measure(player) for player in self.seen}
         logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
         pl_module.log_dict(logged, sync_dist=True)
         table = metrics_table(metrics) + "\n\n" + samples_table(self.seen, self.samples)
@@ -70,27 +95,98 @@ class TextMetrics(L.Callback):
             if trainer.log_dir:
                 Path(trainer.log_dir, "held_out.md").write_text(table + "\n", encoding="utf-8")
 
+    def _replaced(self, trainer: L.Trainer) -> bool:
+        return [c for c in trainer.callbacks if isinstance(c, TextMetrics)][-1] is not self  # type: ignore[attr-defined]
+
+    def _measure(self, player: str) -> dict[str, float]:
+        return measure(self.seen[player], self.semantic_model, self.bert_score_model, self.metrics)
+
     def _write(self, trainer: L.Trainer, tag: str, table: str) -> None:
         for sink in trainer.loggers:
             if isinstance(sink, TensorBoardLogger) and not trainer.sanity_checking:
                 sink.experiment.add_text(tag, table, trainer.global_step)
 
 
-def measure(answered: Sequence[Answered], semantic_model: str = MINILM) -> dict[str, float]:
-    """Reward and text metrics of one player's answers to a whole split."""
+def measure(
+    answered: Sequence[Answered],
+    semantic_model: str = MINILM,
+    bert_score_model: str | None = None,
+    own: Sequence[OwnMetric] = (),
+) -> dict[str, float]:
+    """Reward and text metrics of one player's answers to a whole split.
+
+    What compares with targets looks at the prompts that have one, and is left out where none has.
+    """
     examples = [example for part in answered for example in part.examples]
     texts = [text for part in answered for text in part.texts]
-    targets = [example.target for example in examples]
     count = max(len(texts), 1)
-    similarity = sentence_encoder(semantic_model).similarity(texts, targets)
+    wanted = [i for i, example in enumerate(examples) if references_of(example)]
+    metrics = {"reward": sum(float(part.reward.sum()) for part in answered) / count}
+    if wanted:
+        chosen = [examples[i] for i in wanted]
+        said = [texts[i] for i in wanted]
+        targets = [example.target or references_of(example)[0] for example in chosen]
+        metrics["exact_match"] = exact_match(said, [references_of(example) for example in chosen])
+        metrics |= compare(said, targets, semantic_model)
+        if bert_score_model is not None:
+            metrics["bert_score"] = bert_score(said, targets, bert_score_model)
+    metrics |= variety(texts)
+    metrics["length"] = sum(len(words(text)) for text in texts) / count
+    metrics["truncated"] = sum(int(part.truncated.sum()) for part in answered) / count
+    metrics |= _perplexity(answered)
+    for function in own:
+        _add_own(metrics, function, texts, [example.target for example in examples])
+    return metrics
+
+
+def compare(answers: Sequence[str], targets: Sequence[str], semantic_model: str = MINILM) -> dict[str, float]:
+    """Answers beside their targets: words, meaning, and the distance between the two sets."""
+    encoder = sentence_encoder(semantic_model)
+    similarity = encoder.similarity(answers, targets)
     return {
-        "reward": sum(float(part.reward.sum()) for part in answered) / count,
-        "exact_match": exact_match(texts, [example.references or (example.target,) for example in examples]),
-        "rouge_l": rouge_l(texts, targets),
+        "bleu": bleu(answers, targets),
+        **rouge(answers, targets),
         "semantic": float(similarity.mean()),
-        "distinct_2": distinct_n(texts, 2),
-        "truncated": sum(int(part.truncated.sum()) for part in answered) / count,
+        "mmd": mmd(encoder.encode(answers), encoder.encode(targets, keep=True)),
     }
+
+
+def variety(answers: Sequence[str]) -> dict[str, float]:
+    """How much the answers differ from each other."""
+    return {
+        **{f"distinct_{n}": distinct_n(answers, n) for n in (1, 2, 3)},
+        "entropy_2": ngram_entropy(answers, 2),
+        "self_bleu": self_bleu(answers),
+    }
+
+
+def _perplexity(answered: Sequence[Answered]) -> dict[str, float]:
+    """Geometric mean of the answers' perplexities under the base."""
+    told = torch.cat([part.perplexity for part in answered])
+    return {"perplexity": math.exp(float(told.double().log().mean()))} if len(told) else {}
+
+
+def _add_own(metrics: dict[str, float], function: OwnMetric, answers: Sequence[str], targets: Sequence[str]) -> None:
+    name = str(getattr(function, "__name__", type(function).__name__))
+    if name in metrics:
+        raise LoraGANError(f"there are two metrics called {name!r}; rename your function")
+    value = function(answers, targets)
+    try:
+        metrics[name] = float(value)
+    except (TypeError, ValueError) as error:
+        raise LoraGANError(f"metric {name!r} must return one number, got {value!r}") from error
+    if not math.isfinite(metrics[name]):
+        raise LoraGANError(f"metric {name!r} must return a finite number, got {value!r}")
+
+
+def evidence_table(evidence: Sequence[Evidence], count: int) -> str:
+    """Markdown: answers, what was found for each, most similar first, and the verdict."""
+    rows = [
+        [one.answer, f"{one.verdict:.2f}" if n == 0 else "", f"{similarity:.2f}", passage]
+        for one in evidence[:count]
+        for n, (passage, similarity) in enumerate(zip(one.passages, one.similarity, strict=True))
+    ]
+    return _markdown(["answer", "verdict", "similarity", "passage"], rows)
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from itertools import islice
 
-from lora_gan.data.files import Row, read_rows
-from lora_gan.data.source import Source, fill
-from lora_gan.errors import LoraGANError
+from lora_gan.data.files import Row
+from lora_gan.data.source import OnBad, RowSource, normal
+from lora_gan.data.templates import fill
 from lora_gan.types import Example
 
 _NO_INPUT = re.compile(r"[<`\s]*(no\s*input|n/a|none)[>`.\s]*", re.IGNORECASE)
@@ -18,10 +16,8 @@ _PICTURE = re.compile(r"[<\[(].{0,20}\b(picture|image|photo)\b.{0,20}\battached\
 _NEXT_ROW = re.compile(r"^\s*(##\s*$|\d+\.\s*Instruction:)", re.MULTILINE)  # a Markdown heading has text after its #
 
 
-class Alpaca(Source):
+class Alpaca(RowSource):
     """Alpaca, or a file of your own in its format."""
-
-    path: str
 
     def __init__(
         self,
@@ -29,6 +25,7 @@ class Alpaca(Source):
         template: str = "### Prompt:\n{instruction}\n{input}\n\n### Response:\n",
         template_without_input: str = "### Prompt:\n{instruction}\n\n### Response:\n",
         limit: int | None = None,
+        on_bad_row: OnBad = "raise",
     ) -> None:
         """
         Args:
@@ -36,29 +33,15 @@ class Alpaca(Source):
             template: The prompt of a row that has an input. It ends where the answer begins.
             template_without_input: The prompt of a row that has none.
             limit: Use only the first so many usable rows.
+            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
         """
-        super().__init__()
-        if limit is not None and limit < 1:
-            raise LoraGANError(f"limit must be at least 1, got {limit}; leave it out to use every row")
+        super().__init__(path, limit, on_bad_row)
         fill(template, instruction="", input="")
         fill(template_without_input, instruction="")
-        self.path = path
         self.template = template
         self.template_without_input = template_without_input
-        self.limit = limit
 
-    def rows(self) -> Iterable[Example]:
-        self.dropped.clear()
-        self.repaired.clear()
-        return islice(self._usable(), self.limit)
-
-    def _usable(self) -> Iterator[Example]:
-        for row in read_rows(self.path):
-            example = self._example(row)
-            if example is not None:
-                yield example
-
-    def _example(self, row: Row) -> Example | None:
+    def example(self, row: Row) -> Example | None:
         instruction = row.text("instruction")
         context = self._context(row.text("input", default=""))
         output = self._output(row.text("output"))
@@ -66,12 +49,14 @@ class Alpaca(Source):
         if reason:
             self.dropped[reason] += 1
             return None
-        if context:
-            prompt = fill(self.template, instruction=instruction, input=context)
-        else:
-            prompt = fill(self.template_without_input, instruction=instruction)
-        group = f"{_normal(instruction)}\n{_normal(context)}"
-        return Example(prompt, output, references=(output,), group=group, source=self.name)
+        return self.make(
+            self.template if context else self.template_without_input,
+            {"instruction": instruction, "input": context},
+            cuttable=("input",),
+            target=output,
+            references=(output,),
+            group=f"{normal(instruction)}\n{normal(context)}",
+        )
 
     def _context(self, text: str) -> str:
         if _NO_INPUT.fullmatch(text):
@@ -100,7 +85,3 @@ def _fault(instruction: str, context: str, output: str) -> str:
     if _PICTURE.fullmatch(context):
         return "picture_input"
     return ""
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())

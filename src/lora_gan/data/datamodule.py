@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from lora_gan.data.alpaca import Alpaca
 from lora_gan.data.builtin import BuiltinWorld
+from lora_gan.data.fitting import Fitter, Room
+from lora_gan.data.sampler import BucketSampler, Place
 from lora_gan.data.source import Source
 from lora_gan.data.splits import SPLITS, Placed, digest, one_wording_each, place
 from lora_gan.data.tokenizer import Encoded, Ids, encode, load_tokenizer
@@ -27,16 +30,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_gan")
 
-SHORTEST_ANSWER = 2  # a token and EOS
-UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
-
 
 @dataclass(frozen=True)
 class Split:
-    """What is served of one split, and how many examples were left out for what reason."""
+    """What is served of one split, and how many examples were left out or mended for what reason."""
 
     items: tuple[Encoded, ...]
     dropped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -52,10 +53,13 @@ class InstructionDataModule(L.LightningDataModule):
         max_prompt_tokens: int = 512,
         max_target_tokens: int = 512,
         max_tokens: int | None = None,
+        chat: bool = False,
+        system: str | None = None,
         validation: float = 0.1,
         test: float = 0.2,
         max_validation: int | None = None,
         max_test: int | None = None,
+        bucket_batches: int = 1,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -66,13 +70,16 @@ class InstructionDataModule(L.LightningDataModule):
             tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
             batch_size: Prompts in a round of training.
             eval_batch_size: Prompts in a batch of validation, test and prediction.
-            max_prompt_tokens: Longer prompts are dropped and counted.
+            max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
             max_target_tokens: Longer targets (EOS included) are dropped and counted.
             max_tokens: The most that prompt and answer may hold together; left out, what the tokenizer says.
+            chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
+            system: What the system says in a chat; left out, what the source says, if anything.
             validation: Share of the groups held out for validation, where the source has no official split.
             test: Share of the groups held out for the test, where the source has no official split.
             max_validation: Use only so many validation examples, drawn by hash.
             max_test: Use only so many test examples, drawn by hash.
+            bucket_batches: Put prompts of like length, of each so many batches, into one batch; 1 leaves all to chance.
             seed: Decides the split and the order of training.
             num_workers: Processes that prepare batches; 0 does it in the main process.
         """
@@ -85,6 +92,7 @@ class InstructionDataModule(L.LightningDataModule):
             "max_tokens": max_tokens,
             "max_validation": max_validation,
             "max_test": max_test,
+            "bucket_batches": bucket_batches,
         }
         for name, size in sizes.items():
             if size is not None and size < 1:
@@ -102,11 +110,16 @@ class InstructionDataModule(L.LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.max_target_tokens = max_target_tokens
         self.max_tokens = max_tokens
+        self.chat = chat
+        self.system = system
         self.fractions = {"validation": validation, "test": test}
         self.limits = {"validation": max_validation, "test": max_test}
+        self.bucket_batches = bucket_batches
         self.seed = seed
         self.num_workers = num_workers
         self.splits: dict[str, Split] = {}
+        self.trained = Place()
+        self.trained_order = ""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -115,7 +128,12 @@ class InstructionDataModule(L.LightningDataModule):
     @property
     def context(self) -> int:
         """The most tokens that a prompt and its answer may hold together."""
-        return self.max_tokens or min(int(self.tokenizer.model_max_length), UNLIMITED)
+        return self.room.together
+
+    @property
+    def room(self) -> Room:
+        """The most tokens of prompts and answers."""
+        return Room.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the source once, for all stages."""
@@ -123,9 +141,7 @@ class InstructionDataModule(L.LightningDataModule):
             return
         examples = list(self.source.rows())
         if not examples:
-            raise DataError(
-                f"{self._origin} gives no usable row (dropped: {_told(self.source.dropped)}); mend the rows"
-            )
+            raise DataError(f"{self.origin} gives no usable row (dropped: {told(self.source.dropped)}); mend the rows")
         split = {name: self._fit(placed) for name, placed in place(examples, self.fractions, self.seed).items()}
         held_out = {name: self._thin(name, split[name]) for name in SPLITS[1:]}
         self.splits = split | held_out
@@ -145,11 +161,44 @@ class InstructionDataModule(L.LightningDataModule):
         return DataLoader(
             cast(Dataset[Encoded], items),
             batch_size=self.batch_size,
-            sampler=SeededSampler(len(items), self.seed),
+            sampler=self._sampler(items),
             drop_last=len(items) >= self.batch_size,
             collate_fn=collate,
             num_workers=self.num_workers,
         )
+
+    def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
+        """Notes the batch that training takes now; those that were only fetched do not count."""
+        if self.trainer is not None and self.trainer.training:
+            self.trained = self.trained.after_batch(self.trainer.current_epoch)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in which epoch training stands, and in which order."""
+        return {"epoch": self.trained.epoch, "batches": self.trained.batches, "order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.trained = Place(state_dict["epoch"], state_dict["batches"])
+        self.trained_order = state_dict["order"]
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the sampler is
+
+    def _sampler(self, items: tuple[Encoded, ...]) -> BucketSampler:
+        if self.trained_order and self.trained_order != self._order():
+            log.warning(
+                "the training data or their order (data.init_args.seed, batch_size, bucket_batches) are not those of "
+                "the checkpoint: the epoch starts anew, so some prompts come twice in it"
+            )
+            self.trained = Place()
+        batches = max(len(items) // self.batch_size, 1)
+        start = self.trained if self.trained.batches < batches else Place(self.trained.epoch + 1)
+        lengths = [len(item.prompt_ids) for item in items]
+        return BucketSampler(lengths, self.seed, self.batch_size, self.bucket_batches, start)
+
+    def _order(self) -> str:
+        """What the order of training depends on."""
+        items = self.splits["train"].items if self.splits else ()
+        content = digest(*(item.example.prompt for item in items))
+        return digest(self.seed, self.batch_size, self.bucket_batches, content)
 
     def val_dataloader(self) -> DataLoader[Encoded]:
         return self._eval_dataloader("validation")
@@ -175,86 +224,53 @@ class InstructionDataModule(L.LightningDataModule):
             log.warning("no validation examples: validation is skipped; raise data.init_args.validation to get some")
         elif not items:
             raise DataError(
-                f"{self._origin} leaves no {name} examples (dropped: {_told(self.splits[name].dropped)}); "
+                f"{self.origin} leaves no {name} examples (dropped: {told(self.splits[name].dropped)}); "
                 "give more rows, or change data.init_args.validation and data.init_args.test"
+                + f" ({self.source.note})"
+                * bool(self.source.note)
             )
         return items
 
     def _fit(self, placed: Placed) -> Split:
         """Tokenises and leaves out what is too long: examples, or single negatives."""
-        dropped = Counter(placed.dropped)
-        items = []
-        for item in encode(self.tokenizer, placed.examples):
-            if len(item.prompt_ids) > min(self.max_prompt_tokens, self.context - SHORTEST_ANSWER):
-                dropped["prompt_too_long"] += 1
-            elif not self._answer_fits(item, item.target_ids):
-                dropped["target_too_long"] += 1
-            else:
-                fitting = self._fitting_negatives(item)
-                dropped["negative_too_long"] += len(item.negative_ids) - len(fitting.negative_ids)
-                items.append(fitting)
-        return Split(tuple(items), +dropped)
+        fitter = Fitter(self.tokenizer, self.room, self.chat, self.system)
+        items = tuple(fitter.fit(placed.examples))
+        return Split(items, placed.dropped + fitter.dropped, fitter.repaired)
 
     def _thin(self, name: str, split: Split) -> Split:
         """A held-out split asks each item in one wording, and no more of them than its limit."""
         chosen = one_wording_each([item.example for item in split.items], self.seed)
         kept = sorted(chosen[: self.limits[name]])
         left_out = Counter(other_wording=len(split.items) - len(chosen), over_the_limit=len(chosen) - len(kept))
-        return Split(tuple(split.items[i] for i in kept), split.dropped + left_out)
-
-    def _answer_fits(self, item: Encoded, answer: Ids) -> bool:
-        return len(answer) <= min(self.max_target_tokens, self.context - len(item.prompt_ids))
-
-    def _fitting_negatives(self, item: Encoded) -> Encoded:
-        pairs = zip(item.example.negatives, item.negative_ids, strict=True)
-        fitting = [(negative, ids) for negative, ids in pairs if self._answer_fits(item, ids)]
-        if len(fitting) == len(item.negative_ids):
-            return item
-        example = replace(item.example, negatives=tuple(negative for negative, _ in fitting))
-        return replace(item, example=example, negative_ids=tuple(ids for _, ids in fitting))
+        return Split(tuple(split.items[i] for i in kept), split.dropped + left_out, split.repaired)
 
     def _nothing_fits(self, examples: Sequence[Example]) -> DataError:
         items = encode(self.tokenizer, examples)
         prompt = max(len(item.prompt_ids) for item in items)
         target = max(len(item.target_ids) for item in items)
         return DataError(
-            f"no example of {self._origin} fits: the longest prompt has {prompt} tokens "
+            f"no example of {self.origin} fits: the longest prompt has {prompt} tokens "
             f"(max_prompt_tokens {self.max_prompt_tokens}), the longest target {target} "
             f"(max_target_tokens {self.max_target_tokens}), and together they may have {self.context}; "
             "raise these data.init_args, take a base with a longer context, or shorten the rows"
         )
 
     @property
-    def _origin(self) -> str:
+    def origin(self) -> str:
+        """The source and what it reads."""
         return f"{self.source.name} ({self.source.path})" if self.source.path else self.source.name
 
     def _report(self) -> None:
-        lines = [f"data: {self._origin}, rows dropped: {_told(self.source.dropped)}"]
-        lines.append(f"  rows repaired: {_told(self.source.repaired)}")
+        lines = [f"data: {self.origin}, rows dropped: {told(self.source.dropped)}"]
+        lines.append(f"  rows repaired: {told(self.source.repaired)}")
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
-            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {_told(split.dropped)}")
+            cut = f" (prompts cut: {split.repaired['prompt_cut']:,})" if split.repaired["prompt_cut"] else ""
+            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {told(split.dropped)}{cut}")
+        if self.source.note:
+            lines.append(f"  note: {self.source.note}")
         log.info("\n".join(lines))
-
-
-class SeededSampler(Sampler[int]):
-    """Each index once, in an order that (seed, epoch) decides. Lightning calls :meth:`set_epoch`."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(int(digest(self.seed, self.epoch)[:15], 16))
-        yield from torch.randperm(self.size, generator=generator).tolist()
 
 
 def collate(items: Sequence[Encoded]) -> PromptBatch:
@@ -271,7 +287,8 @@ def _tensor(ids: Ids) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _told(counts: Counter[str]) -> str:
+def told(counts: Counter[str]) -> str:
+    """The counts by reason, in one line."""
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
 
 

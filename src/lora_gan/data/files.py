@@ -13,9 +13,10 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from lora_gan.errors import DataError
 
@@ -24,6 +25,8 @@ FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
+OnBadRow = Callable[[DataError], None]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -31,6 +34,14 @@ class Row:
 
     values: Mapping[str, object]
     where: str  # "my.json, row 7"
+    split: str = ""  # the official split that it was read from
+
+    def get(self, *path: str) -> object:
+        """What stands at the end of ``path`` through nested objects; None where something is missing."""
+        value: object = self.values
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
     def text(self, field: str, default: str | None = None) -> str:
         """The cleaned text of ``field``; ``default`` where it is absent or null, an error where that is None."""
@@ -45,6 +56,18 @@ class Row:
             raise DataError(f"{self.where}: the field {field!r} is {kind}, not text; mend or delete the row")
         return clean(value)
 
+    def texts(self, field: str) -> list[str]:
+        """The cleaned texts that ``field`` lists."""
+        return strings(self.values.get(field), field, self.where)
+
+
+def strings(value: object, field: str, where: str) -> list[str]:
+    """``value`` as a list of cleaned texts."""
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        kind = "missing or null" if value is None else f"{type(value).__name__}, not a list of texts"
+        raise DataError(f"{where}: the field {field!r} is {kind}; mend or delete the row")
+    return [clean(text) for text in value]
+
 
 def clean(text: str) -> str:
     r"""NFC, lines ended by \n, no control characters or lone surrogates, no blank ends; emoji stay."""
@@ -52,11 +75,25 @@ def clean(text: str) -> str:
     return unicodedata.normalize("NFC", _CONTROL.sub("", lines)).strip()
 
 
-def read_rows(path: str, split: str = "train") -> Iterator[Row]:
-    """The rows of a local file or, where no file has this name, of ``split`` of a data set on the hub."""
+def refuse(error: DataError) -> NoReturn:
+    """What is done with a bad row where nothing else is said."""
+    raise error
+
+
+def read_rows(path: str, split: str = "train", bad: OnBadRow = refuse, config: str | None = None) -> Iterator[Row]:
+    """The rows of a local file or, where no file has this name, of ``split`` of a data set on the hub.
+
+    ``bad`` is told of each single row that cannot be read; where it returns, the row is left out. ``config`` chooses
+    among the parts of a data set on the hub.
+    """
+    return _read_hub(path, split, config) if is_hub_id(path) else _read_file(Path(path).expanduser(), bad)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` looks like an id on the hub and no file has this name."""
     file = Path(path).expanduser()
     is_file_name = _format(file) in FORMATS or not _HUB_ID.fullmatch(path) or path.startswith(".")
-    return _read_file(file) if is_file_name or os.path.exists(file) else _read_hub(path, split)
+    return not is_file_name and not os.path.exists(file)
 
 
 def _format(file: Path) -> str:
@@ -64,14 +101,14 @@ def _format(file: Path) -> str:
     return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
 
 
-def _read_file(file: Path) -> Iterator[Row]:
+def _read_file(file: Path, bad: OnBadRow) -> Iterator[Row]:
     readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
     content = _content(file)
     kind = _format(file)
     if kind == ".parquet":
         rows = _parquet_rows(file, content)
     elif kind in readers:
-        rows = readers[kind](file, _decode(file, content))
+        rows = readers[kind](file, _decode(file, content), bad)
     else:
         raise DataError(
             f"{file}: the format {kind or 'without a suffix'} is not known; use one of {', '.join(FORMATS)}"
@@ -110,7 +147,7 @@ def _decode(file: Path, content: bytes) -> str:
         ) from error
 
 
-def _json_rows(file: Path, text: str) -> Iterator[Row]:
+def _json_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
@@ -118,24 +155,37 @@ def _json_rows(file: Path, text: str) -> Iterator[Row]:
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
             "mend it, or call the file .jsonl if each line is an object of its own"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: JSON that cannot be read ({error}); mend the file") from error
     if not isinstance(rows, list):
         raise DataError(f"{file} holds a JSON {type(rows).__name__}, not a list; give a list of objects")
     for number, row in enumerate(rows, start=1):
-        yield _object_row(row, f"{file}, row {number}")
+        try:
+            yield _object_row(row, f"{file}, row {number}")
+        except DataError as error:
+            bad(error)
 
 
-def _jsonl_rows(file: Path, text: str) -> Iterator[Row]:
+def _jsonl_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            where = f"{file}, line {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{where}, column {error.colno}: not valid JSON ({error.msg}); the line may be cut short, "
-                    "mend or delete it"
-                ) from error
-            yield _object_row(row, where)
+                yield line_row(line, f"{file}, line {number}")
+            except DataError as error:
+                bad(error)
+
+
+def line_row(line: str, where: str) -> Row:
+    """The row that a line of a .jsonl file holds."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}, column {error.colno}: not valid JSON ({error.msg}); the line may be cut short, mend or delete it"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: JSON that cannot be read ({error}); mend or delete the line") from error
+    return _object_row(row, where)
 
 
 def _object_row(row: object, where: str) -> Row:
@@ -144,17 +194,22 @@ def _object_row(row: object, where: str) -> Row:
     return Row(row, where)
 
 
-def _csv_rows(file: Path, text: str) -> Iterator[Row]:
+def _csv_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for number, row in enumerate(reader, start=1):
-            if None in row:
-                raise DataError(
-                    f"{file}, row {number}: more cells than the {len(reader.fieldnames or ())} columns of the header; "
+            where = f"{file}, row {number}"
+            if None not in row:
+                yield Row(row, where)
+                continue
+            columns = len(reader.fieldnames or ())
+            bad(
+                DataError(
+                    f"{where}: more cells than the {columns} columns of the header; "
                     "put cells that hold commas in double quotes"
                 )
-            yield Row(row, f"{file}, row {number}")
+            )
     except csv.Error as error:
         raise DataError(f"{file}, line {reader.line_num}: not valid CSV ({error}); mend the quotes") from error
 
@@ -165,16 +220,16 @@ def _parquet_rows(file: Path, content: bytes) -> Iterator[Row]:
 
     try:
         rows = parquet.read_table(io.BytesIO(content)).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file} is not a whole parquet file: {error}; fetch it again") from error
     return _numbered(rows, str(file))
 
 
-def _read_hub(name: str, split: str) -> Iterator[Row]:
+def _read_hub(name: str, split: str, config: str | None) -> Iterator[Row]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, *([config] if config else []), split=split)
     except Exception as error:  # the hub client raises a dozen unrelated classes
         reason = " ".join(str(error).split())
         raise DataError(
@@ -182,7 +237,7 @@ def _read_hub(name: str, split: str) -> Iterator[Row]:
             f"{type(error).__name__}: {reason}; give the path of a local file ({', '.join(FORMATS)}), "
             "or check the name and the network"
         ) from error
-    yield from _numbered(rows, name)
+    yield from _numbered(rows, name if split == "train" else f"{name} ({split})")
 
 
 def _numbered(rows: Iterable[Mapping[str, object]], name: str) -> Iterator[Row]:

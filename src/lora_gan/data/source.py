@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Literal
 
-from lora_gan.errors import DataError
+from lora_gan.data.files import Row, read_rows
+from lora_gan.data.templates import prompt, user_message
+from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example
+
+log = logging.getLogger("lora_gan")
+
+OnBad = Literal["raise", "drop"]
 
 
 class Source(ABC):
@@ -24,7 +33,8 @@ class Source(ABC):
 
     path: str | None = None  # the file or hub id it reads; None where it reads none
 
-    def __init__(self) -> None:
+    def __init__(self, on_bad_row: OnBad = "raise") -> None:
+        self.on_bad_row = on_bad_row
         self.dropped: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
 
@@ -33,9 +43,33 @@ class Source(ABC):
         """What logs and ``Example.source`` call it."""
         return type(self).__name__.lower()
 
+    @property
+    def note(self) -> str:
+        """What a reader of a run's results must know about this data, if anything."""
+        return ""
+
     @abstractmethod
     def rows(self) -> Iterable[Example]:
         """All usable examples, in the order of the data set."""
+
+    def make(self, template: str, fields: Mapping[str, str], cuttable: Collection[str] = (), **known: Any) -> Example:
+        """An example whose prompt is ``template`` with its ``fields`` filled in; ``known`` is the rest of it."""
+        made = prompt(template, cuttable, **fields)
+        dialogue = (user_message(fields, cuttable),)
+        return Example(made.text, cuttable=made.cuttable, messages=dialogue, source=self.name, **known)
+
+    def forget_counts(self) -> None:
+        """Each reading counts from 0."""
+        self.dropped.clear()
+        self.repaired.clear()
+
+    def bad(self, error: DataError) -> None:
+        """Drops and counts a row that cannot be used, or refuses it."""
+        if self.on_bad_row == "raise":
+            raise error
+        if not self.dropped["bad_row"]:
+            log.warning("the first bad row, dropped because of on_bad_row: drop: %s", error)
+        self.dropped["bad_row"] += 1
 
     def with_path(self, path: str) -> Source:
         """The same settings, reading ``path``."""
@@ -49,12 +83,45 @@ class Source(ABC):
         return other
 
 
-def fill(template: str, **fields: str) -> str:
-    """``template`` with its ``{field}`` places filled; the filled-in text may hold braces."""
-    try:
-        return template.format_map(fields)
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        known = ", ".join(f"{{{field}}}" for field in fields)
-        raise DataError(
-            f"the template {template!r} cannot be filled: {error!r}; it may name {known}, a literal brace is doubled"
-        ) from error
+class RowSource(Source):
+    """A data set whose rows are examples of their own. A subclass writes :meth:`example`."""
+
+    path: str
+
+    def __init__(self, path: str, limit: int | None = None, on_bad_row: OnBad = "raise") -> None:
+        super().__init__(on_bad_row)
+        if limit is not None and limit < 1:
+            raise LoraGANError(f"limit must be at least 1, got {limit}; leave it out to use every row")
+        self.path = path
+        self.limit = limit
+
+    @abstractmethod
+    def example(self, row: Row) -> Example | None:
+        """``row`` as an example; None where it is left out, which :attr:`dropped` counts."""
+
+    def rows(self) -> Iterable[Example]:
+        self.forget_counts()
+        return islice(self._usable(), self.limit)
+
+    def read(self) -> Iterator[Row]:
+        """The raw rows."""
+        return read_rows(self.path, bad=self.bad)
+
+    def accept(self, row: Row) -> Example | None:
+        """:meth:`example`, or what :attr:`on_bad_row` says where the row has a fault."""
+        try:
+            return self.example(row)
+        except DataError as error:
+            self.bad(error)
+            return None
+
+    def _usable(self) -> Iterator[Example]:
+        for row in self.read():
+            example = self.accept(row)
+            if example is not None:
+                yield example
+
+
+def normal(text: str) -> str:
+    """``text`` without case and spacing, to tell what is the same."""
+    return " ".join(text.casefold().split())

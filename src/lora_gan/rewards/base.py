@@ -1,16 +1,16 @@
-"""The seam of rewards, and their weighted sum."""
+"""The seam of rewards, and how several of them become one number."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from lora_gan.errors import LoraGANError, RewardError
-from lora_gan.types import PromptBatch, RewardContext
+from lora_gan.types import Example, PromptBatch, RewardContext
 
 
 class Reward(ABC):
@@ -21,6 +21,8 @@ class Reward(ABC):
         name: Name in the logs, ``reward/<name>``.
     """
 
+    needs_target: bool = False  # True: says nothing of answers to a prompt without target
+
     def __init__(self, weight: float, name: str) -> None:
         self.weight = weight
         self.name = name
@@ -29,30 +31,41 @@ class Reward(ABC):
     def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
         """(N,) scores, higher is better; answer n belongs to ``batch.examples[n // context.k]``."""
 
+    def applies(self, batch: PromptBatch, k: int) -> list[bool]:
+        """For each of the B prompts, whether the k answers to it can be judged; the others are not shown to it."""
+        return [not self.needs_target or bool(references_of(example)) for example in batch.examples]
+
+
+def references_of(example: Example) -> tuple[str, ...]:
+    """Everything that is accepted as an answer; nothing for a prompt without target."""
+    return tuple(text for text in example.references or (example.target,) if text.strip())
+
 
 @dataclass(frozen=True)
 class RewardSum:
-    total: Tensor  # (N,)
-    parts: Mapping[str, Tensor]  # name → (N,), before the weights
+    total: Tensor  # (N,) weighted sum
+    parts: Mapping[str, Tensor]  # name → (N,), before the weights; 0 where the reward does not apply
+    applies: Mapping[str, Tensor]  # name → (N,) bool
 
 
 def weighted_sum(
     rewards: Sequence[Reward], answers: Sequence[str], batch: PromptBatch, context: RewardContext
 ) -> RewardSum:
-    """Ask every reward and add them up by weight.
+    """Ask every reward and add them up by weight, see :class:`WeightedSum`.
 
     Raises:
         RewardError: A reward gave something other than N finite numbers.
     """
-    device = context.logprobs.device
-    total = torch.zeros(len(answers), device=device)
-    parts = {}
-    for reward in rewards:
-        part = reward(answers, batch, context)
-        _check(reward, part, answers)
-        parts[reward.name] = part.detach().float().to(device)
-        total = total + reward.weight * parts[reward.name]
-    return RewardSum(total, parts)
+    asked = {reward.name: _ask(reward, answers, batch, context) for reward in rewards}
+    parts = {name: one.scores for name, one in asked.items()}
+    applies = {name: one.applies for name, one in asked.items()}
+    total = WeightedSum()(parts, weights_of(rewards), applies, context.k) if asked else torch.zeros(len(answers))
+    return RewardSum(total.to(context.logprobs.device), parts, applies)
+
+
+def weights_of(rewards: Sequence[Reward]) -> dict[str, float]:
+    """Weight by name."""
+    return {reward.name: reward.weight for reward in rewards}
 
 
 def check_names(rewards: Sequence[Reward]) -> None:
@@ -63,7 +76,122 @@ def check_names(rewards: Sequence[Reward]) -> None:
             raise LoraGANError(f"two rewards are called {name!r}; give one of them another name: in its init_args")
 
 
-def _check(reward: Reward, part: Tensor, answers: Sequence[str]) -> None:
+# combinations
+
+
+class Combination(ABC):
+    """Makes one number of the rewards of an answer: what the policy is paid."""
+
+    needs_group = False  # True: needs at least two answers for each prompt
+
+    @abstractmethod
+    def __call__(
+        self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
+    ) -> Tensor:
+        """(N,) from (N,) parts, by name.
+
+        Args:
+            parts: At least one reward of N answers; the discriminator's score may be among them.
+            weights: The weight of each part.
+            applies: (N,) bool for each part: False where its reward says nothing. A part not named applies everywhere.
+            k: Answers for each prompt.
+        """
+
+
+class WeightedSum(Combination):
+    """Sum of weight · reward.
+
+    Where a reward does not apply, the others stand in for it: the sum over those that apply is scaled by the weight of
+    all over the weight of those (absolute values). So answers with and without target are paid on one scale.
+    """
+
+    def __call__(
+        self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
+    ) -> Tensor:
+        total, present, whole = (torch.zeros_like(next(iter(parts.values()))) for _ in range(3))
+        for name, part in parts.items():
+            there = applies.get(name, torch.ones_like(part, dtype=torch.bool))
+            total = total + weights[name] * torch.where(there, part, 0.0)
+            present = present + abs(weights[name]) * there
+            whole = whole + abs(weights[name])
+        return torch.where(present > 0, total * whole / present.where(present > 0, 1.0), 0.0)
+
+
+class NormalisedSum(Combination):
+    """Each reward less its mean over the prompt's k answers, over their standard deviation; then the weighted sum.
+
+    A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242, without its last step, a
+    normalisation over the batch). Needs k ≥ 2. Before it is clipped the sum has mean 0 in every group: it says which of
+    a prompt's answers is better and nothing about the prompt.
+
+    Args:
+        clip: The sum is cut to ± this.
+        epsilon: Added to the standard deviation, so that a group of equal rewards gives 0.
+    """
+
+    needs_group = True
+
+    def __init__(self, clip: float = 5.0, epsilon: float = 1e-4) -> None:
+        if clip <= 0:
+            raise LoraGANError(f"clip must be > 0, got {clip}; a large one, 1e9 say, never clips")
+        self.clip = clip
+        self.epsilon = epsilon
+
+    def __call__(
+        self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
+    ) -> Tensor:
+        if k == 1:
+            raise LoraGANError("NormalisedSum compares the answers to one prompt: set answers_per_prompt to 2 or more")
+        normalised = {name: self._normalise(part, k) for name, part in parts.items()}
+        return WeightedSum()(normalised, weights, applies, k).clamp(-self.clip, self.clip)
+
+    def _normalise(self, part: Tensor, k: int) -> Tensor:
+        groups = part.view(-1, max(k, 1))
+        centred = groups - groups.mean(1, keepdim=True)
+        return (centred / (groups.std(1, keepdim=True) + self.epsilon)).flatten() if len(part) else part
+
+
+# asking one reward
+
+
+@dataclass(frozen=True)
+class _Asked:
+    scores: Tensor  # (N,)
+    applies: Tensor  # (N,) bool
+
+
+def _ask(reward: Reward, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> _Asked:
+    """Show a reward the answers that it applies to, if any; the others get 0."""
+    device = context.logprobs.device
+    if not answers:
+        return _Asked(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
+    chosen = [b for b, there in enumerate(reward.applies(batch, context.k)) if there]
+    if len(chosen) == len(batch):
+        scores = _checked(reward, answers, batch, context).to(device)
+        return _Asked(scores, torch.ones_like(scores, dtype=torch.bool))
+    rows = [n for b in chosen for n in range(b * context.k, (b + 1) * context.k)]
+    scores = torch.zeros(len(answers), device=device)
+    applies = torch.zeros(len(answers), dtype=torch.bool, device=device)
+    if rows:
+        shown = _checked(reward, [answers[n] for n in rows], _prompts(batch, chosen), _rows(context, rows))
+        scores[rows] = shown.to(device)
+        applies[rows] = True
+    return _Asked(scores, applies)
+
+
+def _prompts(batch: PromptBatch, chosen: Sequence[int]) -> PromptBatch:
+    """Some of the batch's prompts."""
+    return PromptBatch(*(tuple(getattr(batch, f.name)[b] for b in chosen) for f in fields(batch)))
+
+
+def _rows(context: RewardContext, rows: Sequence[int]) -> RewardContext:
+    """Some of the context's answers."""
+    tensors = {f.name: getattr(context, f.name) for f in fields(context) if f.name != "k"}
+    return replace(context, **{name: tensor[list(rows)] for name, tensor in tensors.items()})
+
+
+def _checked(reward: Reward, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+    part = reward(answers, batch, context)
     where = f"reward {reward.name!r} ({type(reward).__name__})"
     if not isinstance(part, Tensor) or part.shape != (len(answers),):
         got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
@@ -71,3 +199,4 @@ def _check(reward: Reward, part: Tensor, answers: Sequence[str]) -> None:
     bad = (~part.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise RewardError(f"{where} returned {part[bad[0]].item()} for the answer {answers[bad[0]]!r}")
+    return part.detach().float()

@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_gan.errors import RewardError
 from lora_gan.rewards.base import Reward
 from lora_gan.types import PromptBatch, RewardContext
 
 
 class FunctionReward(Reward):
-    """Your own ``f(response, target) -> float``, named by its import path.
+    """Your own ``f(response, target) -> float``, named by its import path; its range is yours.
 
     Args:
         function: Import path of the function, such as my_rewards.closeness.
         weight: Factor in the total reward.
         name: Name in the logs, ``reward/<name>``; the function's own by default.
+        batched: Call it once with the lists of responses and targets; it returns a number for each response.
+        needs_target: Leave out answers to prompts without target; false for a function that looks at the answer only.
     """
 
-    def __init__(self, function: Callable[[str, str], float], weight: float = 1.0, name: str | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        weight: float = 1.0,
+        name: str | None = None,
+        batched: bool = False,
+        needs_target: bool = True,
+    ) -> None:
         super().__init__(weight, name or str(getattr(function, "__name__", "function")))
         self.function = function
+        self.batched = batched
+        self.needs_target = needs_target
 
     def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        pairs = ((answer, batch.targets[n // context.k]) for n, answer in enumerate(answers))
-        return torch.tensor([float(self.function(answer, target)) for answer, target in pairs])
+        targets = [batch.targets[n // context.k] for n in range(len(answers))]
+        if not self.batched:
+            scores = [float(self.function(answer, target)) for answer, target in zip(answers, targets, strict=True)]
+            return torch.tensor(scores)
+        found = torch.as_tensor(self.function(list(answers), targets), dtype=torch.float32)
+        if found.shape != (len(answers),):
+            raise RewardError(
+                f"reward {self.name!r} is batched: it must return {len(answers)} numbers, one for each response; "
+                f"got shape {tuple(found.shape)}"
+            )
+        return found

@@ -1,0 +1,140 @@
+"""Keeping the two players in balance: when the discriminator learns, and how far it is believed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from lora_gan.errors import LoraGANError
+from lora_gan.module import LoraGANModule
+
+
+class _WatchesAccuracy(L.Callback):
+    """Keeps a moving average of the discriminator's accuracy on fresh answers, before its updates.
+
+    Args:
+        decay: How slowly the average forgets, in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        if not 0 <= decay < 1:
+            raise LoraGANError(f"decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.accuracy: float | None = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LoraGANModule)
+        if "judge/accuracy" in outputs:
+            now = float(outputs["judge/accuracy"])
+            self.accuracy = now if self.accuracy is None else self.decay * self.accuracy + (1 - self.decay) * now
+            self.react(pl_module, self.accuracy)
+
+    def react(self, module: LoraGANModule, accuracy: float) -> None:
+        """Turn a knob."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracy": self.accuracy}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.accuracy = state_dict["accuracy"]
+
+
+class DiscriminatorControl(_WatchesAccuracy):
+    """Lets the discriminator learn in every n-th round only, and stops it while it is too good.
+
+    It judges in every round. How often it updates in a round in which it learns is the module's
+    ``discriminator_updates``; a curriculum may turn that.
+
+    Args:
+        every_n_rounds: Rounds from one in which it learns to the next.
+        freeze_above: Average accuracy from which it stops learning; null never stops it.
+        train_below: Average accuracy below which it learns again; ``freeze_above`` if not given.
+        decay: How slowly the average forgets, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        every_n_rounds: int = 1,
+        freeze_above: float | None = None,
+        train_below: float | None = None,
+        decay: float = 0.9,
+    ) -> None:
+        super().__init__(decay)
+        if every_n_rounds < 1:
+            raise LoraGANError(f"every_n_rounds must be at least 1, got {every_n_rounds}")
+        self.every_n_rounds = every_n_rounds
+        self.freeze_above = 1.1 if freeze_above is None else freeze_above
+        self.train_below = self.freeze_above if train_below is None else train_below
+        if self.train_below > self.freeze_above:
+            raise LoraGANError(f"train_below {train_below} must not be above freeze_above {freeze_above}")
+        self.frozen = False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LoraGANModule)
+        learns = not self.frozen and trainer.global_step % self.every_n_rounds == 0
+        pl_module.knobs.set(discriminator_gate=float(learns))
+
+    def react(self, module: LoraGANModule, accuracy: float) -> None:
+        self.frozen = accuracy >= (self.train_below if self.frozen else self.freeze_above)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"frozen": self.frozen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.frozen = state_dict["frozen"]
+
+
+class ConfidenceGate(_WatchesAccuracy):
+    """Shuts the payoff off while the discriminator is always right, and so tells the generator nothing.
+
+    Args:
+        close_above: Average accuracy from which the payoff does not count.
+        open_below: Average accuracy below which it counts again; ``close_above`` if not given.
+        decay: How slowly the average forgets, in [0, 1).
+    """
+
+    def __init__(self, close_above: float = 0.98, open_below: float | None = None, decay: float = 0.9) -> None:
+        super().__init__(decay)
+        self.close_above = close_above
+        self.open_below = close_above if open_below is None else open_below
+        if self.open_below > close_above:
+            raise LoraGANError(f"open_below {open_below} must not be above close_above {close_above}")
+
+    def react(self, module: LoraGANModule, accuracy: float) -> None:
+        border = self.close_above if module.knobs.adversarial_gate else self.open_below
+        module.knobs.set(adversarial_gate=float(accuracy < border))
+
+
+class AdaptiveAdversarialWeight(_WatchesAccuracy):
+    """Adaptive λ: the payoff counts the more, the surer the discriminator is.
+
+    The knob ``adversarial_scale``, which multiplies ``adversarial_weight``, follows the average accuracy: 0 at ``low``,
+    1 from ``high`` on, a straight line between.
+
+    Args:
+        low: Accuracy at which the payoff does not count; 0.5 is guessing.
+        high: Accuracy from which it counts in full.
+        decay: How slowly the average forgets, in [0, 1).
+    """
+
+    def __init__(self, low: float = 0.5, high: float = 0.9, decay: float = 0.9) -> None:
+        super().__init__(decay)
+        if not 0 <= low < high <= 1:
+            raise LoraGANError(f"low and high must be accuracies with low < high, got {low} and {high}")
+        self.low = low
+        self.high = high
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LoraGANModule)
+        if self.accuracy is None:
+            pl_module.knobs.set(adversarial_scale=0.0)
+
+    def react(self, module: LoraGANModule, accuracy: float) -> None:
+        share = (accuracy - self.low) / (self.high - self.low)
+        module.knobs.set(adversarial_scale=min(max(share, 0.0), 1.0))

@@ -1,0 +1,89 @@
+"""Token ids of large data sets, kept on disk under the hash of the texts and of the tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from array import array
+from collections.abc import Iterator, Sequence
+from hashlib import sha1
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_gan.data.tokenizer import Encoded, Ids, encode, shared
+from lora_gan.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("lora_gan")
+
+CHUNK = 512  # examples that are tokenised together
+LARGE = 5_000  # examples; fewer are tokenised faster than they are looked up
+FORMAT = "1"  # changes with what encode does
+
+
+def folder() -> Path:
+    """Where ids are kept; safe to delete."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_gan" / "ids"
+
+
+def encode_large(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Encoded]:
+    """:func:`encode`, from the disk where these texts have been encoded before."""
+    if len(examples) < LARGE or not tokenizer.is_fast:
+        return _encode_in_chunks(tokenizer, examples)
+    file = folder() / f"{_key(tokenizer, examples)}.npz"
+    if not file.is_file():
+        _write(file, _encode_in_chunks(tokenizer, examples))
+    return _read(file, tokenizer, examples)
+
+
+def _encode_in_chunks(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Encoded]:
+    for start in range(0, len(examples), CHUNK):
+        yield from encode(tokenizer, examples[start : start + CHUNK])
+
+
+def _write(file: Path, items: Iterator[Encoded]) -> None:
+    """Whole or not at all, also where two runs write at once."""
+    ids, lengths = array("i"), array("i")
+    for item in items:
+        for part in (item.prompt_ids, item.target_ids, *item.negative_ids):
+            ids.extend(part)
+            lengths.append(len(part))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.stem}.{os.getpid()}.draft.npz")
+    np.savez(draft, ids=np.frombuffer(ids, np.int32), lengths=np.frombuffer(lengths, np.int32))
+    draft.replace(file)
+    log.info("token ids are kept in %s", file.parent)
+
+
+def _read(file: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Encoded]:
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            ids, lengths = kept["ids"], kept["lengths"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        log.warning("%s is damaged (%s) and is made again", file, error)
+        file.unlink()
+        yield from encode_large(tokenizer, examples)
+        return
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    parts = iter(zip([0, *ends[:-1]], ends, strict=True))
+
+    def part() -> Ids:
+        start, end = next(parts)
+        return tuple(map(shared, ids[start:end].tolist()))
+
+    for example in examples:
+        yield Encoded(example, part(), part(), tuple(part() for _ in example.negatives))
+
+
+def _key(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer").to_str()  # noqa: B009
+    key = sha1("\0".join((FORMAT, backend, str(tokenizer.bos_token_id), str(tokenizer.eos_token_id))).encode())
+    for example in examples:
+        for text in (example.prompt, example.target, *(negative.text for negative in example.negatives), "\0"):
+            key.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+    return key.hexdigest()

@@ -1,0 +1,67 @@
+"""Several data sets as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lora_gan.data.source import Source
+from lora_gan.data.splits import digest
+from lora_gan.errors import LoraGANError
+from lora_gan.types import Example
+
+
+class Mixture(Source):
+    """The examples of several sources, in shares given by weights; no example is used twice.
+
+    The source with the fewest examples for its weight is used whole, of the others a part drawn by hash of the group.
+    """
+
+    def __init__(self, sources: list[Source], weights: list[float] | None = None, seed: int = 0) -> None:
+        """
+        Args:
+            sources: The data sets.
+            weights: The share of each, in any unit; 0 leaves one out. Left out, all examples are used.
+            seed: Decides which part of a source is used.
+        """
+        super().__init__()
+        if not sources:
+            raise LoraGANError("a mixture needs at least one source; set data.init_args.source.init_args.sources")
+        if weights is not None and len(weights) != len(sources):
+            raise LoraGANError(f"{len(weights)} weights for {len(sources)} sources; give one weight for each source")
+        for weight in weights or []:
+            if not 0 <= weight < float("inf"):
+                raise LoraGANError(f"a weight of a mixture must be >= 0, got {weight}; 0 leaves a source out")
+        if weights is not None and not any(weights):
+            raise LoraGANError("all weights of the mixture are 0; give at least one source a weight above 0")
+        self.sources = sources
+        self.weights = weights
+        self.seed = seed
+
+    @property
+    def name(self) -> str:
+        return "mixture of " + ", ".join(source.name for source in self.sources)
+
+    @property
+    def note(self) -> str:
+        return "; ".join(source.note for source in self.sources if source.note)
+
+    def rows(self) -> Iterator[Example]:
+        self.forget_counts()
+        read = [list(source.rows()) for source in self.sources]
+        for source, examples, wanted in zip(self.sources, read, self._wanted(read), strict=True):
+            for count, total in ((self.dropped, source.dropped), (self.repaired, source.repaired)):
+                count.update({f"{source.name}/{reason}": number for reason, number in total.items()})
+            self.dropped[f"{source.name}/over_its_weight"] += len(examples) - wanted
+            yield from self._part(examples, wanted)
+
+    def _wanted(self, read: list[list[Example]]) -> list[int]:
+        """How many of each source."""
+        if self.weights is None:
+            return [len(examples) for examples in read]
+        pairs = [(len(examples), weight) for examples, weight in zip(read, self.weights, strict=True)]
+        unit = min(count / weight for count, weight in pairs if weight > 0)
+        return [min(count, round(unit * weight)) for count, weight in pairs]
+
+    def _part(self, examples: list[Example], wanted: int) -> list[Example]:
+        order = sorted(range(len(examples)), key=lambda i: digest(self.seed, examples[i].group, examples[i].prompt))
+        return [examples[i] for i in sorted(order[:wanted])]

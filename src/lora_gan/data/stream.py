@@ -1,0 +1,232 @@
+"""Online learning: prompts and targets from a file that grows, or from stdin, without end."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lora_gan.data.alpaca import Alpaca
+from lora_gan.data.datamodule import collate, told
+from lora_gan.data.files import line_row
+from lora_gan.data.fitting import Fitter, Room
+from lora_gan.data.source import RowSource
+from lora_gan.data.tail import Line, Position, Tail
+from lora_gan.data.tokenizer import Encoded, load_tokenizer
+from lora_gan.errors import DataError, LoraGANError
+from lora_gan.types import Example, PromptBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("lora_gan")
+
+
+class StreamDataModule(L.LightningDataModule):
+    """Trains on rows as they arrive, each once and in their order; holds a batch of them at a time.
+
+    A checkpoint knows which row was trained on last, so a resumed run goes on with the next one. Lightning fetches one
+    batch ahead: a batch is trained on when the next one has arrived or the stream has ended.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        source: RowSource | None = None,
+        tokenizer: str = "builtin",
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_prompt_tokens: int = 512,
+        max_target_tokens: int = 512,
+        max_tokens: int | None = None,
+        chat: bool = False,
+        system: str | None = None,
+        validation_path: str | None = None,
+        validation_rows: int = 0,
+        poll_seconds: float = 1.0,
+        stop_after_seconds: float | None = None,
+    ) -> None:
+        """
+        Args:
+            path: A .jsonl file that may grow while it is read, a named pipe, or "-" for stdin.
+            source: How a row becomes an example (its own path is not read); left out, Alpaca's fields and template.
+            tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
+            batch_size: Prompts in a round of training.
+            eval_batch_size: Prompts in a batch of validation.
+            max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
+            max_target_tokens: Longer targets (EOS included) are dropped and counted.
+            max_tokens: The most that prompt and answer may hold together; left out, what the tokenizer says.
+            chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
+            system: What the system says in a chat; left out, what the source says, if anything.
+            validation_path: A file to validate on, in the format of the stream; it is read whole.
+            validation_rows: Keep the first so many usable rows of the stream for validation instead.
+            poll_seconds: Time between two looks at a file that has not grown.
+            stop_after_seconds: Training ends when nothing came for so long; left out, it waits for ever.
+        """
+        super().__init__()
+        sizes = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_target_tokens": max_target_tokens,
+            "max_tokens": max_tokens,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise LoraGANError(f"{name} must be at least 1, got {size}; set data.init_args.{name}")
+        if poll_seconds <= 0:
+            raise LoraGANError(f"poll_seconds must be > 0, got {poll_seconds}; set data.init_args.poll_seconds")
+        if stop_after_seconds is not None and stop_after_seconds < 0:
+            raise LoraGANError(f"stop_after_seconds must be >= 0, got {stop_after_seconds}; leave it out to wait")
+        if validation_rows < 0 or (validation_rows and validation_path):
+            raise LoraGANError(
+                f"validation_rows must be >= 0, and 0 where validation_path is given, got {validation_rows}; "
+                "give one of the two"
+            )
+        self.path = path
+        self.source = source or Alpaca()
+        self.tokenizer_name = tokenizer
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_target_tokens = max_target_tokens
+        self.max_tokens = max_tokens
+        self.chat = chat
+        self.system = system
+        self.validation_path = validation_path
+        self.validation_rows = validation_rows
+        self.poll_seconds = poll_seconds
+        self.stop_after_seconds = stop_after_seconds
+        self.validation: tuple[Encoded, ...] = ()
+        self.trained = Position()
+        self.rows_trained = 0
+        self.fetched = Position()
+        self.ended = False
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.tokenizer_name)
+
+    @cached_property
+    def tail(self) -> Tail:
+        return Tail(self.path, self.poll_seconds, self.stop_after_seconds)
+
+    @cached_property
+    def fitter(self) -> Fitter:
+        room = Room.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
+        return Fitter(self.tokenizer, room, self.chat, self.system)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Takes the rows of validation, once."""
+        if self.validation:
+            return
+        if self.validation_path:
+            examples = list(self.source.with_path(self.validation_path).rows())
+            self.validation = tuple(self.fitter.fit(examples))
+        elif self.validation_rows:
+            self.validation = tuple(islice(self.rows(), self.validation_rows))
+        if (self.validation_path or self.validation_rows) and not self.validation:
+            raise DataError(f"{self.validation_path or self.path} gives no row to validate on; give more rows")
+        if self.validation_rows:
+            self.trained = _position(self.validation[-1].example)
+
+    def train_dataloader(self) -> DataLoader[Encoded]:
+        """The stream from behind the last row that was trained on."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise LoraGANError("a stream feeds one device only; set trainer.devices: 1")
+        self.tail.seek(self.trained)
+        self.fetched, self.ended = self.trained, False
+        return DataLoader(_Stream(self), batch_size=self.batch_size, collate_fn=collate)
+
+    def val_dataloader(self) -> DataLoader[Encoded]:
+        items = cast(Dataset[Encoded], self.validation)
+        return DataLoader(items, batch_size=self.eval_batch_size, collate_fn=collate)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many rows this run left out, by reason."""
+        return self.source.dropped + self.fitter.dropped
+
+    def rows(self) -> Iterator[Encoded]:
+        """Usable rows as they arrive; each knows in its ``meta`` where it ends."""
+        for line in self.tail.lines():
+            for item in self._items(line):
+                self.fetched = _position(item.example)
+                yield item
+
+    def training_rows(self) -> Iterator[Encoded]:
+        """Every row; at the end of the stream training ends, too."""
+        yield from self.rows()
+        log.info("the stream %s has ended; rows dropped: %s", self.path, told(self.dropped))
+        self.ended = True
+        self._stop_at_the_end()
+
+    def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
+        """Notes the batch that training takes now; those that were only fetched do not count."""
+        if self.trainer is not None and self.trainer.training:
+            self.trained = _position(batch.examples[-1])
+            self.rows_trained += len(batch)
+            self._stop_at_the_end()
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"offset": self.trained.offset, "lines": self.trained.lines, "rows_trained": self.rows_trained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.trained = Position(state_dict["offset"], state_dict["lines"])
+        self.rows_trained = state_dict["rows_trained"]
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # this one is
+
+    def teardown(self, stage: str) -> None:
+        """Lets the file go; the next run opens it again."""
+        if "tail" in self.__dict__ and self.tail.seekable:
+            self.tail.close()
+            del self.tail
+
+    def _stop_at_the_end(self) -> None:
+        if self.ended and self.trained == self.fetched and self.trainer is not None:
+            self.trainer.should_stop = True
+
+    def _items(self, line: Line) -> Iterator[Encoded]:
+        """What the line holds: an item, or nothing."""
+        where = f"{'stdin' if self.path == '-' else self.path}, line {line.number}"
+        if not line.content.strip():
+            return
+        try:
+            example = self.source.example(line_row(_decoded(line, where), where))
+        except DataError as error:
+            if line.whole:
+                self.source.bad(error)
+            else:
+                log.warning("%s has no line break and cannot be read; it waits for the next run", where)
+            return
+        if example is not None:
+            place = {"stream_end": str(line.end), "stream_line": str(line.number)}
+            yield from self.fitter.fit([replace(example, meta={**example.meta, **place})])
+
+
+class _Stream(IterableDataset[Encoded]):
+    def __init__(self, data: StreamDataModule) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return self.data.training_rows()
+
+
+def _position(example: Example) -> Position:
+    return Position(int(example.meta["stream_end"]), int(example.meta["stream_line"]))
+
+
+def _decoded(line: Line, where: str) -> str:
+    try:
+        return line.content.strip().decode("utf-8-sig" if line.number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not valid UTF-8; write the stream as UTF-8") from error

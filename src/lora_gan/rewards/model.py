@@ -1,0 +1,144 @@
+"""Any Hugging Face sequence-classification model as a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_gan.errors import LoraGANError
+from lora_gan.rewards.base import Reward
+from lora_gan.types import PromptBatch, RewardContext
+
+UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
+
+
+class Classifier:
+    """A frozen sequence-classification model, loaded when it is first asked.
+
+    Args:
+        model: Hub id or local folder.
+        batch_size: Texts in a forward pass.
+    """
+
+    def __init__(self, model: str, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
+        self.name = model
+        self.batch_size = batch_size
+
+    @cached_property
+    def model(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        model = self._load(AutoModelForSequenceClassification).eval().requires_grad_(False)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = self._load(AutoTokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def _load(self, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.name)
+        except (OSError, ValueError) as error:
+            raise LoraGANError(
+                f"{self.name!r} is neither the folder nor the hub id of a sequence-classification model that can be "
+                f"loaded here ({error})"
+            ) from error
+
+    def logits(self, texts: Sequence[str], seconds: Sequence[str] | None, device: torch.device) -> Tensor:
+        """(n, labels) in float32 of n texts, or of n pairs of texts; what is too long for the model is cut off."""
+        self.model.to(device)
+        found = [torch.zeros(0, self.model.config.num_labels, device=device)]
+        for start in range(0, len(texts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            found.append(self._forward(list(texts[rows]), None if seconds is None else list(seconds[rows]), device))
+        return torch.cat(found)
+
+    def _forward(self, texts: list[str], seconds: list[str] | None, device: torch.device) -> Tensor:
+        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", UNLIMITED))
+        inputs = self.tokenizer(
+            texts, seconds, padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        ).to(device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            logits: Tensor = self.model(**inputs).logits
+        return logits.float()
+
+    def chat(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+        """Prompt and answer as a conversation in the tokenizer's own template."""
+        if self.tokenizer.chat_template is None:
+            raise LoraGANError(f"the tokenizer of {self.name!r} has no chat template; set shown: pair")
+        turns = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return [self.tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
+
+    def index_of(self, label: str) -> int:
+        """Place of a label in the logits."""
+        labels = {str(name).lower(): int(index) for index, name in self.model.config.id2label.items()}
+        if label.lower() not in labels:
+            raise LoraGANError(f"{self.name!r} has no label {label!r}; its labels are {', '.join(labels)}")
+        return labels[label.lower()]
+
+
+class RewardModel(Reward):
+    """The verdict of a Hugging Face sequence-classification model on prompt and answer, in [0, 1].
+
+    With one output (a reward model proper) its sigmoid; with several, the probability of ``label``: softmax over the
+    labels, or a sigmoid each where the model's own configuration says multi_label_classification.
+
+    Args:
+        model: Hub id or local folder.
+        label: The label whose probability is the reward, POSITIVE say; needed where the model has several.
+        shown: What the model sees: pair (prompt and answer as two segments), answer (alone), or chat (both in the
+            chat template of its tokenizer). The prompt is the formatted one that the generator sees.
+        weight: Factor in the total reward.
+        batch_size: Answers in a forward pass.
+        name: Name in the logs, ``reward/<name>``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        label: str | None = None,
+        shown: Literal["pair", "answer", "chat"] = "pair",
+        weight: float = 1.0,
+        batch_size: int = 32,
+        name: str = "model",
+    ) -> None:
+        super().__init__(weight, name)
+        self.classifier = Classifier(model, batch_size)
+        self.label = label
+        self.shown = shown
+
+    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        prompts = [batch.examples[n // context.k].prompt for n in range(len(answers))]
+        device = context.logprobs.device
+        if self.shown == "pair":
+            return self._verdict(self.classifier.logits(prompts, answers, device))
+        texts = answers if self.shown == "answer" else self.classifier.chat(prompts, answers)
+        return self._verdict(self.classifier.logits(texts, None, device))
+
+    def _verdict(self, logits: Tensor) -> Tensor:
+        """(N, labels) → (N,)."""
+        config = self.classifier.model.config
+        if logits.shape[1] == 1:
+            return logits[:, 0].sigmoid()
+        if self.label is None:
+            names = ", ".join(map(str, config.id2label.values()))
+            raise LoraGANError(f"{self.classifier.name!r} has several labels; set label: to one of {names}")
+        several = config.problem_type == "multi_label_classification"
+        probabilities = logits.sigmoid() if several else logits.softmax(-1)
+        return probabilities[:, self.classifier.index_of(self.label)]

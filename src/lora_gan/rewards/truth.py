@@ -1,0 +1,50 @@
+"""Truth against known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_gan.embedding import MINILM, sentence_encoder
+from lora_gan.rewards.base import Reward, references_of
+from lora_gan.types import PromptBatch, RewardContext
+
+
+class TruthReward(Reward):
+    """Largest similarity to a correct answer less the largest to an incorrect one, in [−1, 1].
+
+    The measure of TruthfulQA (Lin et al. 2022) with sentence embeddings: correct answers are the example's references,
+    incorrect ones its negatives; negative cosines count as 0. An example without negatives has only its correct
+    answers, and the reward is then no better than the semantic one at telling true from false.
+
+    Args:
+        weight: Factor in the total reward.
+        model: Sentence-transformers model: all-MiniLM-L6-v2 (works offline), another hub id, or a local folder.
+        name: Name in the logs, ``reward/<name>``.
+    """
+
+    needs_target = True
+
+    def __init__(self, weight: float = 1.0, model: str = MINILM, name: str = "truth") -> None:
+        super().__init__(weight, name)
+        self.model = model
+
+    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        if not answers:
+            return torch.zeros(0)
+        vectors = sentence_encoder(self.model).encode(answers)
+        groups = vectors.view(len(batch), context.k, -1)
+        found = [
+            self._closest(group, references_of(example))
+            - self._closest(group, [negative.text for negative in example.negatives])
+            for group, example in zip(groups, batch.examples, strict=True)
+        ]
+        return torch.cat(found)
+
+    def _closest(self, vectors: Tensor, texts: Sequence[str]) -> Tensor:
+        """(k,) largest cosine of each of k vectors with one of the texts."""
+        if not texts:
+            return torch.zeros(len(vectors))
+        return (vectors @ sentence_encoder(self.model).encode(texts, keep=True).T).amax(1).clamp(0, 1)

@@ -350,8 +350,9 @@ class LoraGANModule(Checkpointed):
         if self.value_head is None or len(rollout) == 0:
             return None
         tree = grow_scored(batch.prompt_ids, {SAMPLED: _by_prompt(rollout.answer_ids, rollout.k, len(batch))})
+        branches = tree.branches[SAMPLED]
         with self.backbone.generator():
-            return self._value(self.backbone.predict(tree)[SAMPLED].states)
+            return self._value(self.backbone.hidden(tree)[branches.row[:, None], branches.parents])
 
     def _value(self, states: Tensor) -> Tensor:
         """(N, T, H) → (N, T)."""

@@ -29,7 +29,7 @@ from lora_gan.negatives import HardNegatives
 from lora_gan.objectives import Auxiliary, BradleyTerry, Combined, DiscriminatorObjective
 from lora_gan.payoffs import Win
 from lora_gan.replay import Replay
-from lora_gan.rewards import FunctionReward
+from lora_gan.rewards import FunctionReward, LengthReward
 from lora_gan.sampling import Sampling
 from lora_gan.tree import grow
 from lora_gan.types import Credit, Judged, Judgement, Lesson, LossTerm, PromptBatch, Rollout, Scores
@@ -926,3 +926,21 @@ def test_a_run_with_everything_is_resumed_as_if_it_had_not_stopped(
     report = whole.reports[-1]
     assert {"reward/win", "loss/coupled", "loss/value", "loss/kl", "loss/entropy", "policy/updates"} <= set(report)
     assert all(math.isfinite(value) for value in report.values())
+
+
+def test_prompts_without_targets_are_judged_and_paid_but_not_imitated(
+    build: Build, make_batch: Callable[..., PromptBatch]
+) -> None:
+    """One of three prompts has no target: two targets are judged, and the supervised loss is that of the two alone."""
+    mixed = make_batch(("Say a", "a"), ("open?", ""), ("2+2=", "4"))
+    assert mixed.answered == [0, 2]
+    module = build(rewards=[FunctionReward(share_of_a), LengthReward(1, 3)], replay=Replay(capacity=8))
+    recorder, _ = fit(module, [mixed], 2)
+    assert all(math.isfinite(value) for value in recorder.reports[-1].values())
+    assert [len(e.answers) for e in module.discriminator.replay.episodes] == [2, 2, 2, 2]
+    quiet: dict[str, Any] = {"policy_weight": 0.0, "discriminator_updates": 0}
+    alone, _ = fit(build(**quiet), [make_batch(("Say a", "a"), ("2+2=", "4"))], 1)
+    together, _ = fit(build(**quiet), [mixed], 1)
+    assert together.reports[0]["loss/supervised"] == pytest.approx(alone.reports[0]["loss/supervised"], rel=1e-5)
+    nobody, _ = fit(build(discriminator_updates=0), [make_batch(("open?", ""), ("why?", ""))], 1)
+    assert "loss/supervised" not in nobody.reports[0] and "loss/policy" in nobody.reports[0]

@@ -410,8 +410,8 @@ def test_a_checkpoint_holds_what_is_trained(build: Build, batch: PromptBatch, tm
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"generator_lora": LoraSettings(2, 8)}, r"generator: .*'rank': 4.* there, .*'rank': 2.* here"),
-        ({"discriminator_lora": LoraSettings(4, 9)}, r"discriminator: .*'alpha': 8.* there, .*'alpha': 9.* here"),
+        ({"generator_lora": LoraSettings(2, 8)}, r"generator_lora\.rank: 4 there, 2 here"),
+        ({"discriminator_lora": LoraSettings(4, 9)}, r"discriminator_lora\.alpha: 8 there, 9 here"),
         ({"architecture": "llama"}, "base: .*gpt2.* there, .*llama.* here"),
     ],
 )
@@ -871,13 +871,6 @@ def test_the_values_of_a_round_are_those_before_each_token_was_drawn(build: Buil
 # a run with everything, resumed
 
 
-class Seeded(L.Callback):
-    """Each round has random numbers of its own, so that a resumed run draws what the uninterrupted one drew."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(100 + trainer.global_step)
-
-
 def test_a_run_with_everything_is_resumed_as_if_it_had_not_stopped(
     build: Build, batch: PromptBatch, tmp_path: Path
 ) -> None:
@@ -907,14 +900,16 @@ def test_a_run_with_everything_is_resumed_as_if_it_had_not_stopped(
             discriminator_scheduler=halve,
         )
 
-    callbacks = [Seeded(), Curriculum([Phase(1, take_snapshot=True, kl_coefficient=0.2)])]
+    def callbacks() -> list[L.Callback]:
+        return [Curriculum([Phase(1, take_snapshot=True, kl_coefficient=0.2)])]
+
     whole_module = everything()
-    whole, _ = fit(whole_module, [batch], 5, *callbacks)
+    whole, _ = fit(whole_module, [batch], 5, *callbacks())
     path = tmp_path / "three.ckpt"
-    fit(everything(), [batch], 3, *callbacks)[1].save_checkpoint(path)
+    fit(everything(), [batch], 3, *callbacks())[1].save_checkpoint(path)
     module = everything()
     assert not module.backbone.has_snapshot
-    resumed, runner = fit(module, [batch], 5, *callbacks, ckpt_path=path)
+    resumed, runner = fit(module, [batch], 5, *callbacks(), ckpt_path=path)
     assert runner.global_step == 5 and module.backbone.has_snapshot
     assert resumed.reports == whole.reports[3:]
     assert resumed.rates == whole.rates[3:]

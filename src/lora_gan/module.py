@@ -249,6 +249,7 @@ class LoraGANModule(Checkpointed):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         """One round: play, score, judge, credit, learn."""
+        self.seed_round()
         with self._counted_round():
             with self._timed("play"):
                 rollout = self.play(batch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.checkpoint_files import read_checkpoint
 from lora_gan.errors import LoraGANError
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tree import grow
@@ -41,11 +42,9 @@ def load_backbone(ckpt_path: str) -> Backbone:
     """The backbone of a checkpoint: its base, both adapters and the head.
 
     Raises:
-        LoraGANError: There is no such file, or it is not a checkpoint of this project.
+        LoraGANError: There is no such file, it is damaged, or it is not a checkpoint of this project.
     """
-    if not Path(ckpt_path).is_file():
-        raise LoraGANError(f"no checkpoint at {ckpt_path}; the last lines of fit name them")
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(ckpt_path)
     described = checkpoint.get("lora_gan")
     if described is None:
         raise LoraGANError(f"{ckpt_path} was not written by lora-gan")

@@ -12,10 +12,10 @@ import lora_gan
 PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
     {"errors"},
-    {"types"},
+    {"types", "checkpoint_files"},
     {"tensors", "embedding", "metrics", "packing"},
     {"tree", "rewards", "objectives", "advantages", "losses", "negatives", "payoffs", "replay"},
-    {"backbone", "sampling", "knobs"},
+    {"backbone", "sampling", "knobs", "choices"},
     {"judges", "discriminator", "coupling"},
     {"adapters", "checkpoints"},
     {"module", "saved"},

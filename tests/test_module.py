@@ -29,7 +29,7 @@ from lora_gan.negatives import HardNegatives
 from lora_gan.objectives import Auxiliary, BradleyTerry, Combined, DiscriminatorObjective
 from lora_gan.payoffs import Win
 from lora_gan.replay import Replay
-from lora_gan.rewards import FunctionReward
+from lora_gan.rewards import FunctionReward, LengthReward
 from lora_gan.sampling import Sampling
 from lora_gan.tree import grow
 from lora_gan.types import Credit, Judged, Judgement, Lesson, LossTerm, PromptBatch, Rollout, Scores
@@ -410,8 +410,8 @@ def test_a_checkpoint_holds_what_is_trained(build: Build, batch: PromptBatch, tm
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"generator_lora": LoraSettings(2, 8)}, r"generator: .*'rank': 4.* there, .*'rank': 2.* here"),
-        ({"discriminator_lora": LoraSettings(4, 9)}, r"discriminator: .*'alpha': 8.* there, .*'alpha': 9.* here"),
+        ({"generator_lora": LoraSettings(2, 8)}, r"generator_lora\.rank: 4 there, 2 here"),
+        ({"discriminator_lora": LoraSettings(4, 9)}, r"discriminator_lora\.alpha: 8 there, 9 here"),
         ({"architecture": "llama"}, "base: .*gpt2.* there, .*llama.* here"),
     ],
 )
@@ -637,7 +637,7 @@ def paid(module: LoraGANModule, batch: PromptBatch, sampled: list[float]) -> Ten
     rollout = Rollout(mask.long(), mask, -1.0 * mask, torch.tensor([False, True] * 2), ("",) * 4, 2)
     reference = torch.tensor([[-1.0, -3.0, -0.5], [-2.0, -1.0, 0.0]] * 2)
     total = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    scores = Scores(total, {"share_of_a": total}, {}, torch.zeros(2), {}, reference)
+    scores = Scores(total, {"share_of_a": total}, {}, torch.zeros(2), {}, reference, reference)
     judgement = Judgement(torch.tensor(sampled), torch.zeros(2), torch.zeros(0), 2, {})
     return module.pay(rollout, scores, judgement, batch).rewards
 
@@ -871,13 +871,6 @@ def test_the_values_of_a_round_are_those_before_each_token_was_drawn(build: Buil
 # a run with everything, resumed
 
 
-class Seeded(L.Callback):
-    """Each round has random numbers of its own, so that a resumed run draws what the uninterrupted one drew."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(100 + trainer.global_step)
-
-
 def test_a_run_with_everything_is_resumed_as_if_it_had_not_stopped(
     build: Build, batch: PromptBatch, tmp_path: Path
 ) -> None:
@@ -907,14 +900,16 @@ def test_a_run_with_everything_is_resumed_as_if_it_had_not_stopped(
             discriminator_scheduler=halve,
         )
 
-    callbacks = [Seeded(), Curriculum([Phase(1, take_snapshot=True, kl_coefficient=0.2)])]
+    def callbacks() -> list[L.Callback]:
+        return [Curriculum([Phase(1, take_snapshot=True, kl_coefficient=0.2)])]
+
     whole_module = everything()
-    whole, _ = fit(whole_module, [batch], 5, *callbacks)
+    whole, _ = fit(whole_module, [batch], 5, *callbacks())
     path = tmp_path / "three.ckpt"
-    fit(everything(), [batch], 3, *callbacks)[1].save_checkpoint(path)
+    fit(everything(), [batch], 3, *callbacks())[1].save_checkpoint(path)
     module = everything()
     assert not module.backbone.has_snapshot
-    resumed, runner = fit(module, [batch], 5, *callbacks, ckpt_path=path)
+    resumed, runner = fit(module, [batch], 5, *callbacks(), ckpt_path=path)
     assert runner.global_step == 5 and module.backbone.has_snapshot
     assert resumed.reports == whole.reports[3:]
     assert resumed.rates == whole.rates[3:]
@@ -926,3 +921,21 @@ def test_a_run_with_everything_is_resumed_as_if_it_had_not_stopped(
     report = whole.reports[-1]
     assert {"reward/win", "loss/coupled", "loss/value", "loss/kl", "loss/entropy", "policy/updates"} <= set(report)
     assert all(math.isfinite(value) for value in report.values())
+
+
+def test_prompts_without_targets_are_judged_and_paid_but_not_imitated(
+    build: Build, make_batch: Callable[..., PromptBatch]
+) -> None:
+    """One of three prompts has no target: two targets are judged, and the supervised loss is that of the two alone."""
+    mixed = make_batch(("Say a", "a"), ("open?", ""), ("2+2=", "4"))
+    assert mixed.answered == [0, 2]
+    module = build(rewards=[FunctionReward(share_of_a), LengthReward(1, 3)], replay=Replay(capacity=8))
+    recorder, _ = fit(module, [mixed], 2)
+    assert all(math.isfinite(value) for value in recorder.reports[-1].values())
+    assert [len(e.answers) for e in module.discriminator.replay.episodes] == [2, 2, 2, 2]
+    quiet: dict[str, Any] = {"policy_weight": 0.0, "discriminator_updates": 0}
+    alone, _ = fit(build(**quiet), [make_batch(("Say a", "a"), ("2+2=", "4"))], 1)
+    together, _ = fit(build(**quiet), [mixed], 1)
+    assert together.reports[0]["loss/supervised"] == pytest.approx(alone.reports[0]["loss/supervised"], rel=1e-5)
+    nobody, _ = fit(build(discriminator_updates=0), [make_batch(("open?", ""), ("why?", ""))], 1)
+    assert "loss/supervised" not in nobody.reports[0] and "loss/policy" in nobody.reports[0]

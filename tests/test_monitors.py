@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,6 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_gan.advantages import LeaveOneOut
@@ -326,7 +325,9 @@ def answered(*rows: tuple[str, str], **more: Any) -> Answered:
     """(answer, target) pairs."""
     count = len(rows)
     examples = tuple(Example("Q", target, (target,)) for _, target in rows)
-    return Answered(examples, tuple(a for a, _ in rows), torch.arange(count) == 0, torch.ones(count))
+    return Answered(
+        examples, tuple(a for a, _ in rows), torch.arange(count) == 0, torch.ones(count), torch.full((count,), 2.0)
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -336,7 +337,7 @@ def encoder() -> None:
 
 
 NAMES = "reward exact_match bleu rouge_1 rouge_2 rouge_l semantic mmd distinct_1 distinct_2 distinct_3 entropy_2 "
-NAMES += "self_bleu length truncated"
+NAMES += "self_bleu length truncated perplexity"
 
 
 def test_measure() -> None:
@@ -365,22 +366,13 @@ def test_bert_score_is_an_option() -> None:
     assert measure([answered(("a", "a"))], MINILM, str(bundled_minilm()))["bert_score"] == pytest.approx(1, abs=1e-5)
 
 
-@dataclass(frozen=True)
-class Told(Answered):
-    """With the answers' perplexity under the base."""
-
-    perplexity: Tensor
-
-
-def test_perplexity_where_the_module_tells_it() -> None:
-    """Geometric mean of 2, 8 and 4."""
-    first, second = answered(("a", "a"), ("b", "b")), answered(("c", "c"))
+def test_perplexity_is_the_geometric_mean() -> None:
+    """Of 2, 8 and 4."""
     parts = [
-        Told(**vars(first), perplexity=torch.tensor([2.0, 8.0])),
-        Told(**vars(second), perplexity=torch.tensor([4.0])),
+        replace(answered(("a", "a"), ("b", "b")), perplexity=torch.tensor([2.0, 8.0])),
+        replace(answered(("c", "c")), perplexity=torch.tensor([4.0])),
     ]
     assert measure(parts)["perplexity"] == pytest.approx(4)
-    assert "perplexity" not in measure([first])
 
 
 # one's own metric and reward, as in the README

@@ -31,7 +31,7 @@ def test_scores_become_rewards(payoff: Payoff, wanted: list[float]) -> None:
     """Scores ln 3, 0 and −ln 3 are the probabilities ¾, ½ and ¼."""
     found = payoff(judgement([LN3, 0.0, -LN3], [], [], 1))
     torch.testing.assert_close(found, torch.tensor(wanted))
-    assert not payoff.needs_opponent and not payoff.needs_target
+    assert not payoff.needs_opponent
 
 
 @pytest.mark.parametrize("payoff", [RawScore(), Probability(), LogProbability(), Surprise(), AgainstTarget()])
@@ -45,7 +45,6 @@ def test_against_the_target_of_the_same_prompt() -> None:
     """Two prompts with targets 1 and 0 and two answers each: σ(0), σ(ln 3), σ(−ln 3), σ(0)."""
     found = AgainstTarget()(judgement([1.0, 1 + LN3, -LN3, 0.0], [1.0, 0.0], [], 2))
     torch.testing.assert_close(found, torch.tensor([1 / 2, 3 / 4, 1 / 4, 1 / 2]))
-    assert AgainstTarget.needs_target
 
 
 def test_a_win_is_the_share_of_the_opponents_answers_that_are_beaten() -> None:

@@ -174,6 +174,7 @@ def test_old_rewards_stand_with_their_answers(build: Build, batch: PromptBatch) 
         target_total=torch.tensor([7.0, 8.0, 9.0]),
         target_parts={"mine": torch.tensor([70.0, 80.0, 90.0])},
         reference_logprobs=rollout.logprobs,
+        base_logprobs=rollout.logprobs,
     )
     nobody = Rollout.empty(module.device)
     shown = module.discriminator.exhibit(module.backbone.tokenizer, batch, rollout, nobody, scores)

@@ -327,7 +327,7 @@ def test_beam_search_equals_generate(architecture: str, make_backbone: Callable[
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_beams_have_the_log_probabilities_of_a_scoring_pass(temperature: float, backbone: Backbone) -> None:
-    """Row by row through transformers; what is greedy for one beam is what beam search of one would give."""
+    """Row by row through transformers, at the sampling temperature, which the search itself knows nothing of."""
     asked = prompts(backbone)
     backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 5), EOS]
     with backbone.generator(), torch.no_grad():

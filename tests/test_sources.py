@@ -265,7 +265,7 @@ def test_oasst_takes_a_subtree_along(tmp_path: Path) -> None:
         ([message("p0", "a1"), message("a1", "p0")], "line 1: the message 'p0' is its own ancestor"),
         ([message("p0", "p0")], "'p0' is its own ancestor"),
         ([message("p0", None, role="system")], "the role 'system' is neither"),
-        ([message("p0", 3)], "'parent_id' of the message 'p0' has the wrong type"),
+        ([message("p0", 3)], "'parent_id' of the message 'p0' is empty or of the wrong type"),
         ([message("p0", None, rank=0.5)], "rank 0.5 is not a whole number"),
         ([message("p0", None, rank=float("inf"))], "rank inf is not a whole number"),
         ([message("p0", None, message_tree_id=None)], "'message_tree_id'"),
@@ -368,6 +368,12 @@ def test_own_file(tmp_path: Path) -> None:
     assert (example.references, texts(example)) == (("A", "B"), ["C"])
     assert (example.group, example.meta) == ("x", {"split": "test"})
     assert source.dropped == Counter(empty_target=1)
+
+
+def test_prompts_without_targets(tmp_path: Path) -> None:
+    source = OwnFile(write(tmp_path / "own.jsonl", [{"q": "Q?"}, {"q": ""}]), "{q}", target=None)
+    assert [(e.prompt, e.target, e.references) for e in source.rows()] == [("Q?", "", ())]
+    assert source.dropped == Counter(empty_prompt=1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import lightning as L
@@ -65,6 +64,7 @@ class _Stepper:
             L.seed_everything(seed, verbose=False)
         self.checkpoints = Path(checkpoints)
         self.module = LoraGANModule(base, **{"answers_per_prompt": 1, "advantage": PredictedReward(), **settings})
+        self.module.seed = torch.initial_seed()
         self._one = _OneRound()
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         with _quiet():
@@ -94,7 +94,7 @@ class _Stepper:
     def save_checkpoint(self, step: int) -> Path:
         """Write ``checkpoints/step-<step>/{generator,discriminator}``: PEFT adapters with their optimizers' states.
 
-        ``state.pt`` beside them holds what belongs to neither: knobs, callbacks, schedules and random numbers.
+        ``state.pt`` beside them holds what belongs to neither: knobs, callbacks, schedules and the seed.
         """
         folder = self.checkpoints / f"step-{step}"
         write_players(self.module, folder, dict(zip(PLAYERS, self.trainer.optimizers, strict=True)), self._state())
@@ -122,8 +122,8 @@ class _Stepper:
             "replay": self.module.discriminator.replay.state_dict(),
             "callbacks": {c.state_key: c.state_dict() for c in self._callbacks},
             "schedulers": [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs],
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "seed": self.module.seed,
+            "gradients": self.module.accumulated,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -136,9 +136,8 @@ class _Stepper:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         for config, saved in zip(self.trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
-        torch.set_rng_state(state["random"])
-        if len(state["random_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.module.seed = state["seed"]
+        self.module.accumulated = state["gradients"]
 
     @property
     def _callbacks(self) -> list[L.Callback]:
@@ -340,17 +339,13 @@ class _OneRound(L.Callback):
     """Ends a fit after one round; keeps its report and, for the next round, the gradients that it accumulated."""
 
     report: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor | None] = MappingProxyType({})
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for name, parameter in pl_module.named_parameters():
-            parameter.grad = self.gradients.get(name)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.report = outputs
-        self.gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.requires_grad}
+        assert isinstance(pl_module, LoraGANModule)
+        pl_module.accumulated = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
         trainer.should_stop = True
 
 

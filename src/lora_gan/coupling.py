@@ -42,7 +42,8 @@ class StraightThrough:
             rollout: The sampled answers.
             batch: Their prompts and targets.
         """
-        assert isinstance(judge, AdapterJudge)
+        if not isinstance(judge, AdapterJudge):
+            raise LoraGANError(f"coupled_weight needs an AdapterJudge; {type(judge).__name__} reads whole words")
         answers = {SAMPLED: ended(rollout, len(batch), backbone.tokenizer.eos_token_id)}
         tree = judge.tree(backbone, Candidates(batch.prompt_ids, batch.target_ids, answers))
         ids = rollout.ids[rollout.mask]

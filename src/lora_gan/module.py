@@ -7,7 +7,7 @@ reads them. A new variant is a new class behind a seam (reward, objective, advan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 
 from lora_gan.adapters import load_player
 from lora_gan.advantages import AdvantageEstimator, MovingAverage
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings, Predicted
 from lora_gan.checkpoints import Checkpointed
 from lora_gan.coupling import StraightThrough
 from lora_gan.discriminator import Discriminator
@@ -43,7 +43,7 @@ from lora_gan.rewards import (
 )
 from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
-from lora_gan.tensors import kl_k3, masked_mean
+from lora_gan.tensors import kl_k3, masked_mean, masked_row_mean
 from lora_gan.tree import grow_scored
 from lora_gan.types import (
     Answered,
@@ -52,6 +52,7 @@ from lora_gan.types import (
     Judgement,
     Learned,
     Lesson,
+    LossTerm,
     PromptBatch,
     RewardContext,
     Rollout,
@@ -60,6 +61,14 @@ from lora_gan.types import (
 
 REFERENCES = ("base", "snapshot")
 JUDGE = "judge"  # the discriminator's payoff among the rewards
+LOSS_KNOBS = {  # the generator's losses and the knobs that weigh them
+    "supervised": "supervised_weight",
+    "policy": "policy_weight",
+    "value": "value_coefficient",
+    "kl": "kl_coefficient",
+    "entropy": "entropy_coefficient",
+    "coupled": "coupled_weight",
+}
 
 
 class LoraGANModule(Checkpointed):
@@ -219,11 +228,12 @@ class LoraGANModule(Checkpointed):
         self._check_combination()
 
     def _check_combination(self) -> None:
-        if self.advantage.needs_group and self.answers_per_prompt < 2:
-            raise LoraGANError(
-                f"{type(self.advantage).__name__} compares the answers to one prompt: answers_per_prompt must be at "
-                f"least 2, got {self.answers_per_prompt}"
-            )
+        for part in (self.advantage, self.combination):
+            if part.needs_group and self.answers_per_prompt < 2:
+                raise LoraGANError(
+                    f"{type(part).__name__} compares the answers to one prompt: answers_per_prompt must be at least 2, "
+                    f"got {self.answers_per_prompt}"
+                )
         if self.configured_knobs["coupled_weight"] and not self.discriminator.judge.differentiable:
             raise LoraGANError(
                 "coupled_weight needs a judge that reads relaxed samples, such as AdapterJudge; "
@@ -250,6 +260,7 @@ class LoraGANModule(Checkpointed):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         """One round: play, score, judge, credit, learn."""
+        self.seed_round()
         with self._counted_round():
             with self._timed("play"):
                 rollout = self.play(batch)
@@ -302,7 +313,9 @@ class LoraGANModule(Checkpointed):
         sampled = RewardContext(rollout.k, base[SAMPLED], mask[SAMPLED])
         paid = weighted_sum(self.rewards, rollout.texts, batch, sampled)
         wanted = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, base[TARGET], mask[TARGET]))
-        return Scores(paid.total, paid.parts, paid.applies, wanted.total, wanted.parts, reference[SAMPLED])
+        return Scores(
+            paid.total, paid.parts, paid.applies, wanted.total, wanted.parts, reference[SAMPLED], base[SAMPLED]
+        )
 
     def update_discriminator(
         self, rollout: Rollout, opponent: Rollout, scores: Scores, batch: PromptBatch
@@ -350,8 +363,9 @@ class LoraGANModule(Checkpointed):
         if self.value_head is None or len(rollout) == 0:
             return None
         tree = grow_scored(batch.prompt_ids, {SAMPLED: _by_prompt(rollout.answer_ids, rollout.k, len(batch))})
+        branches = tree.branches[SAMPLED]
         with self.backbone.generator():
-            return self._value(self.backbone.predict(tree)[SAMPLED].states)
+            return self._value(self.backbone.hidden(tree)[branches.row[:, None], branches.parents])
 
     def _value(self, states: Tensor) -> Tensor:
         """(N, T, H) → (N, T)."""
@@ -393,47 +407,64 @@ class LoraGANModule(Checkpointed):
 
     def generator_terms(self, lesson: Lesson) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weighted terms of the generator's loss, and what is worth logging about them."""
-        knobs, batch, rollout = self.knobs, lesson.batch, lesson.rollout
+        weights = self._weights(lesson)
+        batch, rollout = lesson.batch, lesson.rollout
         branches: dict[str, list[list[Tensor]]] = {}
-        if knobs.policy_weight or knobs.kl_coefficient or knobs.entropy_coefficient or knobs.coupled_weight:
+        if weights.keys() - {"supervised"}:
             branches[SAMPLED] = _by_prompt(rollout.answer_ids, rollout.k, len(batch))
-        supervised = bool(knobs.supervised_weight and batch.answered)
-        if supervised:
+        if "supervised" in weights:
             branches[TARGET] = _targets(batch)
         if not branches:
             return {}, {}
-        tree = grow_scored(batch.prompt_ids, branches)
-        predicted = self.backbone.predict(tree, {SAMPLED: self.sampling.temperature})
-        terms: dict[str, Tensor] = {}
-        losses: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
-        if supervised:
-            losses["supervised"] = -masked_mean(predicted[TARGET].logprobs, tree.branches[TARGET].mask)
-            terms["supervised"] = knobs.supervised_weight * losses["supervised"]
-        if SAMPLED in predicted:
-            logprobs = predicted[SAMPLED].logprobs
-            counted = self._counted(rollout)
-        if knobs.policy_weight:
-            policy = self.policy_loss(logprobs, counted, lesson.credit)
-            losses["policy"] = policy.loss
-            metrics |= {**policy.metrics, "policy/moved": moved_kl(logprobs, rollout)}
-            terms["policy"] = knobs.policy_weight * policy.loss
-        if knobs.policy_weight and self.value_head is not None:
-            values = self._value(predicted[SAMPLED].states)
-            losses["value"] = value_loss(values, counted, lesson.credit, self.value_clip)
-            terms["value"] = knobs.value_coefficient * losses["value"]
-        if knobs.kl_coefficient:
-            losses["kl"] = kl_loss(logprobs, counted, lesson.reference_logprobs)
-            terms["kl"] = knobs.kl_coefficient * losses["kl"]
-        if knobs.entropy_coefficient:
-            losses["entropy"] = -masked_mean(predicted[SAMPLED].entropy, counted.mask)
-            terms["entropy"] = knobs.entropy_coefficient * losses["entropy"]
-        if knobs.coupled_weight:
-            losses["coupled"] = self.coupling(
-                self.backbone, self.discriminator.judge, predicted[SAMPLED], rollout, batch
-            )
-            terms["coupled"] = knobs.coupled_weight * losses["coupled"]
-        return terms, metrics | {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        predicted = self.backbone.predict(grow_scored(batch.prompt_ids, branches), {SAMPLED: self.sampling.temperature})
+        losses = {name: self._losses[name](predicted, lesson) for name in weights}
+        metrics = {name: value for term in losses.values() for name, value in term.metrics.items()}
+        metrics |= {f"loss/{name}": term.loss.detach() for name, term in losses.items()}
+        return {name: weight * losses[name].loss for name, weight in weights.items()}, metrics
+
+    def _weights(self, lesson: Lesson) -> dict[str, Tensor]:
+        """The weights of the losses that count in this round."""
+        weights = {name: getattr(self.knobs, knob) for name, knob in LOSS_KNOBS.items()}
+        if not lesson.batch.answered:
+            del weights["supervised"]
+        if self.value_head is None or not self.knobs.policy_weight:
+            del weights["value"]
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def _losses(self) -> dict[str, Callable[[Mapping[str, Predicted], Lesson], LossTerm]]:
+        return {
+            "supervised": self._supervised_loss,
+            "policy": self._policy_loss,
+            "value": self._value_loss,
+            "kl": self._kl_loss,
+            "entropy": self._entropy_loss,
+            "coupled": self._coupled_loss,
+        }
+
+    def _supervised_loss(self, predicted: Mapping[str, Predicted], lesson: Lesson) -> LossTerm:
+        target = predicted[TARGET]
+        return LossTerm(-masked_mean(target.logprobs, target.branches.mask), {})
+
+    def _policy_loss(self, predicted: Mapping[str, Predicted], lesson: Lesson) -> LossTerm:
+        logprobs = predicted[SAMPLED].logprobs
+        policy = self.policy_loss(logprobs, self._counted(lesson.rollout), lesson.credit)
+        return LossTerm(policy.loss, {**policy.metrics, "policy/moved": moved_kl(logprobs, lesson.rollout)})
+
+    def _value_loss(self, predicted: Mapping[str, Predicted], lesson: Lesson) -> LossTerm:
+        values = self._value(predicted[SAMPLED].states)
+        return LossTerm(value_loss(values, self._counted(lesson.rollout), lesson.credit, self.value_clip), {})
+
+    def _kl_loss(self, predicted: Mapping[str, Predicted], lesson: Lesson) -> LossTerm:
+        counted = self._counted(lesson.rollout)
+        return LossTerm(kl_loss(predicted[SAMPLED].logprobs, counted, lesson.reference_logprobs), {})
+
+    def _entropy_loss(self, predicted: Mapping[str, Predicted], lesson: Lesson) -> LossTerm:
+        return LossTerm(-masked_mean(predicted[SAMPLED].entropy, self._counted(lesson.rollout).mask), {})
+
+    def _coupled_loss(self, predicted: Mapping[str, Predicted], lesson: Lesson) -> LossTerm:
+        judge = self.discriminator.judge
+        return LossTerm(self.coupling(self.backbone, judge, predicted[SAMPLED], lesson.rollout, lesson.batch), {})
 
     def _counted(self, rollout: Rollout) -> Rollout:
         """The answers with those masked that shall not count."""
@@ -477,7 +508,7 @@ class LoraGANModule(Checkpointed):
         if len(scores.target_total):
             metrics["reward/target"] = scores.target_total.mean()
         if len(rollout):
-            metrics |= {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
+            metrics |= {f"reward/{name}": masked_mean(x, scores.applies[name]) for name, x in scores.parts.items()}
             metrics["reward/total"] = earnings.per_answer.mean()
             metrics["policy/kl"] = masked_mean(kl_k3(rollout.logprobs, scores.reference_logprobs), rollout.mask)
             metrics["policy/entropy"] = -masked_mean(rollout.logprobs, rollout.mask)
@@ -605,7 +636,8 @@ class LoraGANModule(Checkpointed):
         """One answer for each prompt in the active mode, with its reward."""
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
         scores = self.score(rollout, batch, with_targets=False)
-        return Answered(batch.examples, rollout.texts, rollout.truncated, scores.total)
+        perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
+        return Answered(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity)
 
 
 def _by_prompt(answers: Sequence[Tensor], k: int, prompts: int) -> list[list[Tensor]]:

@@ -203,7 +203,7 @@ class Auxiliary(DiscriminatorObjective):
 
 
 class Combined(DiscriminatorObjective):
-    """A weighted sum of objectives.
+    """A weighted sum of objectives. A metric that several of them log gets the objective's number behind its name.
 
     Args:
         objectives: What is learned at once.
@@ -221,7 +221,10 @@ class Combined(DiscriminatorObjective):
     def __call__(self, judged: Mapping[str, Judged]) -> LossTerm:
         terms = [objective(judged) for objective in self.objectives]
         loss = torch.stack([w * term.loss for w, term in zip(self.weights, terms, strict=True)]).sum()
-        return LossTerm(loss, {name: value for term in terms for name, value in term.metrics.items()})
+        metrics: dict[str, Tensor] = {}
+        for number, term in enumerate(terms, 1):
+            metrics |= {f"{name}_{number}" if name in metrics else name: x for name, x in term.metrics.items()}
+        return LossTerm(loss, metrics)
 
 
 class _Opinions(NamedTuple):

@@ -15,7 +15,6 @@ class Payoff(ABC):
     """Turns the discriminator's scores of the sampled answers into a reward, (N,)."""
 
     needs_opponent = False  # True: an earlier generator has to answer the same prompts
-    needs_target = False  # True: compares with the score of the prompt's target
 
     @abstractmethod
     def __call__(self, judgement: Judgement) -> Tensor:
@@ -52,8 +51,6 @@ class Surprise(Payoff):
 
 class AgainstTarget(Payoff):
     """σ(D(answer) − D(target)), in [0, 1]: the probability of a pair softmax (TextGAIL, arXiv 2004.13796)."""
-
-    needs_target = True
 
     def __call__(self, judgement: Judgement) -> Tensor:
         if len(judgement.target) != len(judgement.per_prompt):

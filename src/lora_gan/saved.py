@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.checkpoint_files import read_checkpoint
 from lora_gan.data.tokenizer import prompt_ids
 from lora_gan.errors import LoraGANError
 from lora_gan.sampling import Sampling, eos_ids, sample
@@ -45,12 +46,9 @@ def load_saved(ckpt_path: str) -> Saved:
     """A checkpoint with its base, both adapters and the head.
 
     Raises:
-        LoraGANError: There is no such file, or it is not a checkpoint of this project.
+        LoraGANError: There is no such file, it is damaged, or it is not a checkpoint of this project.
     """
-    path = Path(ckpt_path)
-    if not path.is_file():
-        raise LoraGANError(f"no checkpoint at {ckpt_path}; the last lines of fit name them")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(ckpt_path)
     described = checkpoint.get("lora_gan")
     if described is None:
         raise LoraGANError(f"{ckpt_path} was not written by lora-gan")
@@ -61,7 +59,7 @@ def load_saved(ckpt_path: str) -> Saved:
     backbone.load_state_dict(weights, strict=False)
     if torch.cuda.is_available():
         backbone.to("cuda")
-    run = path.absolute().parents[1]
+    run = Path(ckpt_path).absolute().parents[1]
     config, held_out = run / "config.yaml", run / "held_out.md"
     return Saved(
         backbone,

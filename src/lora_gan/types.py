@@ -159,6 +159,7 @@ class Scores:
     target_total: Tensor  # the same reward given to the targets of the answered prompts; (0,) where nobody asked
     target_parts: Mapping[str, Tensor]  # name → as target_total
     reference_logprobs: Tensor  # (N, T) under the KL reference, at the sampling temperature
+    base_logprobs: Tensor  # (N, T) under the base, at temperature 1
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ class Answered:
     texts: tuple[str, ...]  # B
     truncated: Tensor  # (B,) bool
     reward: Tensor  # (B,)
+    perplexity: Tensor  # (B,) under the base
 
 
 @dataclass(frozen=True)

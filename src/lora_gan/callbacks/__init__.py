@@ -2,6 +2,7 @@
 
 from lora_gan.callbacks.adapters import AdapterCheckpoints
 from lora_gan.callbacks.baseline import MovingAverageBaseline
+from lora_gan.callbacks.choices import ChoiceAccuracy
 from lora_gan.callbacks.coefficients import AdaptiveEntropy, AdaptiveKL, KLSchedule
 from lora_gan.callbacks.collapse import CollapseMonitor
 from lora_gan.callbacks.control import AdaptiveAdversarialWeight, ConfidenceGate, DiscriminatorControl
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptiveAdversarialWeight",
     "AdaptiveEntropy",
     "AdaptiveKL",
+    "ChoiceAccuracy",
     "CollapseMonitor",
     "ConfidenceGate",
     "Curriculum",

@@ -161,9 +161,9 @@ def variety(answers: Sequence[str]) -> dict[str, float]:
 
 
 def _perplexity(answered: Sequence[Answered]) -> dict[str, float]:
-    """Geometric mean of the answers' perplexities under the base, where the module told them."""
-    told = [part.perplexity for part in answered if getattr(part, "perplexity", None) is not None]  # type: ignore[attr-defined]
-    return {"perplexity": math.exp(float(torch.cat(told).double().log().mean()))} if told else {}
+    """Geometric mean of the answers' perplexities under the base."""
+    told = torch.cat([part.perplexity for part in answered])
+    return {"perplexity": math.exp(float(told.double().log().mean()))} if len(told) else {}
 
 
 def _add_own(metrics: dict[str, float], function: OwnMetric, answers: Sequence[str], targets: Sequence[str]) -> None:

@@ -220,7 +220,7 @@ def _parquet_rows(file: Path, content: bytes) -> Iterator[Row]:
 
     try:
         rows = parquet.read_table(io.BytesIO(content)).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file} is not a whole parquet file: {error}; fetch it again") from error
     return _numbered(rows, str(file))
 

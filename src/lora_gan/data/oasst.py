@@ -127,7 +127,7 @@ class OASST(Source):
         forest = Forest()
         for row in self._read():
             try:
-                for post in _posts(row):
+                for post in list(_posts(row)):
                     forest.add(post)
             except DataError as error:
                 self.bad(error)
@@ -267,12 +267,14 @@ def _post(row: Row, parent: object, tree: object) -> Post:
     reviewed, deleted = row.values.get("review_result"), row.values.get("deleted") or False
     wrong = {
         "parent_id": not isinstance(parent, str | None),
-        "message_tree_id": not isinstance(tree, str),
+        "message_tree_id": not (isinstance(tree, str) and tree),
         "review_result": not isinstance(reviewed, bool | None),
         "deleted": not isinstance(deleted, bool),
     }
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
-        raise DataError(f"{row.where}: the field {name!r} of the message {id!r} has the wrong type; mend the row")
+        raise DataError(
+            f"{row.where}: the field {name!r} of the message {id!r} is empty or of the wrong type; mend the row"
+        )
     return Post(
         id=id,
         parent=clean(str(parent)) if parent else None,

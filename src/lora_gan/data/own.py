@@ -17,7 +17,7 @@ class OwnFile(RowSource):
         self,
         path: str,
         template: str = "### Prompt:\n{prompt}\n\n### Response:\n",
-        target: str = "response",
+        target: str | None = "response",
         references: str | None = None,
         negatives: str | None = None,
         group: str | None = None,
@@ -30,7 +30,7 @@ class OwnFile(RowSource):
         Args:
             path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
             template: The prompt, with {field} for each field of the row. It ends where the answer begins.
-            target: The field with the wanted answer.
+            target: The field with the wanted answer; null where the file holds prompts only.
             references: A field with a list of further good answers.
             negatives: A field with a list of wrong answers.
             group: A field; rows that share it stay in one split. Left out, it is the prompt.
@@ -54,19 +54,20 @@ class OwnFile(RowSource):
 
     def example(self, row: Row) -> Example | None:
         fields = {name: row.text(name) for name in self.fields}
-        target = row.text(self.target)
-        if not target or not any(fields.values()):
-            self.dropped["empty_prompt" if target else "empty_target"] += 1
+        target = row.text(self.target) if self.target else ""
+        if not any(fields.values()) or (self.target and not target):
+            self.dropped["empty_target" if any(fields.values()) else "empty_prompt"] += 1
             return None
         references = row.texts(self.references) if self.references else []
         negatives = row.texts(self.negatives) if self.negatives else []
-        wrong = [text for text in dict.fromkeys(negatives) if text and text not in (target, *references)]
+        good = dict.fromkeys(filter(None, [target, *references]))
+        wrong = [text for text in dict.fromkeys(negatives) if text and text not in good]
         return self.make(
             self.template,
             fields,
             self.cuttable,
             target=target,
-            references=tuple(dict.fromkeys([target, *filter(None, references)])),
+            references=tuple(good),
             negatives=tuple(Negative(text, kind="given") for text in wrong),
             group=row.text(self.group) if self.group else normal(" ".join(fields.values())),
             meta={"split": row.text(self.split)} if self.split else {},

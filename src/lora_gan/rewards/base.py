@@ -120,9 +120,9 @@ class WeightedSum(Combination):
 class NormalisedSum(Combination):
     """Each reward less its mean over the prompt's k answers, over their standard deviation; then the weighted sum.
 
-    A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242, without its
-    last step, a normalisation over the batch). Needs k ≥ 2. The sum has
-    mean 0 in every group, so it says which of a prompt's answers is better and nothing about the prompt.
+    A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242, without its last step, a
+    normalisation over the batch). Needs k ≥ 2. Before it is clipped the sum has mean 0 in every group: it says which of
+    a prompt's answers is better and nothing about the prompt.
 
     Args:
         clip: The sum is cut to ± this.

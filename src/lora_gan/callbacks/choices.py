@@ -1,0 +1,67 @@
+"""Multiple choice at the test, and whether answers say anything."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+
+from lora_gan.choices import Scored, choice_metrics, informative, score_choices
+from lora_gan.data import InstructionDataModule
+from lora_gan.data.tokenizer import encode_answers
+from lora_gan.types import Answered, PromptBatch
+
+
+class ChoiceAccuracy(L.Callback):
+    """Logs, of base and generator, ``test/<player>/truthfulqa/mc1``, ``…/mc2``, ``…/arc/accuracy`` and the like.
+
+    They are measured on test examples that have incorrect answers (negatives); ``test/<player>/informative`` is the
+    share of answers that are not "I don't know" in other words.
+
+    Args:
+        seed: Of the order in which choices are looked at.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.scored: dict[str, list[tuple[str, Scored]]] = defaultdict(list)
+        self.informative: dict[str, list[bool]] = defaultdict(list)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.scored.clear()
+        self.informative.clear()
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        answers: Mapping[str, Answered] = outputs
+        for player, answered in answers.items():
+            self.informative[player] += map(informative, answered.texts)
+        with pl_module.backbone.reference():
+            self.scored["base"] += self._scored(trainer, pl_module, batch)
+        with pl_module.backbone.generator():
+            self.scored["trained"] += self._scored(trainer, pl_module, batch)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {player: choice_metrics(scored) for player, scored in self.scored.items()}
+        logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
+        shares = {f"test/{p}/informative": sum(said) / len(said) for p, said in self.informative.items()}
+        pl_module.log_dict(logged | shares, sync_dist=True)
+
+    def _scored(self, trainer: L.Trainer, pl_module: Any, batch: PromptBatch) -> list[tuple[str, Scored]]:
+        data: InstructionDataModule = trainer.datamodule  # type: ignore[attr-defined]
+
+        def ids(texts: Sequence[str]) -> list[tuple[int, ...]]:
+            return [answer[:-1] for answer in encode_answers(data.tokenizer, texts)]  # without EOS
+
+        asked = [example.source for example in batch.examples if example.target and example.negatives]
+        found = score_choices(pl_module.backbone.logprobs, batch, ids, data.room.together, self.seed)
+        return list(zip(asked, found, strict=True))

@@ -141,7 +141,7 @@ def test_by_default_the_reward_is_the_cosine(bases: dict[str, str]) -> None:
 
 
 def test_a_checkpoint_goes_on_where_it_was(gan: Callable[..., LoraGAN], tmp_path: Path, bases: dict[str, str]) -> None:
-    """Three steps and, from the checkpoint, three more in another object: the same as six; half an accumulation included."""
+    """Three steps and, from the checkpoint, three more in another object: as six; half an accumulation included."""
     settings: dict[str, Any] = {"advantage": MovingAverage(), "accumulate_rounds": 2}
     one = gan(callbacks=[MovingAverageBaseline()], **settings)
     for _ in range(3):

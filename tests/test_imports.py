@@ -13,7 +13,7 @@ PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
     {"errors"},
     {"types", "checkpoint_files"},
-    {"tensors", "embedding", "metrics", "packing"},
+    {"tensors", "embedding", "metrics", "packing", "processes"},
     {"tree", "rewards", "objectives", "advantages", "losses", "negatives", "payoffs", "replay"},
     {"backbone", "sampling", "knobs", "choices"},
     {"judges", "discriminator", "coupling"},

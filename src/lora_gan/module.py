@@ -31,6 +31,7 @@ from lora_gan.losses import PolicyLoss, Reinforce, kl_loss, moved_kl, value_loss
 from lora_gan.negatives import HardNegatives, Negatives
 from lora_gan.objectives import OPPONENT, SAMPLED, TARGET, DiscriminatorObjective, RewardRegression, judge_metrics
 from lora_gan.payoffs import Payoff, RawScore
+from lora_gan.processes import any_of, mean_of_all, shares
 from lora_gan.replay import Replay
 from lora_gan.rewards import (
     Combination,
@@ -117,6 +118,9 @@ class LoraGANModule(Checkpointed):
         gradient_clip: Largest norm of a player's gradient.
         accumulate_rounds: Rounds whose gradients are averaged into one step of both optimizers.
         dtype: Number format of the frozen base: float32, bfloat16 or float16.
+        quantization: "4bit" or "8bit" quantises the frozen base's linear layers (bitsandbytes, on a CUDA GPU).
+        gradient_checkpointing: Save memory for time: keep the layers' inputs only, and compute them again in the
+            backward pass. The gradients are the same.
     """
 
     def __init__(
@@ -158,6 +162,8 @@ class LoraGANModule(Checkpointed):
         gradient_clip: float = 1.0,
         accumulate_rounds: int = 1,
         dtype: str = "float32",
+        quantization: str | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         _at_least(1, answers_per_prompt=answers_per_prompt, accumulate_rounds=accumulate_rounds)
@@ -189,7 +195,7 @@ class LoraGANModule(Checkpointed):
         self.accumulate_rounds = accumulate_rounds
         self.dtype_of_base = dtype
         self.lora = {GENERATOR: generator_lora, DISCRIMINATOR: discriminator_lora}
-        self.backbone = Backbone(base, generator_lora, discriminator_lora, dtype)
+        self.backbone = Backbone(base, generator_lora, discriminator_lora, dtype, quantization, gradient_checkpointing)
         self.discriminator = Discriminator(
             judge or AdapterJudge(),
             objective or RewardRegression(),
@@ -392,11 +398,12 @@ class LoraGANModule(Checkpointed):
         for prompts in self._parts(self._easiest(judgement, len(batch))):
             with self.backbone.generator():
                 terms, metrics = self.generator_terms(lesson.of(prompts))
-                if not terms:
+                if not any_of(bool(terms)):
                     return Learned({})
                 shown.append(metrics)
-                if metrics.get("policy/moved", torch.zeros(())) > self.policy_loss.target_kl:
+                if any_of(bool(metrics.get("policy/moved", torch.zeros(())) > self.policy_loss.target_kl)):
                     break
+                terms = terms or {"nothing": 0 * self.backbone.parameters_of(GENERATOR)[0].sum()}  # others have some
                 self._optimize(GENERATOR, terms)
                 metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
         metrics = {name: torch.stack([m[name] for m in shown if name in m]).mean() for m in shown for name in m}
@@ -407,7 +414,7 @@ class LoraGANModule(Checkpointed):
 
     def generator_terms(self, lesson: Lesson) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weighted terms of the generator's loss, and what is worth logging about them."""
-        weights = self._weights(lesson)
+        weights, share = self._weights(lesson), self._shares(lesson)
         batch, rollout = lesson.batch, lesson.rollout
         branches: dict[str, list[list[Tensor]]] = {}
         if weights.keys() - {"supervised"}:
@@ -420,7 +427,7 @@ class LoraGANModule(Checkpointed):
         losses = {name: self._losses[name](predicted, lesson) for name in weights}
         metrics = {name: value for term in losses.values() for name, value in term.metrics.items()}
         metrics |= {f"loss/{name}": term.loss.detach() for name, term in losses.items()}
-        return {name: weight * losses[name].loss for name, weight in weights.items()}, metrics
+        return {name: weight * share[name] * losses[name].loss for name, weight in weights.items()}, metrics
 
     def _weights(self, lesson: Lesson) -> dict[str, Tensor]:
         """The weights of the losses that count in this round."""
@@ -430,6 +437,13 @@ class LoraGANModule(Checkpointed):
         if self.value_head is None or not self.knobs.policy_weight:
             del weights["value"]
         return {name: weight for name, weight in weights.items() if weight}
+
+    def _shares(self, lesson: Lesson) -> dict[str, float]:
+        """By loss, what the mean over this process's tokens weighs, so that all processes' tokens weigh the same."""
+        batch, rollout = lesson.batch, lesson.rollout
+        wanted = sum(len(batch.target_ids[b]) for b in batch.answered)
+        target, sampled, answers = shares(wanted, int(self._counted(rollout).mask.sum()), len(rollout))
+        return dict.fromkeys(LOSS_KNOBS, sampled) | {"supervised": target, "coupled": answers}
 
     @property
     def _losses(self) -> dict[str, Callable[[Mapping[str, Predicted], Lesson], LossTerm]]:
@@ -501,7 +515,7 @@ class LoraGANModule(Checkpointed):
         credit: Credit,
         learned: Learned,
     ) -> dict[str, Tensor]:
-        """Log the round once; callbacks read the same dictionary."""
+        """Log the round once, the mean over the processes; callbacks read the same dictionary."""
         self.scores, self.judgement = scores, judgement
         metrics = {**learned.metrics, **judgement.metrics, **credit.metrics}
         metrics |= {f"knob/{name}": value.clone() for name, value in self.knobs.named_buffers()}
@@ -516,6 +530,7 @@ class LoraGANModule(Checkpointed):
             metrics["policy/truncated"] = rollout.truncated.float().mean()
         if self.payoff.needs_opponent and self.judging:
             metrics["reward/win"] = self.payoff(judgement).mean()
+        metrics = mean_of_all(metrics)
         shown = {name for name in metrics if name in ("reward/total", "loss/generator", "loss/discriminator")}
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)

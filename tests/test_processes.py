@@ -27,21 +27,30 @@ def start(command: list[str], **how: Any) -> str:
     return done.stdout
 
 
-def play(base: str, processes: int, folder: Path, case: str) -> list[dict[str, Any]]:
+def play(base: str, processes: int, folder: Path, case: str, accelerator: str = "cpu") -> list[dict[str, Any]]:
     """What each process had in the end."""
     if processes == 1:
-        two_processes.main(base, 1, str(folder), case)
+        two_processes.main(base, 1, str(folder), case, accelerator)
     else:
-        start([sys.executable, str(HERE / "two_processes.py"), base, str(processes), str(folder), case])
+        start([sys.executable, str(HERE / "two_processes.py"), base, str(processes), str(folder), case, accelerator])
     return [
         json.loads((folder / f"{processes}_{rank}.json").read_text())
-        | torch.load(folder / f"{processes}_{rank}.pt", weights_only=True)
+        | torch.load(folder / f"{processes}_{rank}.pt", map_location="cpu", weights_only=True)
         for rank in range(processes)
     ]
 
 
 def steps(weights: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((weights[name] - other[name]).abs().max()) for name in weights)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
+def test_two_gpus_do_what_one_does_with_all_prompts(bases: dict[str, str], tmp_path: Path) -> None:
+    (alone,) = play(bases["gpt2"], 1, tmp_path, "moving average", "gpu")
+    first, second = play(bases["gpt2"], 2, tmp_path, "moving average", "gpu")
+    assert steps(first["last"], second["last"]) == 0
+    for name, tensor in alone["last"].items():
+        torch.testing.assert_close(first["last"][name], tensor, atol=1e-4, rtol=1e-2)
 
 
 SLOW = pytest.mark.slow

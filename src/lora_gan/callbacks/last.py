@@ -91,7 +91,7 @@ class LastCheckpoint(Checkpoint):
         path = last_checkpoint(trainer)
         if trainer.is_global_zero and path.exists():
             path.replace(path.with_name(PREVIOUS))
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self.waits_for_validation = False
         if self._interrupted(trainer):
             self._stop(trainer)

@@ -1,0 +1,1 @@
+"""Evolution of LoRA weights: a population of generators on one frozen base."""

@@ -94,8 +94,11 @@ def test_rows_are_grouped_by_member() -> None:
     assert grouped.shape == (3, 6, 1)
     assert grouped[0, :, 0].tolist() == [0, 0, 1, 1, 2, 2]
     assert grouped[1, :2, 0].tolist() == [3, 3] and grouped[2, :2, 0].tolist() == [4, 4]
-    assert torch.equal(seating.ungroup(grouped, rows), rows)
-    assert torch.equal(seating.ungroup(seating.group(rows[:, 0]), rows[:, 0]), rows[:, 0])
+    factor = torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1)
+    for x in (rows, rows[:, 0]):  # with and without an axis of tokens
+        to = torch.zeros_like(x)
+        seating.add(to, seating.group(x), factor)
+        assert to.flatten(1)[:, 0].tolist() == [0, 1, 2, 30, 400]
 
 
 def test_uniform_numbers_of_a_seed_are_always_the_same() -> None:

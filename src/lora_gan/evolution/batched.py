@@ -56,12 +56,14 @@ class Seating:
         seated = rows if self.source is None else rows[self.source]
         return seated.reshape(self.members, -1, x.shape[-1])
 
-    def ungroup(self, x: Tensor, like: Tensor) -> Tensor:
-        """The inverse, in the shape of ``like``."""
-        if self.place is None:
-            return x.view_as(like)
-        tokens = like.numel() // (self.rows * like.shape[-1])
-        return x.view(-1, tokens, x.shape[-1])[self.place].view_as(like)
+    def add(self, to: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the product of ``left`` (members, m·t, r) and ``right`` (members, r, out) to the rows of ``to``."""
+        if self.place is None and to.dtype == left.dtype == right.dtype:
+            to.view(self.members, -1, to.shape[-1]).baddbmm_(left, right)
+            return
+        rows = to.view(self.rows, -1, to.shape[-1])
+        product = torch.bmm(left, right).view(-1, *rows.shape[1:])
+        rows += product if self.place is None else product[self.place]
 
 
 @contextmanager
@@ -89,8 +91,8 @@ def populated(backbone: Backbone, population: Sequence[Weights], prompts: int) -
 def _answer(base: nn.Module, a: Tensor, b: Tensor, seating: Seating, x: Tensor) -> Tensor:
     """The base's product and each row's own update; a (members, in, r), b (members, r, out)."""
     result: Tensor = base(x)
-    update = torch.bmm(torch.bmm(seating.group(x.to(a.dtype)), a), b)
-    return (result + seating.ungroup(update, result)).to(result.dtype)
+    seating.add(result, torch.bmm(seating.group(x.to(a.dtype)), a), b)
+    return result
 
 
 def sample_population(

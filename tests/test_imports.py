@@ -19,11 +19,12 @@ LAYERS = [
     {"judges", "discriminator", "coupling"},
     {"checkpoints"},
     {"module", "saved"},
+    {"evolution"},
     {"callbacks"},
     {"cli"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-USE_MODULE = {"callbacks", "cli", "saved"}
+USE_MODULE = {"callbacks", "cli", "evolution", "saved"}
 
 
 def imports() -> dict[str, set[str]]:

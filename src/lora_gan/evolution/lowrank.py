@@ -113,3 +113,16 @@ def moved_b(x: Factors, by: Tensor) -> Factors:
 def moved_a(x: Factors, by: Tensor) -> Factors:
     """A + ``by`` (r, in): ΔW moves by exactly scale·B·by."""
     return replace(x, a=x.a + by)
+
+
+def distances(population: Sequence[Weights]) -> Tensor:
+    """(P, P) root mean square of ΔW_i − ΔW_j for all pairs at once, by ‖x − y‖² = ‖x‖² + ‖y‖² − 2⟨x, y⟩."""
+    p = len(population)
+    gram = torch.zeros(p, p, dtype=torch.float64)
+    for name in population[0]:
+        parts = [member[name] for member in population]
+        a = torch.cat([x.a for x in parts]).double()  # (P·r, in)
+        b = torch.cat([x.scale * x.b for x in parts], 1).double()  # (out, P·r)
+        gram += ((a @ a.T) * (b.T @ b)).view(p, parts[0].rank, p, -1).sum((1, 3)).cpu()
+    squares = gram.diag()[:, None] + gram.diag() - 2 * gram
+    return (squares.clamp(min=0) / sum(x.size for x in population[0].values())).sqrt()

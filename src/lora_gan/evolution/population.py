@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from lora_gan.backbone import GENERATOR, Backbone
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution.lowrank import Factors, Weights, distance
+from lora_gan.evolution.lowrank import Factors, Weights, distances
 
 START, MUTATED, CROSSED, REFINED = "start", "mutated", "crossed", "refined"  # how members come into being
 
@@ -60,8 +59,8 @@ def fitness_of(population: Sequence[Member]) -> Tensor:
 
 def diversity(population: Sequence[Member]) -> float:
     """Mean distance of two members, root mean square of ΔW − ΔW′; 0 for a single one."""
-    pairs = list(combinations([member.weights for member in population], 2))
-    return sum(distance(x, y) for x, y in pairs) / max(len(pairs), 1)
+    pairs = len(population) * (len(population) - 1)
+    return float(distances([member.weights for member in population]).sum()) / max(pairs, 1)
 
 
 def survival(population: Sequence[Member], survivors: Sequence[int]) -> dict[str, float]:

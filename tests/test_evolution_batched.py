@@ -64,6 +64,19 @@ def test_a_member_answers_as_it_would_alone(
     same(together, alone)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_as_near_as_it_can_be(autocast: bool, make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone(dtype="float32" if autocast else "bfloat16")
+    how = Sampling(max_new_tokens=1, do_sample=False)
+    members = population(backbone, 3)
+    uniform = draw_uniform(3, how, backbone.device)
+    with torch.autocast("cpu", torch.bfloat16, autocast, cache_enabled=False):  # as Lightning does
+        together = sample_population(backbone, members, prompts(backbone), 1, how, uniform)
+        alone = one_by_one(backbone, members, 1, how, uniform)
+    for mine, wanted in zip(together, alone, strict=True):
+        torch.testing.assert_close(mine.logprobs, wanted.logprobs, atol=0.1, rtol=0)
+
+
 def test_equal_members_answer_alike(backbone: Backbone) -> None:
     """Common random numbers: what differs between members is due to their weights."""
     how = Sampling(max_new_tokens=8, top_p=0.9)

@@ -43,11 +43,15 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]
 
 
 def trainer(rounds: int, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     return L.Trainer(
         max_steps=rounds,
         max_epochs=-1,
-        accelerator="cpu",
         logger=False,
         callbacks=list(callbacks),
         **{**quiet, **settings},

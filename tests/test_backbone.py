@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomise
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.adapters import save_adapter
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings, load_base
 from lora_gan.errors import LoraGANError
-from lora_gan.saved import save_adapter
+from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import kl_k3
 from lora_gan.tree import PromptTree, grow
 
@@ -173,11 +175,6 @@ def test_adapters_load_with_plain_peft(
         torch.testing.assert_close(plain(input_ids=IDS).logits, wanted, atol=1e-5, rtol=0)
     with backbone.reference():
         assert (wanted - logits(backbone)).abs().max() > 0.1
-    head = tmp_path / player / "head.pt"
-    assert head.exists() == (player == DISCRIMINATOR)
-    if head.exists():
-        saved = torch.load(head, weights_only=True)
-        assert torch.equal(saved["weight"], backbone.judge_head.weight)
 
 
 def test_targets_may_be_named(bases: dict[str, str]) -> None:
@@ -263,3 +260,99 @@ def test_a_snapshot_of_a_low_precision_base_is_in_float32(make_backbone: Callabl
     assert {p.dtype for name, p in backbone.named_parameters() if ".snapshot." in name} == {torch.float32}
     with backbone.generator():
         assert torch.equal(said(backbone), logits(backbone))
+
+
+# memory
+
+
+def gradients(backbone: Backbone, losses: Callable[[], list[Tensor]]) -> dict[str, Tensor]:
+    """Of both players, after a generator's forward whose backward happens in the discriminator's mode."""
+    backbone.zero_grad()
+    for loss in losses():
+        with backbone.discriminator():
+            loss.backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing_changes_no_gradient(architecture: str, bases: dict[str, str]) -> None:
+    """Also where another adapter is active by the time of the backward pass."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        backbone = Backbone(
+            bases[architecture], LoraSettings(4, 8), LoraSettings(2, 4), gradient_checkpointing=checkpointing
+        )
+        randomise(backbone)
+        tree = grow([torch.tensor([1, 2, 3])], {"answer": [[torch.tensor([4, 5]), torch.tensor([6, 7, 8])]]})
+
+        def losses(backbone: Backbone = backbone, tree: PromptTree = tree) -> list[Tensor]:
+            with backbone.generator():
+                said = -backbone.logprobs(tree)["answer"].sum()
+            with backbone.discriminator():
+                judged = backbone.judge(tree)["answer"].square().sum()
+            return [said, judged]
+
+        found.append(gradients(backbone, losses))
+    plain, again = found
+    assert plain.keys() == again.keys() and any(".generator." in n for n in plain)
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_gradient_checkpointing_keeps_less(bases: dict[str, str]) -> None:
+    kept = {}
+    for checkpointing in (False, True):
+        backbone = Backbone(bases["gpt2"], LoraSettings(), LoraSettings(), gradient_checkpointing=checkpointing)
+        tree = grow([torch.arange(60)], {"answer": [[torch.arange(60)]]})
+        weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, weights: set[int] = weights, sizes: dict[int, int] = sizes) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with backbone.generator(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            backbone.judge(tree)
+        kept[checkpointing] = sum(sizes.values())
+    assert kept[True] < 0.5 * kept[False], kept
+
+
+def test_gradient_checkpointing_leaves_sampling_its_cache(bases: dict[str, str]) -> None:
+    answers = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        backbone = Backbone(bases["llama"], LoraSettings(), LoraSettings(), gradient_checkpointing=checkpointing)
+        torch.manual_seed(3)
+        with backbone.generator():
+            answers.append(sample(backbone, [torch.tensor([1, 2])], 3, Sampling(max_new_tokens=6)))
+    assert answers[0].texts == answers[1].texts
+
+
+def test_quantization_needs_a_gpu(bases: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(LoraGANError, match="quantization: 4bit needs a CUDA GPU, and there is none here; leave it out"):
+        load_base(bases["gpt2"], quantization="4bit")
+    with pytest.raises(LoraGANError, match="must be 4bit, 8bit or null, got '3bit'"):
+        load_base(bases["gpt2"], quantization="3bit")
+
+
+def test_quantization_needs_its_package(bases: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lora_gan.backbone.find_spec", lambda name: None)
+    with pytest.raises(LoraGANError, match=r"pip install 'lora-gan\[quantization\]'"):
+        load_base(bases["gpt2"], quantization="8bit")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantised_base_trains_its_adapters(quantization: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    backbone = Backbone("builtin", LoraSettings(), LoraSettings(), "bfloat16", quantization).to("cuda")
+    tree = grow([torch.tensor([1, 2, 3], device="cuda")], {"answer": [[torch.tensor([4, 5], device="cuda")]]})
+    with backbone.generator():
+        (-backbone.logprobs(tree)["answer"].sum()).backward()
+    moved = [p.grad for name, p in backbone.named_parameters() if ".generator." in name and "lora_B" in name]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in moved)

@@ -164,7 +164,8 @@ def test_the_test_of_a_run_measures_choices(
     (run,) = tmp_path.glob("gan/version_*")
     events = EventAccumulator(str(run)).Reload()  # type: ignore[no-untyped-call]
     found = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}  # type: ignore[no-untyped-call]
-    assert {f"test/base/{metric}" for metric in metrics} <= set(found)
+    assert {f"test/base/{metric}" for metric in (*metrics, "truth", "informative")} <= set(found)
+    assert -1 <= found["test/sampled/truth"] <= 1
     for metric in metrics:
         assert found[f"test/base/{metric}"] == pytest.approx(found[f"test/trained/{metric}"], abs=1e-5)
     if name == "truthfulqa":  # all of it is the test

@@ -102,4 +102,6 @@ def test_every_variant_plays(variant: str, bases: dict[str, str], rows: Path, tm
 def test_every_experiment_and_variant_is_tried_here() -> None:
     told = {path.stem for path in CONFIGS.glob("*.yaml")}
     assert told == {*EXPERIMENTS, "evolve", "sft", "gpt2_alpaca", "pretrain"}
-    assert {*VARIANTS, "quick", "gpt2", "few_rounds"} == {path.stem for path in (CONFIGS / "overlay").glob("*.yaml")}
+    assert {*VARIANTS, "quick", "gpt2", "few_rounds", "multi_gpu"} == {
+        path.stem for path in (CONFIGS / "overlay").glob("*.yaml")
+    }

@@ -663,7 +663,7 @@ def test_another_order_than_that_of_the_checkpoint_is_told(
     Listener(tmp_path).fit(build(numbered(40), validation=0, test=0, batch_size=8))
     data = build(numbered(40), validation=0, test=0, batch_size=8, seed=1)
     resumed = Listener().fit(data, tmp_path / "16.ckpt")
-    assert "are not those of the checkpoint: the epoch starts anew" in caplog.text
+    assert "not as in the checkpoint: data.init_args.seed; the epoch starts anew" in caplog.text
     assert [text for epoch, text in resumed if epoch == 1] != []
 
 

@@ -12,19 +12,19 @@ import lora_gan
 PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
     {"errors"},
-    {"types"},
-    {"tensors", "embedding", "metrics", "packing"},
+    {"types", "checkpoint_files"},
+    {"tensors", "embedding", "metrics", "packing", "processes"},
     {"tree", "rewards", "objectives", "advantages", "losses", "negatives", "payoffs", "replay"},
     {"backbone", "sampling", "knobs", "choices"},
     {"judges", "discriminator", "coupling"},
-    {"checkpoints"},
+    {"adapters", "checkpoints"},
     {"module", "saved"},
     {"evolution"},
-    {"callbacks"},
+    {"api", "callbacks", "export"},
     {"cli"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-USE_MODULE = {"callbacks", "cli", "evolution", "saved"}
+USE_MODULE = {"__init__", "api", "callbacks", "cli", "evolution", "saved"}
 
 
 def imports() -> dict[str, set[str]]:

@@ -518,10 +518,14 @@ def test_the_encoders_memory_is_bounded(encoder: SentenceEncoder, monkeypatch: p
     known = encoder._known.copy()
     monkeypatch.setattr(encoder, "capacity", 2)
     monkeypatch.setattr(encoder, "_known", type(known)())
+    monkeypatch.setattr(encoder, "_kept", {})
+    monkeypatch.setattr(encoder, "kept_capacity", 1)
     assert encoder.encode(["a", "b", "c"]).shape == (3, 384), "more texts than are remembered"
     assert list(encoder._known) == ["b", "c"]
     encoder.encode(["b", "d"])
     assert list(encoder._known) == ["b", "d"], "the least recently used goes first"
+    assert encoder.encode(["d", "e"], keep=True).shape == (2, 384)
+    assert list(encoder._known) == ["b"] and list(encoder._kept) == ["e"], "of targets the first goes first"
 
 
 def test_a_changed_weights_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ def test_several_ends_are_honoured(backbone: Backbone) -> None:
         backbone.causal_lm.generation_config.eos_token_id = [free[3], 255]
         rollout = sample(backbone, prompts(backbone)[:1], 1, Sampling(max_new_tokens=6, do_sample=False))
     assert answers(rollout) == [free[: first + 1]]
-    assert sampling._eos_ids(backbone) == sorted({free[3], 255, EOS})
+    assert sampling.eos_ids(backbone) == sorted({free[3], 255, EOS})
 
 
 # one token

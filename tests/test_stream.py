@@ -341,7 +341,8 @@ def test_a_resumed_run_goes_on_behind_the_last_trained_row(tmp_path: Path, build
     data = build(path, validation_rows=2)
     fit(second, data, tmp_path / "resumed", str(tmp_path / f"{stopped_after}.ckpt"), limit_val_batches=0)
     assert second.seen == [str(i) for i in range(2 + 4 * (stopped_after + 1), 19)]
-    assert data.state_dict() == {"offset": path.stat().st_size, "lines": 19, "rows_trained": 17}
+    told = {"path": str(path), "offset": path.stat().st_size, "lines": 19, "rows_trained": 17}
+    assert data.state_dict() == told
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,22 @@ Which adapter is active is a *mode*; this class is its one owner. Forward, backw
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lora_gan.data.tokenizer import load_tokenizer
@@ -85,11 +91,21 @@ class Backbone(nn.Module):
         generator: LoRA settings of the generator.
         discriminator: LoRA settings of the discriminator.
         dtype: Number format of the frozen base's weights; adapters and head stay in float32.
+        quantization: "4bit" or "8bit": the frozen base's linear layers are quantised by bitsandbytes.
+        gradient_checkpointing: Compute the layers' inside again in the backward pass instead of keeping it.
     """
 
-    def __init__(self, base: str, generator: LoraSettings, discriminator: LoraSettings, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        base: str,
+        generator: LoraSettings,
+        discriminator: LoraSettings,
+        dtype: str = "float32",
+        quantization: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
-        model = load_base(base, dtype)
+        model = load_base(base, dtype, quantization)
         self.tokenizer = load_tokenizer(base)
         self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
         self.hidden_size: int = model.config.hidden_size
@@ -98,6 +114,11 @@ class Backbone(nn.Module):
         self.lm.add_adapter(DISCRIMINATOR, peft_config(model, discriminator))
         self.judge_head = nn.Linear(self.hidden_size, 2)  # score and auxiliary prediction
         self._layers = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
+        self._recomputed = [m for m in self.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not gradient_checkpointing:
+            self._recomputed = []
+        elif not self._recomputed:
+            raise LoraGANError(f"{base!r} has no layers that can be computed again; set gradient_checkpointing: false")
         self._activate(None)
         self.train(False)
 
@@ -143,6 +164,9 @@ class Backbone(nn.Module):
     @contextmanager
     def _mode(self, adapter: str | None) -> Iterator[None]:
         previous = self._active
+        if adapter == previous:
+            yield
+            return
         self._activate(adapter)
         try:
             yield
@@ -260,15 +284,37 @@ class Backbone(nn.Module):
 
         handle = self.causal_lm.get_output_embeddings().register_forward_pre_hook(pick)
         try:
-            logits = self.causal_lm(
-                **({"input_ids": tree.ids} if embedded is None else {"inputs_embeds": embedded}),
-                attention_mask=tree.attention_mask,
-                position_ids=tree.position_ids,
-                use_cache=False,
-            ).logits
+            with self._recomputing():
+                logits = self.causal_lm(
+                    **({"input_ids": tree.ids} if embedded is None else {"inputs_embeds": embedded}),
+                    attention_mask=tree.attention_mask,
+                    position_ids=tree.position_ids,
+                    use_cache=False,
+                ).logits
         finally:
             handle.remove()
         return _Pass(seen[0], logits)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Where a backward pass will follow, the layers keep their inputs only.
+
+        They are computed again with the adapter that was active in the forward pass, whichever is active by then
+        (peft issue 2832). Transformers' own switch acts in training mode only, which would turn dropout on.
+        """
+        layers = self._recomputed if torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=self._as_now
+            )
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def _as_now(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self._mode(self._active)
 
     # weights
 
@@ -278,19 +324,51 @@ class Backbone(nn.Module):
         return lora + (list(self.judge_head.parameters()) if player == DISCRIMINATOR else [])
 
 
-def load_base(base: str, dtype: str = "float32") -> PreTrainedModel:
+def load_base(base: str, dtype: str = "float32", quantization: str | None = None) -> PreTrainedModel:
     """Load and freeze a causal language model: "builtin", a hub id or a local folder."""
+    how = {} if quantization is None else quantized(quantization, dtype)
     name = str(resources.files("lora_gan") / BUILTIN) if base == BUILTIN else base
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise LoraGANError(f"dtype {dtype!r} is no number format of torch; give float32, bfloat16 or float16")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation="sdpa", **how
+        )
     except (OSError, ValueError) as error:
         raise LoraGANError(
             f"base {base!r} is neither a folder with a causal language model here nor could it be loaded from the hub; "
             f"give base: builtin, the folder of a saved model, or check the id and the network ({error})"
         ) from error
     return model.requires_grad_(False).eval()
+
+
+def quantized(quantization: str, dtype: str) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to quantise: 4 bits are NF4 with double quantisation (arXiv 2305.14314).
+
+    Raises:
+        LoraGANError: It is neither "4bit" nor "8bit", or it cannot be done here.
+    """
+    if quantization not in ("4bit", "8bit"):
+        raise LoraGANError(f"quantization must be 4bit, 8bit or null, got {quantization!r}")
+    if not torch.cuda.is_available():
+        raise LoraGANError(
+            f"quantization: {quantization} needs a CUDA GPU, and there is none here; leave it out, and set dtype: "
+            "bfloat16 to halve the base's memory"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise LoraGANError(f"quantization: {quantization} needs bitsandbytes: pip install 'lora-gan[quantization]'")
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if dtype == "float32" else getattr(torch, dtype)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=quantization == "4bit",
+        load_in_8bit=quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    device = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
@@ -300,5 +378,6 @@ def peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
         lora_alpha=settings.alpha,
         target_modules=settings.targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+        base_model_name_or_path=model.name_or_path,
         task_type="CAUSAL_LM",
     )

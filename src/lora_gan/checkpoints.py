@@ -2,53 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from lora_gan.backbone import SNAPSHOT, Backbone, LoraSettings
 from lora_gan.discriminator import Discriminator
 from lora_gan.errors import LoraGANError
 from lora_gan.knobs import Knobs
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
+PROBES = 16  # values of each frozen tensor by which a base is known again
 
 
 class Checkpointed(L.LightningModule):
-    """Keeps what is trained and what crosses rounds; the frozen base is named, not stored."""
+    """Keeps what is trained and what crosses rounds; the frozen base is named, not stored.
+
+    Random numbers do not cross rounds: those of a round depend on the run's seed and the round's number only. So a
+    resumed run draws what the uninterrupted one draws, and how often a run is validated does not change what it learns.
+    """
 
     base: str
     dtype_of_base: str
     lora: Mapping[str, LoraSettings]
+    accumulate_rounds: int
     backbone: Backbone
     discriminator: Discriminator
     knobs: Knobs
     configured_knobs: Mapping[str, float]
     optimizer_factories: Mapping[str, OptimizerCallable]
+    scheduler_factories: Mapping[str, LRSchedulerCallable | None]
+
+    seed: int | None = None  # of the runs to come; None: what torch was seeded with, or what the checkpoint says
 
     def __init__(self) -> None:
         super().__init__()
         self.strict_loading = False  # of the base nothing is stored
+        self.seed_of_run = 0
+        self.accumulated: dict[str, Tensor] = {}  # gradients of a checkpoint, until training starts
+
+    # random numbers
+
+    def setup(self, stage: str) -> None:
+        given = torch.initial_seed() if self.seed is None else self.seed
+        self.seed_of_run = self.trainer.strategy.broadcast(given)
+
+    def seed_round(self) -> None:
+        """Seed torch (all devices), numpy and python for the round to come."""
+        parts = (self.seed_of_run, self.trainer.global_rank, self.trainer.global_step)
+        seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+    def on_fit_end(self) -> None:
+        """What is drawn after a fit is the same, whether its last round was played now or before a resume."""
+        self.seed_round()
+
+    # a half-filled accumulation
+
+    def on_train_start(self) -> None:
+        parameters = dict(self.named_parameters())
+        for name, gradient in self.accumulated.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self.accumulated = {}
+
+    def on_validation_model_zero_grad(self) -> None:
+        """A validation in the middle of an accumulation leaves its gradients alone; Lightning would drop them."""
+        if self.trainer.global_step % self.accumulate_rounds == 0:
+            super().on_validation_model_zero_grad()
+
+    # checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the base out and describe it."""
         kept = self._kept()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint["lora_gan"] = {
-            "version": CHECKPOINT_VERSION,
-            "base": self.base,
-            "dtype": self.dtype_of_base,
+        checkpoint["lora_gan"] = self._description() | {
+            "seed": self.seed_of_run,
             "knobs": self.configured_knobs,
-            "optimizers": self._optimizer_settings(),
-            "judge": self._judge_description(),
             "replay": self.discriminator.replay.state_dict(),
-            **{player: asdict(settings) for player, settings in self.lora.items()},
+            "gradients": {name: p.grad for name, p in self.named_parameters() if p.grad is not None},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -56,13 +100,8 @@ class Checkpointed(L.LightningModule):
         described = checkpoint.get("lora_gan")
         if described is None:
             raise LoraGANError("this checkpoint was not written by lora-gan")
-        mine = {"version": CHECKPOINT_VERSION, "base": self.base, "judge": self._judge_description()}
-        mine |= {player: asdict(settings) for player, settings in self.lora.items()}
-        if (
-            self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        ):  # the optimizers' saved state would override new settings
-            mine["optimizers"] = self._optimizer_settings()
-        differing = [f"{k}: {described.get(k)} there, {v} here" for k, v in mine.items() if described.get(k) != v]
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        differing = list(self._differences(described, fitting))
         if differing:
             raise LoraGANError("the checkpoint does not fit this configuration: " + "; ".join(differing))
         if any(f".{SNAPSHOT}." in name for name in checkpoint["state_dict"]):
@@ -71,17 +110,73 @@ class Checkpointed(L.LightningModule):
         missing = self._kept() - set(checkpoint["state_dict"])
         if missing:
             raise LoraGANError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} for one")
+        if fitting:
+            self.seed_of_run = described["seed"]
+            self.accumulated = described["gradients"]
         for name, value in self.configured_knobs.items():
             if described["knobs"][name] != value:  # set anew for the resumed run
                 checkpoint["state_dict"][f"knobs.{name}"] = torch.tensor(float(value))
 
-    def _optimizer_settings(self) -> dict[str, dict[str, float]]:
-        """The numbers among each optimizer's settings: learning rate, weight decay and so on."""
-        settings = {}
+    def _differences(self, there: Mapping[str, Any], fitting: bool) -> Iterator[str]:
+        """What stands in the way, by the names of the settings."""
+        here = self._description()
+        if there["version"] != here["version"]:
+            yield f"its version is {there['version']}, this is {here['version']}"
+            return
+        if there["weights"] != here["weights"]:  # a base may have moved
+            yield from differences(there["base"], here["base"], "base")
+            if there["dtype"] == here["dtype"]:
+                yield from differences(there["weights"], here["weights"], "weights of the base")
+        yield from differences(there["vocabulary"], here["vocabulary"], "vocabulary")
+        yield from differences(there["judge"], here["judge"], "judge")
+        for player in self.lora:
+            yield from differences(there[player], here[player], f"{player}_lora")
+        if fitting:  # the saved state of the optimizers and schedulers would override new settings
+            for name, settings in here["steps"].items():
+                yield from differences(there["steps"][name], settings, name)
+            if self.seed is not None:
+                yield from differences(there["seed"], self.seed, "seed_everything")
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "version": CHECKPOINT_VERSION,
+            "base": self.base,
+            "dtype": self.dtype_of_base,
+            "weights": self._frozen_weights,
+            "vocabulary": self._vocabulary,
+            "judge": self._judge_description(),
+            "steps": self._steps(),
+            **{player: asdict(settings) for player, settings in self.lora.items()},
+        }
+
+    def _steps(self) -> dict[str, dict[str, Any]]:
+        """Settings of the optimizers and of their schedulers."""
+        steps = {}
         for player, make in self.optimizer_factories.items():
-            defaults = make([nn.Parameter(torch.zeros(1))]).defaults
-            settings[player] = {name: float(v) for name, v in defaults.items() if isinstance(v, int | float)}
-        return settings
+            optimizer = make([nn.Parameter(torch.zeros(1))])
+            steps[f"{player}_optimizer"] = {"class": type(optimizer).__name__, **plain(optimizer.defaults)}
+            schedule = self.scheduler_factories[player]
+            steps[f"{player}_scheduler"] = {"class": None}
+            if schedule is not None:
+                scheduler = schedule(optimizer)
+                steps[f"{player}_scheduler"] = {"class": type(scheduler).__name__, **plain(scheduler.state_dict())}
+        return steps
+
+    @cached_property
+    def _frozen_weights(self) -> str:
+        """A hash of a few values of each frozen tensor."""
+        told = sha256()
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad and f".{SNAPSHOT}." not in name:
+                values = parameter.detach().flatten()[:: max(1, parameter.numel() // PROBES)][:PROBES]
+                told.update(f"{name} {tuple(parameter.shape)} {values.tolist()}".encode())
+        return told.hexdigest()[:16]
+
+    @cached_property
+    def _vocabulary(self) -> str:
+        vocabulary = self.backbone.tokenizer.get_vocab()
+        told = sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+        return f"{len(vocabulary)} tokens ({told})"
 
     def _judge_description(self) -> dict[str, str]:
         judge = self.discriminator.judge
@@ -91,3 +186,24 @@ class Checkpointed(L.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         snapshot = {name for name, _ in self.named_parameters() if f".{SNAPSHOT}." in name}
         return trained | snapshot | {f"knobs.{name}" for name, _ in self.knobs.named_buffers()}
+
+
+def differences(there: Any, here: Any, name: str) -> Iterator[str]:
+    """Each value that is another one here, by its full name."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in {**there, **here}:
+            yield from differences(there.get(key), here.get(key), f"{name}.{key}")
+    elif there != here:
+        yield f"{name}: {there} there, {here} here"
+
+
+def plain(value: Any) -> Any:
+    """Settings as a checkpoint can hold them; the rates that follow from the optimizer's are left out."""
+    if isinstance(value, Mapping):
+        followed = ("base_lrs", "_last_lr")
+        return {str(key): plain(item) for key, item in value.items() if key not in followed}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__qualname__", type(value).__name__)

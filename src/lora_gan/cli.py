@@ -1,4 +1,4 @@
-"""``python -m src.cli`` or ``lora-gan``: fit, validate, test, predict (LightningCLI), data, chat and export."""
+"""``python -m src.cli`` or ``lora-gan``: LightningCLI's fit, validate, test, predict; data, chat, generate, export."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning as L
-import torch
-from jsonargparse import auto_cli
+from jsonargparse import Namespace, auto_cli
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers.utils.logging import disable_progress_bar
 
-from lora_gan.callbacks.last import last_checkpoint
+from lora_gan.adapters import PLAYERS, save_player
+from lora_gan.callbacks.last import last_checkpoint, resume_command
+from lora_gan.checkpoint_files import LAST, CheckpointFiles, intact_checkpoint, read_checkpoint
 from lora_gan.data.report import report
 from lora_gan.errors import LoraGANError
+from lora_gan.export import export
 from lora_gan.module import LoraGANModule
-from lora_gan.saved import chat, export, write_adapters
+from lora_gan.saved import chat, generate
 
 logger = logging.getLogger("lora_gan")
 
-COMMANDS: dict[str, Callable[..., None]] = {"chat": chat, "export": export}
+COMMANDS: dict[str, Callable[..., None]] = {"chat": chat, "export": export, "generate": generate}
 
 
 class Parser(LightningArgumentParser):
@@ -53,11 +57,44 @@ class CLI(LightningCLI):
             parser_kwargs={
                 "prog": "python -m src.cli",
                 "description": "Adversarial, reward-guided fine-tuning with two LoRA adapters on one frozen model. "
-                "Start: fit --config configs/gan.yaml. Further commands: data, chat, export.",
+                "Start: fit --config configs/gan.yaml. Further commands: data, chat, generate, export.",
             },
             parser_class=Parser,
             args=args,
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Find a checkpoint that is whole; Lightning would let settings that it holds override those given here."""
+        settings = self.config[self.config["subcommand"]]
+        given = settings.get("ckpt_path")
+        if given == "last":
+            given = newest_run(_runs_folder(settings))
+            if given is None and self.config["subcommand"] == "fit":  # so that a job can say it from its first start
+                logger.warning("no run to resume in %s yet: a new one starts", _runs_folder(settings))
+            elif given is None:
+                raise LoraGANError(f"no run with a checkpoint in {_runs_folder(settings)}; give the checkpoint's path")
+        if given and str(given) not in ("best", "hpc"):
+            given = str(intact_checkpoint(Path(given)))
+            logger.info("checkpoint: %s", given)
+        settings["ckpt_path"] = given
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A trainer that writes checkpoints safely and, on a resume, goes on in the run's folder."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        resumed = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
+        if resumed is not None:
+            run = Path(resumed).resolve().parents[1]
+            for sink in trainer.loggers:
+                if isinstance(sink, TensorBoardLogger) and run.parent == Path(sink.root_dir).resolve():
+                    sink._version = run.name
+        return trainer
+
+    def before_fit(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(self.model, LoraGANModule) and not isinstance(seed, bool):
+            self.model.seed = seed
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
@@ -70,13 +107,14 @@ class CLI(LightningCLI):
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if best:
-            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            self.model.load_state_dict(state, strict=False)
+            self.model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
         if self._get(self.config["fit"], "test_after_fit") and is_overridden("test_dataloader", self.datamodule):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        if self.trainer.is_global_zero and self.trainer.log_dir:
-            write_adapters(self.model, Path(self.trainer.log_dir))
-            print(closing_lines(self.trainer, best))
+        folder, told = self.trainer.log_dir, closing_lines(self.trainer, best)  # broadcast: every device asks
+        if self.trainer.is_global_zero and folder:
+            for player in PLAYERS:
+                save_player(self.model, player, Path(folder) / "adapters" / player)
+            print(told)
 
 
 class DataCLI(CLI):
@@ -93,17 +131,30 @@ class DataCLI(CLI):
         print(report(self.datamodule))
 
 
+def newest_run(folder: Path) -> Path | None:
+    """Where the run in ``folder`` that wrote a checkpoint last has its newest one."""
+    written = sorted(folder.glob("*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return written[-1].with_name(LAST) if written else None
+
+
+def _runs_folder(settings: Any) -> Path:
+    """Where the runs of this configuration lie."""
+    given = settings.get("trainer.logger")
+    given = given[0] if isinstance(given, list) and given else given
+    where = given.get("init_args", {}) if isinstance(given, Namespace) else {}
+    root = where.get("save_dir") or settings.get("trainer.default_root_dir") or "."
+    return Path(root) / (where.get("name") or "lightning_logs")
+
+
 def closing_lines(trainer: L.Trainer, best: str) -> str:
     """Where the run's results lie and how to go on."""
-    folder = _relative(trainer.log_dir or "")
+    folder, newest = _relative(trainer.log_dir or ""), last_checkpoint(trainer)
+    last = str(newest) if newest.is_file() else best
     lines = [f"run          {folder}", f"adapters     {folder}/adapters/generator, {folder}/adapters/discriminator"]
     if best:
-        newest = last_checkpoint(trainer)
-        last = str(newest) if newest.is_file() else best
         lines += [
             f"checkpoints  best {_relative(best)}, last {_relative(last)}",
-            f"resume       python -m src.cli fit --config {folder}/config.yaml --ckpt_path {_relative(last)} "
-            "--trainer.max_steps <rounds>",
+            f"resume       {resume_command(trainer)} --trainer.max_steps <rounds>",
             f"chat         python -m src.cli chat --ckpt_path {_relative(best)}",
             f"export       python -m src.cli export --ckpt_path {_relative(best)} --merge true --output exported",
         ]

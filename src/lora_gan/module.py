@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from lora_gan.adapters import load_player
 from lora_gan.advantages import AdvantageEstimator, MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings, Predicted
 from lora_gan.checkpoints import Checkpointed
@@ -30,6 +31,7 @@ from lora_gan.losses import PolicyLoss, Reinforce, kl_loss, moved_kl, value_loss
 from lora_gan.negatives import HardNegatives, Negatives
 from lora_gan.objectives import OPPONENT, SAMPLED, TARGET, DiscriminatorObjective, RewardRegression, judge_metrics
 from lora_gan.payoffs import Payoff, RawScore
+from lora_gan.processes import any_of, mean_of_all, shares
 from lora_gan.replay import Replay
 from lora_gan.rewards import (
     Combination,
@@ -111,9 +113,14 @@ class LoraGANModule(Checkpointed):
         discriminator_optimizer: The discriminator's optimizer.
         generator_scheduler: Learning-rate schedule of the generator, stepped once in each round in which it learned.
         discriminator_scheduler: Learning-rate schedule of the discriminator, stepped likewise.
+        generator_adapter: PEFT folder or hub id from which the generator starts, of another run say.
+        discriminator_adapter: Folder from which the discriminator starts, its head included.
         gradient_clip: Largest norm of a player's gradient.
         accumulate_rounds: Rounds whose gradients are averaged into one step of both optimizers.
         dtype: Number format of the frozen base: float32, bfloat16 or float16.
+        quantization: "4bit" or "8bit" quantises the frozen base's linear layers (bitsandbytes, on a CUDA GPU).
+        gradient_checkpointing: Save memory for time: keep the layers' inputs only, and compute them again in the
+            backward pass. The gradients are the same.
     """
 
     def __init__(
@@ -150,9 +157,13 @@ class LoraGANModule(Checkpointed):
         discriminator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-3, weight_decay=0.0),
         generator_scheduler: LRSchedulerCallable | None = None,
         discriminator_scheduler: LRSchedulerCallable | None = None,
+        generator_adapter: str | None = None,
+        discriminator_adapter: str | None = None,
         gradient_clip: float = 1.0,
         accumulate_rounds: int = 1,
         dtype: str = "float32",
+        quantization: str | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         _at_least(1, answers_per_prompt=answers_per_prompt, accumulate_rounds=accumulate_rounds)
@@ -184,7 +195,7 @@ class LoraGANModule(Checkpointed):
         self.accumulate_rounds = accumulate_rounds
         self.dtype_of_base = dtype
         self.lora = {GENERATOR: generator_lora, DISCRIMINATOR: discriminator_lora}
-        self.backbone = Backbone(base, generator_lora, discriminator_lora, dtype)
+        self.backbone = Backbone(base, generator_lora, discriminator_lora, dtype, quantization, gradient_checkpointing)
         self.discriminator = Discriminator(
             judge or AdapterJudge(),
             objective or RewardRegression(),
@@ -193,6 +204,9 @@ class LoraGANModule(Checkpointed):
         )
         self.discriminator.judge.build(self.backbone)
         self.value_head = nn.Linear(self.backbone.hidden_size, 1) if self.advantage.needs_values else None
+        for player, adapter in ((GENERATOR, generator_adapter), (DISCRIMINATOR, discriminator_adapter)):
+            if adapter is not None:
+                load_player(self, player, adapter)
         self.configured_knobs = {
             "supervised_weight": supervised_weight,
             "policy_weight": policy_weight,
@@ -212,7 +226,10 @@ class LoraGANModule(Checkpointed):
             easiest_share=1.0,
             **self.configured_knobs,
         )
+        self.frozen: frozenset[str] = frozenset()  # players that take part and do not learn
         self.rollout = Rollout.empty(self.device)  # of the last round, for callbacks
+        self.scores: Scores | None = None  # likewise
+        self.judgement: Judgement | None = None  # likewise
         self.phase_seconds: dict[str, float] = {}  # of the last round, for callbacks
         self._check_combination()
 
@@ -249,6 +266,7 @@ class LoraGANModule(Checkpointed):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         """One round: play, score, judge, credit, learn."""
+        self.seed_round()
         with self._counted_round():
             with self._timed("play"):
                 rollout = self.play(batch)
@@ -312,7 +330,8 @@ class LoraGANModule(Checkpointed):
         if not self.judging:
             nothing = scores.total[:0]
             return Judgement(torch.zeros_like(scores.total), nothing, nothing, rollout.k, {})
-        updates = int(self.knobs.discriminator_updates * self.knobs.discriminator_gate)
+        learns = DISCRIMINATOR not in self.frozen
+        updates = int(learns * self.knobs.discriminator_updates * self.knobs.discriminator_gate)
         player = self.discriminator
         exhibit = player.exhibit(self.backbone.tokenizer, batch, rollout, opponent, scores)
         with player.judge.mode(self.backbone), torch.set_grad_enabled(updates > 0):
@@ -372,16 +391,19 @@ class LoraGANModule(Checkpointed):
         self, rollout: Rollout, scores: Scores, judgement: Judgement, credit: Credit, batch: PromptBatch
     ) -> Learned:
         """Supervised loss on the targets and policy loss on the sampled answers, one forward and backward a step."""
+        if GENERATOR in self.frozen:
+            return Learned({})
         lesson = Lesson(batch, rollout, credit, scores.reference_logprobs)
         shown: list[dict[str, Tensor]] = []
         for prompts in self._parts(self._easiest(judgement, len(batch))):
             with self.backbone.generator():
                 terms, metrics = self.generator_terms(lesson.of(prompts))
-                if not terms:
+                if not any_of(bool(terms)):
                     return Learned({})
                 shown.append(metrics)
-                if metrics.get("policy/moved", torch.zeros(())) > self.policy_loss.target_kl:
+                if any_of(bool(metrics.get("policy/moved", torch.zeros(())) > self.policy_loss.target_kl)):
                     break
+                terms = terms or {"nothing": 0 * self.backbone.parameters_of(GENERATOR)[0].sum()}  # others have some
                 self._optimize(GENERATOR, terms)
                 metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
         metrics = {name: torch.stack([m[name] for m in shown if name in m]).mean() for m in shown for name in m}
@@ -392,7 +414,7 @@ class LoraGANModule(Checkpointed):
 
     def generator_terms(self, lesson: Lesson) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weighted terms of the generator's loss, and what is worth logging about them."""
-        weights = self._weights(lesson)
+        weights, share = self._weights(lesson), self._shares(lesson)
         batch, rollout = lesson.batch, lesson.rollout
         branches: dict[str, list[list[Tensor]]] = {}
         if weights.keys() - {"supervised"}:
@@ -405,7 +427,7 @@ class LoraGANModule(Checkpointed):
         losses = {name: self._losses[name](predicted, lesson) for name in weights}
         metrics = {name: value for term in losses.values() for name, value in term.metrics.items()}
         metrics |= {f"loss/{name}": term.loss.detach() for name, term in losses.items()}
-        return {name: weight * losses[name].loss for name, weight in weights.items()}, metrics
+        return {name: weight * share[name] * losses[name].loss for name, weight in weights.items()}, metrics
 
     def _weights(self, lesson: Lesson) -> dict[str, Tensor]:
         """The weights of the losses that count in this round."""
@@ -415,6 +437,13 @@ class LoraGANModule(Checkpointed):
         if self.value_head is None or not self.knobs.policy_weight:
             del weights["value"]
         return {name: weight for name, weight in weights.items() if weight}
+
+    def _shares(self, lesson: Lesson) -> dict[str, float]:
+        """By loss, what the mean over this process's tokens weighs, so that all processes' tokens weigh the same."""
+        batch, rollout = lesson.batch, lesson.rollout
+        wanted = sum(len(batch.target_ids[b]) for b in batch.answered)
+        target, sampled, answers = shares(wanted, int(self._counted(rollout).mask.sum()), len(rollout))
+        return dict.fromkeys(LOSS_KNOBS, sampled) | {"supervised": target, "coupled": answers}
 
     @property
     def _losses(self) -> dict[str, Callable[[Mapping[str, Predicted], Lesson], LossTerm]]:
@@ -486,7 +515,8 @@ class LoraGANModule(Checkpointed):
         credit: Credit,
         learned: Learned,
     ) -> dict[str, Tensor]:
-        """Log the round once; callbacks read the same dictionary."""
+        """Log the round once, the mean over the processes; callbacks read the same dictionary."""
+        self.scores, self.judgement = scores, judgement
         metrics = {**learned.metrics, **judgement.metrics, **credit.metrics}
         metrics |= {f"knob/{name}": value.clone() for name, value in self.knobs.named_buffers()}
         if len(scores.target_total):
@@ -500,6 +530,7 @@ class LoraGANModule(Checkpointed):
             metrics["policy/truncated"] = rollout.truncated.float().mean()
         if self.payoff.needs_opponent and self.judging:
             metrics["reward/win"] = self.payoff(judgement).mean()
+        metrics = mean_of_all(metrics)
         shown = {name for name in metrics if name in ("reward/total", "loss/generator", "loss/discriminator")}
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)

@@ -145,7 +145,7 @@ def sample(
     finished = torch.zeros(n, dtype=torch.bool, device=device)
     uniform = draw_uniform(n, how, device) if uniform is None else uniform
     seat = seat or (lambda _: None)
-    eos = torch.tensor(_eos_ids(backbone), device=device)
+    eos = torch.tensor(eos_ids(backbone), device=device)
 
     with packed(backbone.causal_lm):
         seat(torch.arange(len(prompts), device=device))
@@ -177,7 +177,7 @@ def _beam_search(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sam
     if k > how.num_beams:
         raise LoraGANError(f"a beam search of {how.num_beams} beams cannot give {k} answers: raise sampling.num_beams")
     width = max(len(p) for p in prompts)
-    eos = _eos_ids(backbone)
+    eos = eos_ids(backbone)
     found = backbone.causal_lm.generate(
         input_ids=torch.stack([pad_tensor(p, (width - len(p), 0), value=eos[0]) for p in prompts]),
         attention_mask=torch.stack([pad_tensor(torch.ones_like(p), (width - len(p), 0)) for p in prompts]),
@@ -301,7 +301,7 @@ def _more_likely(probabilities: Tensor, token: Tensor) -> Tensor:
     return torch.where(probabilities > own, probabilities, 0).sum(-1)
 
 
-def _eos_ids(backbone: Backbone) -> list[int]:
+def eos_ids(backbone: Backbone) -> list[int]:
     """All tokens at which the model stops: chat models name several in their generation settings."""
     settings = backbone.causal_lm.generation_config
     named = settings.eos_token_id if settings is not None else None

@@ -1,51 +1,54 @@
-"""What a run leaves behind and how to use it: adapters, chat, export."""
+"""What a run leaves behind and how to use it: answers at the prompt, answers to a file."""
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.checkpoint_files import read_checkpoint
+from lora_gan.data.tokenizer import prompt_ids
 from lora_gan.errors import LoraGANError
-from lora_gan.sampling import Sampling, sample
+from lora_gan.sampling import Sampling, eos_ids, sample
 from lora_gan.tree import grow
 
 TEMPLATE = "### Prompt:\n{prompt}\n\n### Response:\n"
+SCORED_BY = {"architecture": "AdapterJudge", "reads": "PromptAndAnswer"}  # what needs nothing but a backbone
 
 
-def write_adapters(module: Any, run: Path) -> None:
-    """Write both adapters under ``run/adapters`` in PEFT's format, each loadable by ``PeftModel.from_pretrained``."""
-    for player in (GENERATOR, DISCRIMINATOR):
-        save_adapter(module.backbone, player, run / "adapters" / player)
-    judge = module.discriminator.judge
-    own = {name for name, parameter in judge.named_parameters() if parameter.requires_grad}
-    if own:
-        weights = {name: tensor for name, tensor in judge.state_dict().items() if name in own}
-        torch.save(weights, run / "adapters" / DISCRIMINATOR / "judge.pt")
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint and what stands beside it."""
+
+    backbone: Backbone
+    base: str
+    judge: dict[str, str]
+    config: dict[str, Any]  # of the run; empty where it is gone
+    held_out: str  # the table of the test; empty where there was none
+
+    @property
+    def scores(self) -> bool:
+        """Whether the discriminator can be asked about an answer here."""
+        return self.judge == SCORED_BY
 
 
-def save_adapter(backbone: Backbone, player: str, folder: Path) -> None:
-    """Write one adapter; PEFT puts a named adapter into a folder of its name, which is taken out of it here."""
-    backbone.lm.save_pretrained(str(folder), selected_adapters=[player])
-    for file in (folder / player).iterdir():
-        shutil.move(str(file), folder / file.name)
-    (folder / player).rmdir()
-    if player == DISCRIMINATOR:
-        torch.save(backbone.judge_head.state_dict(), folder / "head.pt")
-
-
-def load_backbone(ckpt_path: str) -> Backbone:
-    """The backbone of a checkpoint: its base, both adapters and the head.
+def load_saved(ckpt_path: str) -> Saved:
+    """A checkpoint with its base, both adapters and the head.
 
     Raises:
-        LoraGANError: There is no such file, or it is not a checkpoint of this project.
+        LoraGANError: There is no such file, it is damaged, or it is not a checkpoint of this project.
     """
-    if not Path(ckpt_path).is_file():
-        raise LoraGANError(f"no checkpoint at {ckpt_path}; the last lines of fit name them")
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(ckpt_path)
     described = checkpoint.get("lora_gan")
     if described is None:
         raise LoraGANError(f"{ckpt_path} was not written by lora-gan")
@@ -54,12 +57,28 @@ def load_backbone(ckpt_path: str) -> Backbone:
     prefix = "backbone."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     backbone.load_state_dict(weights, strict=False)
-    return backbone
+    if torch.cuda.is_available():
+        backbone.to("cuda")
+    run = Path(ckpt_path).absolute().parents[1]
+    config, held_out = run / "config.yaml", run / "held_out.md"
+    return Saved(
+        backbone,
+        described["base"],
+        described["judge"],
+        yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        held_out.read_text(encoding="utf-8").strip() if held_out.is_file() else "",
+    )
+
+
+def load_backbone(ckpt_path: str) -> Backbone:
+    """The backbone of a checkpoint."""
+    return load_saved(ckpt_path).backbone
 
 
 def chat(
     ckpt_path: str,
     template: str = TEMPLATE,
+    compare: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     do_sample: bool = False,
@@ -69,20 +88,141 @@ def chat(
     Args:
         ckpt_path: Checkpoint of a run.
         template: How a question becomes a prompt; {prompt} is the question.
+        compare: Let the base answer, too.
         max_new_tokens: Length limit of an answer.
         temperature: Divides the logits when sampling.
         do_sample: Draw answers instead of taking the most likely tokens.
     """
-    backbone = load_backbone(ckpt_path)
+    saved = load_saved(ckpt_path)
+    backbone = saved.backbone
     how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, do_sample=do_sample)
+    if not saved.scores:
+        told = "{architecture} that reads {reads}".format(**saved.judge)
+        print(
+            f"without scores: the discriminator of this run is a {told}; predict shows answers and rewards", flush=True
+        )
+    modes: dict[str, Callable[[], AbstractContextManager[None]]] = {"generator": backbone.generator}
+    if compare:
+        modes = {"base": backbone.reference, **modes}
     while question := _read():
-        text = template.replace("{prompt}", question)
-        prompt = torch.tensor(backbone.tokenizer.encode(text, add_special_tokens=False))
-        with backbone.generator():
-            rollout = sample(backbone, [prompt], 1, how)
-        with backbone.discriminator(), torch.no_grad():
-            score = backbone.judge(grow([prompt], {"answer": [[rollout.answer_ids[0]]]}))["answer"][0, 0].item()
-        print(f"{rollout.texts[0]}   (discriminator {score:.2f})", flush=True)
+        prompt = _prompt(backbone, template, question)
+        for name, mode in modes.items():
+            print(f"{name:<11}" if compare else "", end="", flush=True)
+            with mode():
+                answer = _stream(backbone, prompt, how)
+            score = f"   (discriminator {score_of(backbone, prompt, answer):.2f})" if saved.scores else ""
+            print(score, flush=True)
+
+
+def generate(
+    ckpt_path: str,
+    input: str,
+    output: str = "answers.jsonl",
+    template: str = TEMPLATE,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    do_sample: bool = False,
+    seed: int = 0,
+) -> None:
+    """Answer the prompts of a file; write JSON lines of prompt, answer and the discriminator's score.
+
+    Args:
+        ckpt_path: Checkpoint of a run.
+        input: A prompt on each line, or a .jsonl file whose rows have a "prompt"; what else they hold is kept.
+        output: File to write.
+        template: How a prompt of the file is put; "{prompt}" takes it as it is.
+        batch_size: Prompts answered at once.
+        max_new_tokens: Length limit of an answer.
+        temperature: Divides the logits when sampling.
+        top_p: Draw from the smallest set of tokens with at least this mass.
+        do_sample: Draw answers instead of taking the most likely tokens.
+        seed: Of the draws.
+    """
+    rows = _rows(Path(input))
+    if batch_size < 1:
+        raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
+    how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, do_sample=do_sample)
+    saved = load_saved(ckpt_path)
+    backbone = saved.backbone
+    torch.manual_seed(seed)
+    with Path(output).open("w", encoding="utf-8") as stream:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            prompts = [_prompt(backbone, template, row["prompt"]) for row in part]
+            with backbone.generator():
+                rollout = sample(backbone, prompts, 1, how)
+            for row, prompt, text, ids in zip(part, prompts, rollout.texts, rollout.answer_ids, strict=True):
+                score = {"score": score_of(backbone, prompt, ids)} if saved.scores else {}
+                stream.write(json.dumps({**row, "answer": text, **score}, ensure_ascii=False) + "\n")
+            stream.flush()
+    print(f"{len(rows)} answers written to {output}")
+
+
+@torch.no_grad()
+def score_of(backbone: Backbone, prompt: Tensor, answer: Tensor) -> float:
+    """The discriminator's score of one answer (T,), which it reads as in training: with EOS at its end."""
+    eos = answer.new_tensor([backbone.tokenizer.eos_token_id])
+    ended = torch.cat([answer[:-1] if len(answer) and int(answer[-1]) in eos_ids(backbone) else answer, eos])
+    with backbone.discriminator():
+        return float(backbone.judge(grow([prompt], {"answer": [[ended]]}))["answer"][0, 0])
+
+
+def _prompt(backbone: Backbone, template: str, text: str) -> Tensor:
+    if "{prompt}" not in template:
+        raise LoraGANError(
+            f"the template {template!r} has no place for the question: write {{prompt}} where it belongs"
+        )
+    return torch.tensor(prompt_ids(backbone.tokenizer, template.replace("{prompt}", text)), device=backbone.device)
+
+
+def _stream(backbone: Backbone, prompt: Tensor, how: Sampling) -> Tensor:
+    """Answer in the active mode and print each token as it comes; the answer's ids (T,)."""
+    if len(prompt) + how.max_new_tokens > backbone.context_length:
+        raise LoraGANError(
+            f"the prompt has {len(prompt)} tokens; with max_new_tokens {how.max_new_tokens} that is more than the "
+            f"model's context of {backbone.context_length}: lower max_new_tokens or ask for less"
+        )
+    ends = eos_ids(backbone)
+    drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.do_sample else {}
+    with torch.no_grad():
+        ids: Tensor = backbone.causal_lm.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            max_new_tokens=how.max_new_tokens,
+            do_sample=how.do_sample,
+            repetition_penalty=1.0,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            streamer=_Printer(backbone.tokenizer),
+            **drawn,
+        )
+    return ids[0, len(prompt) :]
+
+
+class _Printer(BaseStreamer):  # type: ignore[misc]
+    """Prints what a token adds to the text, as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] | None = None  # None: the prompt comes first
+        self.shown = 0
+
+    def put(self, value: Tensor) -> None:
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += value.flatten().tolist()
+        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True), "\ufffd")
+
+    def end(self) -> None:
+        self._show(self.tokenizer.decode(self.ids or [], skip_special_tokens=True))
+
+    def _show(self, text: str, *waits: str) -> None:
+        if not text.endswith(waits):
+            print(text[self.shown :], end="", flush=True)
+            self.shown = len(text)
 
 
 def _read() -> str:
@@ -92,19 +232,27 @@ def _read() -> str:
         return ""
 
 
-def export(ckpt_path: str, output: str = "exported", merge: bool = False) -> None:
-    """Write the generator of a checkpoint as a PEFT adapter or, merged with its base, as a plain model.
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of prompts."""
+    if not path.is_file():
+        raise LoraGANError(f"no file {path}; give a text file with a prompt on each line, or a .jsonl file")
+    rows = list(_read_rows(path))
+    if not rows:
+        raise LoraGANError(f"{path} holds no prompt")
+    return rows
 
-    Args:
-        ckpt_path: Checkpoint of a run.
-        output: Folder to write.
-        merge: Write base + adapter as one model that plain transformers loads.
-    """
-    backbone = load_backbone(ckpt_path)
-    if merge:
-        with backbone.generator():
-            backbone.lm.merge_and_unload(adapter_names=[GENERATOR]).save_pretrained(output)
-    else:
-        save_adapter(backbone, GENERATOR, Path(output))
-    backbone.tokenizer.save_pretrained(output)
-    print(f"written to {output}")
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            yield {"prompt": line}
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise LoraGANError(f"{path}, line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise LoraGANError(f'{path}, line {number} has no "prompt"; each row looks like {{"prompt": "…"}}')
+        yield row

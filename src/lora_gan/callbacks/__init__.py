@@ -1,5 +1,6 @@
 """Callbacks: they turn the module's knobs and watch the round; the module does not know them."""
 
+from lora_gan.callbacks.adapters import AdapterCheckpoints
 from lora_gan.callbacks.baseline import MovingAverageBaseline
 from lora_gan.callbacks.choices import ChoiceAccuracy
 from lora_gan.callbacks.coefficients import AdaptiveEntropy, AdaptiveKL, KLSchedule
@@ -14,6 +15,7 @@ from lora_gan.callbacks.text import TextMetrics
 from lora_gan.callbacks.throughput import Throughput
 
 __all__ = [
+    "AdapterCheckpoints",
     "AdaptiveAdversarialWeight",
     "AdaptiveEntropy",
     "AdaptiveKL",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import lightning as L
@@ -11,14 +12,18 @@ import lightning as L
 from lora_gan.choices import Scored, choice_metrics, informative, score_choices
 from lora_gan.data import InstructionDataModule
 from lora_gan.data.tokenizer import encode_answers
+from lora_gan.processes import mean_of_all
+from lora_gan.rewards.truth import truth
 from lora_gan.types import Answered, PromptBatch
 
 
 class ChoiceAccuracy(L.Callback):
     """Logs, of base and generator, ``test/<player>/truthfulqa/mc1``, ``…/mc2``, ``…/arc/accuracy`` and the like.
 
-    They are measured on test examples that have incorrect answers (negatives); ``test/<player>/informative`` is the
-    share of answers that are not "I don't know" in other words.
+    They are measured on test examples that have incorrect answers (negatives). Of the answers that the players give
+    themselves, ``test/<player>/truth`` is the largest similarity to a correct answer less the largest to an incorrect
+    one (:class:`~lora_gan.rewards.TruthReward`), and ``test/<player>/informative`` the share that is not "I don't know"
+    in other words.
 
     Args:
         seed: Of the order in which choices are looked at.
@@ -28,10 +33,12 @@ class ChoiceAccuracy(L.Callback):
         self.seed = seed
         self.scored: dict[str, list[tuple[str, Scored]]] = defaultdict(list)
         self.informative: dict[str, list[bool]] = defaultdict(list)
+        self.truth: dict[str, list[float]] = defaultdict(list)
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.scored.clear()
         self.informative.clear()
+        self.truth.clear()
 
     def on_test_batch_end(
         self,
@@ -45,6 +52,9 @@ class ChoiceAccuracy(L.Callback):
         answers: Mapping[str, Answered] = outputs
         for player, answered in answers.items():
             self.informative[player] += map(informative, answered.texts)
+            known = [i for i, example in enumerate(answered.examples) if example.target and example.negatives]
+            examples = [answered.examples[i] for i in known]
+            self.truth[player] += truth([answered.texts[i] for i in known], examples).tolist()
         with pl_module.backbone.reference():
             self.scored["base"] += self._scored(trainer, pl_module, batch)
         with pl_module.backbone.generator():
@@ -53,8 +63,9 @@ class ChoiceAccuracy(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {player: choice_metrics(scored) for player, scored in self.scored.items()}
         logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
-        shares = {f"test/{p}/informative": sum(said) / len(said) for p, said in self.informative.items()}
-        pl_module.log_dict(logged | shares, sync_dist=True)
+        logged |= {f"test/{p}/informative": fmean(said) for p, said in self.informative.items() if said}
+        logged |= {f"test/{p}/truth": fmean(values) for p, values in self.truth.items() if values}
+        pl_module.log_dict(mean_of_all(logged))
 
     def _scored(self, trainer: L.Trainer, pl_module: Any, batch: PromptBatch) -> list[tuple[str, Scored]]:
         data: InstructionDataModule = trainer.datamodule  # type: ignore[attr-defined]

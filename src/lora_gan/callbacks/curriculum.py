@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import lightning as L
@@ -57,6 +57,16 @@ class Curriculum(L.Callback):
         if starts != sorted(set(starts)) or (starts and starts[0] < 0):
             raise LoraGANError(f"phases must start at growing rounds from 0 on, got {starts}")
         self.phases = phases
+        self.begun: list[Phase] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Phases that are over cannot be changed any more."""
+        due = [phase for phase in self.phases if phase.start < trainer.global_step]
+        if self.begun != due:
+            raise LoraGANError(
+                f"round {trainer.global_step} was reached with the phases {self.begun}, and the configuration now says "
+                f"{due}: leave phases that have begun as they were, and change those to come or the module's settings"
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -65,6 +75,7 @@ class Curriculum(L.Callback):
         for phase in self.phases:
             if phase.start == trainer.global_step:
                 self._begin(phase, pl_module)
+                self.begun = [*(earlier for earlier in self.begun if earlier.start < phase.start), phase]
 
     def _begin(self, phase: Phase, module: LoraGANModule) -> None:
         settings = {f.name: getattr(phase, f.name) for f in fields(phase) if f.name not in EVENTS}
@@ -73,6 +84,12 @@ class Curriculum(L.Callback):
             module.backbone.take_snapshot()
         if phase.judge_from_generator:
             module.discriminator.judge.start_from_generator(module.backbone)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun": [asdict(phase) for phase in self.begun]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.begun = [Phase(**phase) for phase in state_dict["begun"]]
 
 
 class EasyFirst(L.Callback):

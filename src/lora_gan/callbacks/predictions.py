@@ -11,6 +11,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lora_gan.processes import in_order
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,8 +35,11 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         path = Path(trainer.log_dir or ".") / self.file
+        records = in_order([record for batch in predictions for record in batch])
+        if not trainer.is_global_zero:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as stream:
-            for record in (record for batch in predictions for record in batch):
+            for record in records:
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         logger.info("answers written to %s", path)

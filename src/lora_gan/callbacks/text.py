@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lora_gan.embedding import MINILM, sentence_encoder
 from lora_gan.errors import LoraGANError
 from lora_gan.metrics import bert_score, bleu, distinct_n, exact_match, mmd, ngram_entropy, rouge, self_bleu, words
+from lora_gan.processes import in_order, several
 from lora_gan.rewards import Evidence, references_of
 from lora_gan.types import Answered
 
@@ -71,6 +73,7 @@ class TextMetrics(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._replaced(trainer):
             return
+        self._gather(trainer.val_dataloaders)
         metrics = self._measure("trained")
         shown = {f"text/{name}": value for name, value in metrics.items()}
         pl_module.log_dict(shown, sync_dist=True)
@@ -84,6 +87,8 @@ class TextMetrics(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._replaced(trainer):
             return
+        self._gather(trainer.test_dataloaders)
+        folder = trainer.log_dir  # broadcast: every process asks
         metrics = {player: self._measure(player) for player in self.seen}
         logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
         pl_module.log_dict(logged, sync_dist=True)
@@ -92,11 +97,18 @@ class TextMetrics(L.Callback):
         if trainer.is_global_zero:
             count = sum(len(answered.texts) for answered in self.seen["trained"])
             print(f"\nHeld-out test split, {count} prompts\n\n{table}\n")
-            if trainer.log_dir:
-                Path(trainer.log_dir, "held_out.md").write_text(table + "\n", encoding="utf-8")
+            if folder:
+                Path(folder, "held_out.md").write_text(table + "\n", encoding="utf-8")
 
     def _replaced(self, trainer: L.Trainer) -> bool:
         return [c for c in trainer.callbacks if isinstance(c, TextMetrics)][-1] is not self  # type: ignore[attr-defined]
+
+    def _gather(self, loader: Any) -> None:
+        """Every process measures the answers of all."""
+        if several():
+            data = getattr(loader, "dataset", None)
+            count = len(data) if isinstance(data, Sized) else None
+            self.seen = {player: in_order(one_by_one(answered), count) for player, answered in self.seen.items()}
 
     def _measure(self, player: str) -> dict[str, float]:
         return measure(self.seen[player], self.semantic_model, self.bert_score_model, self.metrics)
@@ -137,6 +149,15 @@ def measure(
     for function in own:
         _add_own(metrics, function, texts, [example.target for example in examples])
     return metrics
+
+
+def one_by_one(answered: Sequence[Answered]) -> list[Answered]:
+    """Each prompt's answer for itself."""
+    return [
+        Answered(**{f.name: getattr(part, f.name)[i : i + 1] for f in fields(part)})
+        for part in answered
+        for i in range(len(part.texts))
+    ]
 
 
 def compare(answers: Sequence[str], targets: Sequence[str], semantic_model: str = MINILM) -> dict[str, float]:

@@ -119,7 +119,7 @@ class InstructionDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.splits: dict[str, Split] = {}
         self.trained = Place()
-        self.trained_order = ""
+        self.trained_order: dict[str, int | str] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -183,10 +183,12 @@ class InstructionDataModule(L.LightningDataModule):
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the sampler is
 
     def _sampler(self, items: tuple[Encoded, ...]) -> BucketSampler:
-        if self.trained_order and self.trained_order != self._order():
+        now = self._order()
+        changed = [name for name, value in self.trained_order.items() if value != now[name]]
+        if changed:
             log.warning(
-                "the training data or their order (data.init_args.seed, batch_size, bucket_batches) are not those of "
-                "the checkpoint: the epoch starts anew, so some prompts come twice in it"
+                "not as in the checkpoint: data.init_args.%s; the epoch starts anew, so some prompts come twice in it",
+                ", ".join(changed),
             )
             self.trained = Place()
         batches = max(len(items) // self.batch_size, 1)
@@ -194,11 +196,15 @@ class InstructionDataModule(L.LightningDataModule):
         lengths = [len(item.prompt_ids) for item in items]
         return BucketSampler(lengths, self.seed, self.batch_size, self.bucket_batches, start)
 
-    def _order(self) -> str:
-        """What the order of training depends on."""
+    def _order(self) -> dict[str, int | str]:
+        """What the order of training depends on, by the names of the settings."""
         items = self.splits["train"].items if self.splits else ()
-        content = digest(*(item.example.prompt for item in items))
-        return digest(self.seed, self.batch_size, self.bucket_batches, content)
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "bucket_batches": self.bucket_batches,
+            "source (or path, or splits)": digest(*(item.example.prompt for item in items)),
+        }
 
     def val_dataloader(self) -> DataLoader[Encoded]:
         return self._eval_dataloader("validation")

@@ -178,10 +178,18 @@ class StreamDataModule(L.LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"offset": self.trained.offset, "lines": self.trained.lines, "rows_trained": self.rows_trained}
+        place = {"offset": self.trained.offset, "lines": self.trained.lines}
+        return {"path": self.path, **place, "rows_trained": self.rows_trained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.trained = Position(state_dict["offset"], state_dict["lines"])
+        if state_dict["path"] != self.path:
+            log.warning(
+                "data.init_args.path was %s and is %s: taken for the same stream, which goes on behind line %d",
+                state_dict["path"],
+                self.path,
+                self.trained.lines,
+            )
         self.rows_trained = state_dict["rows_trained"]
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # this one is
 

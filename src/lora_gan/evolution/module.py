@@ -121,6 +121,7 @@ class EvolutionModule(LoraGANModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         """One generation: evaluate, select, cross and mutate, refine."""
+        self.seed_round()
         with self._counted_round():
             with self._timed("evaluate"):
                 members = self.evaluate(batch)
@@ -188,6 +189,11 @@ class EvolutionModule(LoraGANModule):
         """Chance that depends on the seed and the purpose alone, so that a resumed run has the same."""
         return torch.Generator().manual_seed(int(digest(self.evolution_seed, *purpose)[:15], 16))
 
+    def seed_round(self) -> None:
+        """A generation is seeded once; the rounds of refinement inside it go on with its random numbers."""
+        if not self._inside:
+            super().seed_round()
+
     @contextmanager
     def _counted_round(self) -> Iterator[None]:
         """A generation counts once; the rounds of refinement inside it do not."""
@@ -247,6 +253,7 @@ class EvolutionModule(LoraGANModule):
 
     def on_train_start(self) -> None:
         """Make the first members, or those of the checkpoint."""
+        super().on_train_start()
         if self.resumed:
             self._restore(self.resumed)
         elif not self.population:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_gan.backbone import GENERATOR, Backbone
-from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Factors, Weights, distances
 
 START, MUTATED, CROSSED, REFINED = "start", "mutated", "crossed", "refined"  # how members come into being
@@ -102,50 +98,3 @@ def write_weights(backbone: Backbone, weights: Weights) -> None:
     for name, layer in lora_layers(backbone).items():
         layer.lora_A[GENERATOR].weight.copy_(weights[name].a)
         layer.lora_B[GENERATOR].weight.copy_(weights[name].b)
-
-
-# adapters on disk
-
-
-def load_weights(folder: str, backbone: Backbone) -> Weights:
-    """The adapter in ``folder`` (PEFT's format) as a member.
-
-    Raises:
-        LoraGANError: There is none, or it has another base, rank, alpha or other modules than the generator here.
-    """
-    path = Path(folder)
-    if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
-        raise LoraGANError(
-            f"no adapter in {folder}: a folder with adapter_config.json and adapter_model.safetensors is wanted, such "
-            "as adapters/generator of a run"
-        )
-    _check_config(folder, json.loads((path / "adapter_config.json").read_text(encoding="utf-8")), backbone)
-    tensors = load_file(path / "adapter_model.safetensors")
-    mine = read_weights(backbone)
-    shapes = {f"{name}.lora_{side}.weight": getattr(x, side.lower()).shape for name, x in mine.items() for side in "AB"}
-    wrong = sorted(set(shapes) ^ set(tensors)) or [name for name in shapes if tensors[name].shape != shapes[name]]
-    if wrong:
-        raise LoraGANError(
-            f"the adapter in {folder} does not belong to this model: {len(wrong)} of its tensors are missing, too many "
-            f"or of another shape, {wrong[0]} for one; give it the same base and generator_lora.targets"
-        )
-    return {
-        name: replace(x, a=tensors[f"{name}.lora_A.weight"].to(x.a), b=tensors[f"{name}.lora_B.weight"].to(x.b))
-        for name, x in mine.items()
-    }
-
-
-def _check_config(folder: str, config: Mapping[str, Any], backbone: Backbone) -> None:
-    """Bases are compared by the last part of their name: the same model may lie in another place."""
-    base = str(backbone.lm.peft_config[GENERATOR].base_model_name_or_path)
-    told = str(config.get("base_model_name_or_path"))
-    mine = asdict(backbone.generator_lora)
-    wanted = {"base": Path(base).name, "rank": mine["rank"], "alpha": mine["alpha"], "use_rslora": False}
-    there = {"base": Path(told).name, "rank": config.get("r"), "alpha": config.get("lora_alpha")}
-    there["use_rslora"] = config.get("use_rslora", False)
-    differing = [f"{key} {there[key]} there, {value} here" for key, value in wanted.items() if there[key] != value]
-    if differing:
-        raise LoraGANError(
-            f"the adapter in {folder} does not fit: {', '.join(differing)}; set model.init_args.base and "
-            "generator_lora to its own, or leave it out"
-        )

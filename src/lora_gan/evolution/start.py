@@ -11,10 +11,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from lora_gan.adapters import load_adapter
 from lora_gan.backbone import GENERATOR, Backbone
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Weights
-from lora_gan.evolution.population import load_weights, read_weights, write_weights
+from lora_gan.evolution.population import read_weights, write_weights
 from lora_gan.objectives import TARGET
 from lora_gan.tensors import masked_mean
 from lora_gan.tree import grow_scored
@@ -48,7 +49,7 @@ class SavedAdapters(Start):
     """Trained adapters in PEFT's format, of the same base, rank and alpha.
 
     Args:
-        folders: Such as ``lightning_logs/gan/version_0/adapters/generator``.
+        folders: Such as ``lightning_logs/gan/version_0/adapters/generator``, or hub ids.
     """
 
     def __init__(self, folders: list[str]) -> None:
@@ -61,7 +62,11 @@ class SavedAdapters(Start):
             raise LoraGANError(
                 f"{len(self.folders)} adapters do not fit into a population of {count}: raise population or name fewer"
             )
-        return [load_weights(folder, backbone) for folder in self.folders]
+        members = []
+        for folder in self.folders:
+            load_adapter(backbone, GENERATOR, folder)
+            members.append(read_weights(backbone))
+        return members
 
 
 class SupervisedStart(Start):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_gan.embedding import MINILM, sentence_encoder
 from lora_gan.rewards.base import Reward, references_of
-from lora_gan.types import PromptBatch, RewardContext
+from lora_gan.types import Example, PromptBatch, RewardContext
 
 
 class TruthReward(Reward):
@@ -32,19 +32,25 @@ class TruthReward(Reward):
         self.model = model
 
     def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        if not answers:
-            return torch.zeros(0)
-        vectors = sentence_encoder(self.model).encode(answers)
-        groups = vectors.view(len(batch), context.k, -1)
-        found = [
-            self._closest(group, references_of(example))
-            - self._closest(group, [negative.text for negative in example.negatives])
-            for group, example in zip(groups, batch.examples, strict=True)
-        ]
-        return torch.cat(found)
+        return truth(answers, batch.examples, self.model)
 
-    def _closest(self, vectors: Tensor, texts: Sequence[str]) -> Tensor:
-        """(k,) largest cosine of each of k vectors with one of the texts."""
+
+def truth(answers: Sequence[str], examples: Sequence[Example], model: str = MINILM) -> Tensor:
+    """:class:`TruthReward` of N answers to B examples, N/B of them to each in turn → (N,)."""
+    if not answers:
+        return torch.zeros(0)
+    encoder = sentence_encoder(model)
+    groups = encoder.encode(answers).view(len(examples), len(answers) // len(examples), -1)
+
+    def closest(vectors: Tensor, texts: Sequence[str]) -> Tensor:
+        """Largest cosine of each vector with one of the texts."""
         if not texts:
             return torch.zeros(len(vectors))
-        return (vectors @ sentence_encoder(self.model).encode(texts, keep=True).T).amax(1).clamp(0, 1)
+        return (vectors @ encoder.encode(texts, keep=True).T).amax(1).clamp(0, 1)
+
+    return torch.cat(
+        [
+            closest(group, references_of(example)) - closest(group, [negative.text for negative in example.negatives])
+            for group, example in zip(groups, examples, strict=True)
+        ]
+    )

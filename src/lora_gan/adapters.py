@@ -1,0 +1,146 @@
+"""Players on disk: PEFT folders that plain ``PeftModel.from_pretrained`` loads, with heads and optimizers beside them.
+
+A folder of both, ``step-100`` say, holds ``generator`` and ``discriminator``, each with ``adapter_config.json``,
+``adapter_model.safetensors`` and ``optimizer.pt``; ``discriminator/head.pt`` is its linear head.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from copy import copy
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lora_gan.backbone import BUILTIN, DISCRIMINATOR, GENERATOR, Backbone
+from lora_gan.discriminator import Discriminator
+from lora_gan.errors import LoraGANError
+
+PLAYERS = (GENERATOR, DISCRIMINATOR)
+SHAPE = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+
+
+class Players(Protocol):
+    """What is saved of a module."""
+
+    backbone: Backbone
+    discriminator: Discriminator
+    value_head: nn.Linear | None
+
+
+def save_adapter(backbone: Backbone, player: str, folder: Path) -> None:
+    """Write one adapter in PEFT's format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy(backbone.lm.peft_config[player])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(backbone.lm, adapter_name=player, save_embedding_layers=False)
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def save_player(module: Players, player: str, folder: Path) -> None:
+    """Write a player's adapter and what it learns besides."""
+    save_adapter(module.backbone, player, folder)
+    for file, weights in _heads(module, player).items():
+        torch.save(weights, folder / file)
+
+
+def load_player(module: Players, player: str, source: str | Path) -> None:
+    """Give a player the adapter and the heads of a folder, or the adapter of a hub id.
+
+    Raises:
+        LoraGANError: There is none, or it is one of another base or shape.
+    """
+    load_adapter(module.backbone, player, str(source))
+    for file, mine in _heads(module, player).items():
+        if (path := Path(source) / file).is_file():
+            theirs: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+            _check_tensors(mine, theirs, f"{path} belongs to another judge or base")
+            for name, weight in mine.items():
+                weight.copy_(theirs[name])
+
+
+def load_adapter(backbone: Backbone, player: str, source: str) -> None:
+    """Give a player the weights of a PEFT adapter, of its own or of another run."""
+    try:
+        config = PeftConfig.from_pretrained(source)
+        theirs = load_peft_weights(source, device="cpu")
+    except (OSError, ValueError) as error:
+        raise LoraGANError(
+            f"{source!r} holds no adapter; give a folder such as checkpoints/step-100/{player}, with "
+            "adapter_config.json and adapter_model.safetensors in it"
+        ) from error
+    here = backbone.lm.peft_config[player]
+    there, mine = (_name(c.base_model_name_or_path) for c in (config, here))
+    if there != mine:
+        raise LoraGANError(
+            f"the adapter {source!r} was trained on the base {there!r}, and this one is {mine!r}: set base to it; if "
+            "the two are the same model, correct base_model_name_or_path in the folder's adapter_config.json"
+        )
+    for field, setting in SHAPE.items():
+        found, wanted = getattr(config, field, None), getattr(here, field)
+        if found != wanted:
+            raise LoraGANError(
+                f"the adapter {source!r} has {setting} {found}, and the {player}'s is {wanted}: set "
+                f"{player}_lora.{setting} accordingly"
+            )
+    shape = get_peft_model_state_dict(backbone.lm, adapter_name=player, save_embedding_layers=False)
+    _check_tensors(shape, theirs, f"the adapter {source!r} is one of other layers; set {player}_lora.targets as there")
+    set_peft_model_state_dict(backbone.lm, theirs, adapter_name=player)
+
+
+def write_players(module: Players, folder: Path, optimizers: Mapping[str, Optimizer], state: object = None) -> None:
+    """Write both players and their optimizers as one folder, whole or not at all.
+
+    Args:
+        module: Whose players.
+        folder: Replaced where it is there.
+        optimizers: By player.
+        state: Written to ``state.pt`` beside the players.
+    """
+    fresh = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for player in PLAYERS:
+        save_player(module, player, fresh / player)
+        torch.save(optimizers[player].state_dict(), fresh / player / "optimizer.pt")
+    if state is not None:
+        torch.save(state, fresh / "state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(fresh, folder)
+
+
+def _heads(module: Players, player: str) -> dict[str, dict[str, Tensor]]:
+    """By file, what a player learns besides its adapter: the live tensors."""
+    heads: dict[str, nn.Module | None]
+    if player == GENERATOR:
+        heads = {"value_head.pt": module.value_head}
+    else:
+        heads = {"head.pt": module.backbone.judge_head, "judge.pt": module.discriminator.judge}
+    learned = {
+        file: {name: p.detach() for name, p in head.named_parameters() if p.requires_grad}
+        for file, head in heads.items()
+        if head is not None
+    }
+    return {file: weights for file, weights in learned.items() if weights}
+
+
+def _check_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], told: str) -> None:
+    differing = sorted(mine.keys() ^ theirs.keys()) or [n for n in mine if mine[n].shape != theirs[n].shape]
+    if differing:
+        name = differing[0]
+        shapes = [tuple(weights[name].shape) if name in weights else "missing" for weights in (theirs, mine)]
+        raise LoraGANError(f"{told} ({name}: {shapes[0]} there, {shapes[1]} here)")
+
+
+def _name(base: str | None) -> str:
+    """The base without the folder it lies in."""
+    path = Path(base or "unknown")
+    return BUILTIN if path.parts[-2:] == ("lora_gan", BUILTIN) else path.name

@@ -1,0 +1,81 @@
+"""Adapters written while a run goes on."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lora_gan.adapters import PLAYERS, write_players
+from lora_gan.errors import LoraGANError
+from lora_gan.module import LoraGANModule
+
+
+class AdapterCheckpoints(L.Callback):
+    """Writes ``checkpoints/step-<round>/{generator,discriminator}`` in the run's folder, each a PEFT adapter.
+
+    Beside ``adapter_config.json`` and ``adapter_model.safetensors`` stand ``optimizer.pt`` and the discriminator's
+    ``head.pt``. Any of them can be the start of another run, by the module's ``generator_adapter`` and
+    ``discriminator_adapter``.
+
+    Args:
+        every_n_rounds: Rounds from one to the next.
+        keep_last: How many of them stay; 0 keeps all.
+        monitor: A logged metric, ``text/rouge_l`` say: ``checkpoints/best`` holds the adapters of the validation at
+            which it was best.
+        mode: Whether the metric shall be large ("max") or small ("min").
+    """
+
+    def __init__(
+        self, every_n_rounds: int = 100, keep_last: int = 3, monitor: str | None = None, mode: str = "max"
+    ) -> None:
+        if every_n_rounds < 1 or keep_last < 0:
+            raise LoraGANError(f"need every_n_rounds >= 1 and keep_last >= 0, got {every_n_rounds} and {keep_last}")
+        if mode not in ("max", "min"):
+            raise LoraGANError(f"mode must be max or min, got {mode!r}")
+        self.every_n_rounds = every_n_rounds
+        self.keep_last = keep_last
+        self.monitor = monitor
+        self.sign = 1.0 if mode == "max" else -1.0
+        self.best = -math.inf
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_rounds:
+            return
+        folder = self._write(trainer, pl_module, f"step-{trainer.global_step}")
+        if self.keep_last and trainer.is_global_zero:
+            steps = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+            for old in steps[: -self.keep_last]:
+                shutil.rmtree(old)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            names = ", ".join(sorted(trainer.callback_metrics))
+            raise LoraGANError(
+                f"AdapterCheckpoints shall watch {self.monitor!r}, which nobody logs; there are: {names}"
+            )
+        value = self.sign * float(trainer.callback_metrics[self.monitor])
+        if value > self.best:
+            self.best = value
+            self._write(trainer, pl_module, "best")
+
+    def _write(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> Path:
+        assert isinstance(module, LoraGANModule)
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / name
+        if trainer.is_global_zero:
+            write_players(module, folder, dict(zip(PLAYERS, trainer.optimizers, strict=True)))
+        return folder
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]

@@ -1,0 +1,104 @@
+"""A program for test_processes.py: three rounds in as many processes as it is told; each writes what it has then.
+
+Answers depend on the prompt only, so that two processes play what one plays with the union of their batches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rounds import Recorder, share_of_a, state, trainer
+from torch import Tensor
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+
+from lora_gan.advantages import LeaveOneOut, MovingAverage
+from lora_gan.backbone import LoraSettings
+from lora_gan.callbacks import MovingAverageBaseline
+from lora_gan.data.datamodule import collate
+from lora_gan.data.tokenizer import encode
+from lora_gan.losses import ClippedPPO
+from lora_gan.module import LoraGANModule
+from lora_gan.objectives import SAMPLED
+from lora_gan.rewards import FunctionReward
+from lora_gan.sampling import Sampling
+from lora_gan.tree import grow
+from lora_gan.types import Example, PromptBatch, Rollout
+
+K, ROUNDS = 2, 3
+TARGETS = ["a", "a long answer that goes on and on", "b", "", "of some length", "c", "d", "the end, nearly"] * 2
+
+
+class Scripted(LoraGANModule):
+    def play(self, batch: PromptBatch) -> Rollout:
+        answers = [self.answers_to(example.prompt) for example in batch.examples]
+        tree = grow(batch.prompt_ids, {SAMPLED: answers})
+        with self.backbone.generator(), torch.no_grad():
+            logprobs = self.backbone.logprobs(tree)[SAMPLED]
+        branches = tree.branches[SAMPLED]
+        flat = [answer for row in answers for answer in row]
+        texts = tuple(self.backbone.tokenizer.batch_decode(flat, skip_special_tokens=True))
+        truncated = torch.tensor([int(answer[-1]) != 256 for answer in flat])
+        self.rollout = Rollout(branches.ids * branches.mask, branches.mask, logprobs, truncated, texts, K)
+        return self.rollout
+
+    def answers_to(self, prompt: str) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(sum(map(ord, prompt)))
+        lengths = torch.randint(1, 12, (K,), generator=draw).tolist()
+        return [
+            torch.cat([torch.randint(60, 80, (length,), generator=draw), torch.tensor([256])]) for length in lengths
+        ]
+
+
+def main(base: str, processes: int, folder: str, case: str, accelerator: str = "cpu") -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "moving average": {"advantage": MovingAverage(), "kl_coefficient": 0.3, "entropy_coefficient": 0.1},
+        "ppo": {"advantage": LeaveOneOut(), "policy_loss": ClippedPPO(epochs=2, target_kl=1e-4)},
+        "some unanswered": {"advantage": LeaveOneOut(), "policy_weight": 0.0},
+    }
+    torch.manual_seed(4)
+    module = Scripted(
+        base,
+        answers_per_prompt=K,
+        sampling=Sampling(max_new_tokens=12),
+        rewards=[FunctionReward(share_of_a, needs_target=False)],
+        negatives=[],
+        generator_lora=LoraSettings(4, 8),
+        discriminator_lora=LoraSettings(4, 8),
+        generator_optimizer=lambda p: SGD(p, lr=0.1),
+        discriminator_optimizer=lambda p: SGD(p, lr=0.1),
+        gradient_clip=1e9,
+        **settings[case],
+    )
+    targets = TARGETS if case == "some unanswered" else [target or "e" for target in TARGETS]
+    if case == "some unanswered":
+        targets = ["", "x", "", "", *targets[4:]]
+    examples = [Example(f"Prompt {n}:", t, (t,) if t else (), group=str(n)) for n, t in enumerate(targets)]
+    items = encode(module.backbone.tokenizer, examples)
+    recorder = Recorder()
+    runner = trainer(
+        ROUNDS,
+        recorder,
+        *([MovingAverageBaseline(0.5)] if case == "moving average" else []),
+        accelerator=accelerator,
+        devices=processes,
+        strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+    )
+    batch_size = {"some unanswered": 2}.get(case, 4) // processes
+    mine = items[int(os.environ.get("LOCAL_RANK", 0)) :: processes]
+    runner.fit(module, DataLoader(mine, batch_size=batch_size, collate_fn=collate))  # type: ignore[arg-type]
+    told = {"reports": recorder.reports, "logged": {n: float(v) for n, v in runner.callback_metrics.items()}}
+    out = Path(folder, f"{processes}_{runner.global_rank}")
+    out.with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
+    torch.save({"first": recorder.weights[0], "last": state(module)}, out.with_suffix(".pt"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

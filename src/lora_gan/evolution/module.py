@@ -32,8 +32,8 @@ from lora_gan.evolution.population import (
 from lora_gan.evolution.selection import Selection, Tournament, ranking
 from lora_gan.evolution.start import AsItIs, Start
 from lora_gan.module import LoraGANModule
-from lora_gan.sampling import Sampling, draw_uniform
-from lora_gan.types import PromptBatch, Rollout
+from lora_gan.sampling import Sampling, draw_uniform, sample
+from lora_gan.types import Answered, PromptBatch, Rollout
 
 
 class EvolutionModule(LoraGANModule):
@@ -58,7 +58,8 @@ class EvolutionModule(LoraGANModule):
         crossover: How a child of several parents is made; by default whole modules of either.
         crossover_rate: Chance that a child has several parents.
         mutation: How all children differ; by default Gaussian noise that moves ΔW by 0.001.
-        evaluation: How answers are drawn for the fitness, one a prompt where it is greedy; by default as in training.
+        evaluation: How answers are drawn for the fitness; by default as in training.
+        evaluation_answers: Answers of each member to each prompt by which its fitness is measured.
         evolution_seed: Decides selection, crossover, mutation and the random numbers of the evaluation.
         **settings: Those of LoraGANModule: rewards, losses and so on, for fitness and refinement.
     """
@@ -75,6 +76,7 @@ class EvolutionModule(LoraGANModule):
         crossover_rate: float = 0.5,
         mutation: Mutation | None = None,
         evaluation: Sampling | None = None,
+        evaluation_answers: int = 1,
         evolution_seed: int = 0,
         **settings: Any,
     ) -> None:
@@ -88,6 +90,7 @@ class EvolutionModule(LoraGANModule):
             selection or Tournament(), crossover or SwapModules(), mutation or GaussianMutation(), crossover_rate
         )
         self.evaluation = evaluation or self.sampling
+        self.evaluation_answers = evaluation_answers
         self.evolution_seed = evolution_seed
         self.population: list[Member] = []
         self.starts: list[Weights] = []
@@ -98,8 +101,10 @@ class EvolutionModule(LoraGANModule):
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        if self.size < 1 or self.elites < 0 or self.refined < 0 or self.refinement_rounds < 1:
-            raise LoraGANError("need population >= 1, elites >= 0, refined >= 0 and refinement_rounds >= 1")
+        if min(self.size, self.refinement_rounds, self.evaluation_answers) < 1 or min(self.elites, self.refined) < 0:
+            raise LoraGANError(
+                "population, refinement_rounds and evaluation_answers must be at least 1, elites and refined at least 0"
+            )
         if self.size == 1 and (self.elites, self.refined) != (0, 1):
             raise LoraGANError(
                 "a population of 1 can only be refined: set elites: 0 and refined: 1, or population to 2 or more"
@@ -143,19 +148,23 @@ class EvolutionModule(LoraGANModule):
 
     def evaluate(self, batch: PromptBatch) -> list[Member]:
         """Every member answers the same prompts with the same random numbers; fitness is its mean reward."""
-        k = self.answers_per_prompt if self.evaluation.do_sample else 1
+        k = self.evaluation_answers
         uniform = draw_uniform(len(batch) * k, self.evaluation, self.device, self._rng("evaluate", self.generation))
         weights = [member.weights for member in self.population]
         rollouts = sample_population(self.backbone, weights, batch.prompt_ids, k, self.evaluation, uniform)
         if self.generation == 0:
             self._check_rewards(batch, rollouts[0])
-        evaluated = []
-        for member, rollout in zip(self.population, rollouts, strict=True):
-            total = self.score(rollout, batch, with_targets=False).total
-            total = total - self.truncated_penalty * rollout.truncated.float()
-            evaluated.append(replace(member, fitness=float(total.double().mean())))
+        evaluated = [
+            replace(member, fitness=self.fitness(rollout, batch))
+            for member, rollout in zip(self.population, rollouts, strict=True)
+        ]
         self.rollout = rollouts[ranking(fitness_of(evaluated))[0]]
         return evaluated
+
+    def fitness(self, rollout: Rollout, batch: PromptBatch) -> float:
+        """Mean reward of the answers, less what truncated ones cost."""
+        total = self.score(rollout, batch, with_targets=False).total
+        return float((total - self.truncated_penalty * rollout.truncated.float()).double().mean())
 
     def breed(self, members: Sequence[Member]) -> list[Member]:
         """The offspring that fill the places which elites and refined members leave."""
@@ -216,6 +225,15 @@ class EvolutionModule(LoraGANModule):
                     f"reward {name!r} gives the same answers other scores when it is asked again; fitness needs "
                     "deterministic rewards: fix its seed or leave it out"
                 )
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Answered]:
+        """The best member answers greedily and, for ``fitness/held_out``, as in an evaluation."""
+        rng = self._rng("validate", batch_idx)
+        uniform = draw_uniform(len(batch) * self.evaluation_answers, self.evaluation, self.device, rng)
+        with self.backbone.generator():
+            rollout = sample(self.backbone, batch.prompt_ids, self.evaluation_answers, self.evaluation, uniform)
+        self.log("fitness/held_out", self.fitness(rollout, batch), batch_size=len(batch))
+        return super().validation_step(batch, batch_idx)
 
     # learning of single members
 

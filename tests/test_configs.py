@@ -82,6 +82,15 @@ def test_supervised_learning_alone_samples_nothing(bases: dict[str, str], rows: 
     assert "policy/length" not in logged and "loss/discriminator" not in logged
 
 
+def test_evolution_plays_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    config = pressed("evolve", bases["gpt2"], rows, tmp_path)
+    settings = config["model"]["init_args"]
+    settings["start"]["init_args"] |= {"trunk": 2, "branch": 1}
+    logged = play(config, tmp_path)
+    assert len(logged["fitness/best"]) == ROUNDS and len(logged["loss/policy"]) == ROUNDS
+    assert all(map(math.isfinite, [*logged["fitness/held_out"], *logged["population/diversity"]]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_plays(variant: str, bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
@@ -91,7 +100,7 @@ def test_every_variant_plays(variant: str, bases: dict[str, str], rows: Path, tm
 
 def test_every_experiment_and_variant_is_tried_here() -> None:
     told = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert told == {*EXPERIMENTS, "sft", "gpt2_alpaca", "pretrain"}
+    assert told == {*EXPERIMENTS, "evolve", "sft", "gpt2_alpaca", "pretrain"}
     assert {*VARIANTS, "quick", "gpt2", "few_rounds", "multi_gpu"} == {
         path.stem for path in (CONFIGS / "overlay").glob("*.yaml")
     }

@@ -19,11 +19,12 @@ LAYERS = [
     {"judges", "discriminator", "coupling"},
     {"adapters", "checkpoints"},
     {"module", "saved"},
+    {"evolution"},
     {"api", "callbacks", "export"},
     {"cli"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-USE_MODULE = {"__init__", "api", "callbacks", "cli", "saved"}
+USE_MODULE = {"__init__", "api", "callbacks", "cli", "evolution", "saved"}
 
 
 def imports() -> dict[str, set[str]]:

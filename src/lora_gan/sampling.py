@@ -8,7 +8,7 @@ another ends, and the same numbers can be used again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,8 +100,22 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
         self._show()
 
 
+def draw_uniform(n: int, how: Sampling, device: torch.device, rng: torch.Generator | None = None) -> Tensor:
+    """(n, T, tries) numbers that decide every token of n answers; ``rng`` of the CPU gives every device the same."""
+    tries = 1 if how.top_p == 1 else TRIES + 1
+    place = device if rng is None else rng.device
+    return torch.rand(n, how.max_new_tokens, tries, generator=rng, device=place, dtype=torch.float64).to(device)
+
+
 @torch.no_grad()
-def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling) -> Rollout:
+def sample(
+    backbone: Backbone,
+    prompts: Sequence[Tensor],
+    k: int,
+    how: Sampling,
+    uniform: Tensor | None = None,
+    seat: Callable[[Tensor], None] | None = None,
+) -> Rollout:
     """Draw k answers for each of B prompts in the backbone's active mode.
 
     Args:
@@ -109,6 +123,9 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
         prompts: B token tensors (P,).
         k: Answers for each prompt, at least 1.
         how: Temperature, length limit and so on.
+        uniform: What :func:`draw_uniform` gave for the N answers, to use the same numbers again; left out, new ones.
+        seat: Is told which prompt each row of the model's batch belongs to, (n,), before the first pass and whenever
+            the rows change, for models that do not treat all rows alike. Rows keep the order of the prompts.
 
     Raises:
         LoraGANError: A prompt and the answer would not fit into the context.
@@ -126,13 +143,16 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
     logprobs = torch.zeros(n, how.max_new_tokens, device=device)
     ends = torch.full((n,), how.max_new_tokens, device=device)
     finished = torch.zeros(n, dtype=torch.bool, device=device)
-    uniform = torch.rand(n, how.max_new_tokens, 1 if how.top_p == 1 else TRIES + 1, device=device, dtype=torch.float64)
+    uniform = draw_uniform(n, how, device) if uniform is None else uniform
+    seat = seat or (lambda _: None)
     eos = torch.tensor(eos_ids(backbone), device=device)
 
     with packed(backbone.causal_lm):
+        seat(torch.arange(len(prompts), device=device))
         decoder = _Decoder(backbone, prompts, k, how.max_new_tokens)
         logits = decoder.first_logits
         alive = torch.arange(n, device=device)  # which answer each row of the decoder's batch is
+        seat(alive // k)
         for t in range(how.max_new_tokens):
             scaled = logits.float() / how.temperature
             token = choose(scaled, how, uniform[alive, t])
@@ -147,6 +167,7 @@ def sample(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling)
             if going.float().mean() < DENSITY:
                 decoder.keep(going)
                 alive, token = alive[going], token[going]
+                seat(alive // k)
             logits = decoder.step(token)
     return _gather(backbone, ids, logprobs, ends, finished, k)
 

@@ -17,10 +17,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from .passes import compare_passes
+from .population import compare_population
 from .setting import SIZES, Size, save_model
 from .timing import HEADER, Comparison
 
-CASES = ("tree", "sampler", "round")
+CASES = ("tree", "sampler", "population", "round")
 
 
 def main() -> None:
@@ -33,7 +34,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all seconds to this file too")
     chosen = parser.parse_args()
     if "round" in chosen.only and find_spec("trl") is None:
-        parser.error("rounds are measured beside TRL's: pip install trl==1.16.0, or choose --only tree sampler")
+        parser.error(
+            "rounds are measured beside TRL's: pip install trl==1.16.0, or choose --only tree sampler population"
+        )
     torch.set_num_threads(chosen.threads)
     _be_quiet()
     print(f"{platform.machine()}, torch {torch.__version__}, {chosen.threads} thread(s)", end=", ")
@@ -51,6 +54,8 @@ def _measure(size: Size, wanted: Sequence[str], repeats: int) -> Iterator[Compar
     with TemporaryDirectory() as name:
         folder = save_model(size, Path(name))
         yield from compare_passes(size, folder, repeats, wanted)
+        if "population" in wanted:
+            yield from compare_population(size, folder, repeats)
         if "round" in wanted:
             from .rounds import compare_rounds  # needs TRL
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from .passes import Passes
+from .population import Contest
 from .setting import SIZES, save_model
 
 pytestmark = pytest.mark.benchmark
@@ -33,6 +34,14 @@ def test_sampler_and_generate_draw_as_many_tokens(folder: Path, top_p: float) ->
     assert rollout.ids.shape == generated.shape == (TINY.prompts * TINY.k, TINY.answer_tokens)
     assert rollout.mask.all()
     assert not (generated == side.backbone.tokenizer.eos_token_id).any()
+
+
+def test_a_population_and_its_members_draw_as_many_tokens(folder: Path) -> None:
+    contest = Contest(TINY, folder, members=3, prompts=2)
+    together, one_by_one = contest.together(), contest.one_by_one()
+    assert len(together) == len(one_by_one) == 3
+    assert {r.ids.shape for r in together} == {g.shape for g in one_by_one} == {(2, TINY.answer_tokens)}
+    assert all(r.mask.all() for r in together)
 
 
 def test_rounds_play_answers_of_equal_length(folder: Path) -> None:

@@ -1,0 +1,39 @@
+"""Evolution of LoRA weights: a population of generators on one frozen base."""
+
+from lora_gan.evolution.module import EvolutionModule
+from lora_gan.evolution.operators import (
+    Crossover,
+    ElementWise,
+    FixedNoise,
+    GaussianMutation,
+    MergeCoefficients,
+    MixUpdates,
+    Mutation,
+    RankOneMutation,
+    SingularValueMutation,
+    SwapModules,
+)
+from lora_gan.evolution.selection import FitnessProportional, Selection, Tournament, Truncation
+from lora_gan.evolution.start import AsItIs, SavedAdapters, Start, SupervisedStart
+
+__all__ = [
+    "AsItIs",
+    "Crossover",
+    "ElementWise",
+    "EvolutionModule",
+    "FitnessProportional",
+    "FixedNoise",
+    "GaussianMutation",
+    "MergeCoefficients",
+    "MixUpdates",
+    "Mutation",
+    "RankOneMutation",
+    "SavedAdapters",
+    "Selection",
+    "SingularValueMutation",
+    "Start",
+    "SupervisedStart",
+    "SwapModules",
+    "Tournament",
+    "Truncation",
+]

@@ -1,0 +1,128 @@
+"""Algebra of low-rank updates: sums, products and norms of ΔW = scale·B·A without ever forming ΔW.
+
+What an adapter does is the product, and many pairs (A, B) have the same one. So members are compared, mixed and mutated
+by their products. r is the rank, R that of a sum before it is cut to r again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """LoRA of one module: its update is ΔW = scale·B·A."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scale: float  # alpha / r
+
+    @property
+    def delta(self) -> Tensor:
+        """(out, in) the update itself."""
+        return self.scale * self.b @ self.a
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Numbers in ΔW."""
+        return self.b.shape[0] * self.a.shape[1]
+
+
+Weights = Mapping[str, Factors]  # by module: what a member is
+
+
+@dataclass(frozen=True)
+class Singular:
+    """ΔW = u·diag(values)·vh."""
+
+    u: Tensor  # (out, R)
+    values: Tensor  # (R,) descending
+    vh: Tensor  # (R, in)
+
+    def factors(self, like: Factors) -> Factors:
+        """The largest ``like.rank`` parts as (A, B); what is lost is the best that can be had (Eckart, Young 1936).
+
+        A has orthonormal rows and B carries the size, much as where LoRA begins: a part of size 0 still learns.
+        """
+        r = like.rank
+        b = self.u[:, :r] * self.values[:r] / like.scale
+        return Factors(self.vh[:r].to(like.a).contiguous(), b.to(like.b).contiguous(), like.scale)
+
+
+def inner(x: Factors, y: Factors) -> float:
+    """⟨ΔW_x, ΔW_y⟩ = tr((B_xᵀB_y)(A_yA_xᵀ)), in float64."""
+    left, right = x.b.double().T @ y.b.double(), x.a.double() @ y.a.double().T
+    return x.scale * y.scale * float((left * right).sum())
+
+
+def norm(x: Factors) -> float:
+    """Frobenius norm of ΔW."""
+    return math.sqrt(max(inner(x, x), 0.0))
+
+
+def total(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
+    """Σ cᵢ·ΔWᵢ exactly, with the rank of all together."""
+    scale = updates[0].scale
+    b = [c * x.scale / scale * x.b for x, c in zip(updates, coefficients, strict=True)]
+    return Factors(torch.cat([x.a for x in updates]), torch.cat(b, 1), scale)
+
+
+def singular(x: Factors) -> Singular:
+    """Singular values and vectors of ΔW by way of two QR decompositions, in float64."""
+    left, right = torch.linalg.qr(x.b.double()), torch.linalg.qr(x.a.double().T)
+    core = torch.linalg.svd(x.scale * left.R @ right.R.T)
+    return Singular(left.Q @ core.U, core.S, core.Vh @ right.Q.T)
+
+
+def mix(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
+    """Σ cᵢ·ΔWᵢ with the rank of the first: exact where that suffices, else the nearest."""
+    return singular(total(updates, coefficients)).factors(updates[0])
+
+
+def lost(updates: Sequence[Factors], coefficients: Sequence[float]) -> float:
+    """Which share of the norm of Σ cᵢ·ΔWᵢ :func:`mix` leaves out."""
+    squares = singular(total(updates, coefficients)).values.square()
+    return math.sqrt(float(squares[updates[0].rank :].sum() / squares.sum().clamp(min=1e-300)))
+
+
+def rms(weights: Weights) -> float:
+    """Root mean square of all numbers of all ΔW."""
+    size = sum(x.size for x in weights.values())
+    return math.sqrt(sum(max(inner(x, x), 0.0) for x in weights.values()) / size)
+
+
+def distance(x: Weights, y: Weights) -> float:
+    """Root mean square of ΔW_x − ΔW_y."""
+    return rms({name: total([x[name], y[name]], [1.0, -1.0]) for name in x})
+
+
+def moved_b(x: Factors, by: Tensor) -> Factors:
+    """B + ``by`` (out, r): ΔW moves by exactly scale·by·A."""
+    return replace(x, b=x.b + by)
+
+
+def moved_a(x: Factors, by: Tensor) -> Factors:
+    """A + ``by`` (r, in): ΔW moves by exactly scale·B·by."""
+    return replace(x, a=x.a + by)
+
+
+def distances(population: Sequence[Weights]) -> Tensor:
+    """(P, P) root mean square of ΔW_i − ΔW_j for all pairs at once, by ‖x − y‖² = ‖x‖² + ‖y‖² − 2⟨x, y⟩."""
+    p = len(population)
+    gram = torch.zeros(p, p, dtype=torch.float64)
+    for name in population[0]:
+        parts = [member[name] for member in population]
+        a = torch.cat([x.a for x in parts]).double()  # (P·r, in)
+        b = torch.cat([x.scale * x.b for x in parts], 1).double()  # (out, P·r)
+        gram += ((a @ a.T) * (b.T @ b)).view(p, parts[0].rank, p, -1).sum((1, 3)).cpu()
+    squares = gram.diag()[:, None] + gram.diag() - 2 * gram
+    return (squares.clamp(min=0) / sum(x.size for x in population[0].values())).sqrt()

@@ -1,0 +1,321 @@
+"""EvolutionModule: one generation, readable from top to bottom in ``training_step``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lora_gan.backbone import GENERATOR
+from lora_gan.data.splits import digest
+from lora_gan.errors import LoraGANError
+from lora_gan.evolution.batched import sample_population
+from lora_gan.evolution.breeding import Breeding
+from lora_gan.evolution.lowrank import Weights
+from lora_gan.evolution.operators import Crossover, GaussianMutation, Mutation, SwapModules
+from lora_gan.evolution.population import (
+    REFINED,
+    Member,
+    diversity,
+    fitness_of,
+    read_weights,
+    survival,
+    write_weights,
+)
+from lora_gan.evolution.selection import Selection, Tournament, ranking
+from lora_gan.evolution.start import AsItIs, Start
+from lora_gan.module import LoraGANModule
+from lora_gan.sampling import Sampling, draw_uniform, sample
+from lora_gan.types import Answered, PromptBatch, Rollout
+
+
+class EvolutionModule(LoraGANModule):
+    """A genetic algorithm over the generator's LoRA, with policy gradients on the best of each generation.
+
+    A generation is one step of training. All members answer its prompts with the same random numbers, and the mean
+    reward is their fitness. The next generation consists of elites (the best, as they are), of refined members (the
+    best after some rounds of :class:`LoraGANModule`, with an optimizer of their own whose state stays with the line),
+    and of offspring. Refined weights go back into the population, as in CEM-RL (arXiv 1810.01222). Elites compete again
+    on the prompts of the next generation, so that luck does not last.
+
+    The generator that is validated, saved and exported is the best that was evaluated; without elites it is what
+    refinement made of it. ``population: 1, elites: 0, refined: 1`` is the plain run of :class:`LoraGANModule`.
+
+    Args:
+        population: Members.
+        elites: The best so many go on as they are.
+        refined: The best so many go on refined by policy gradients, beside the elites; 0 is evolution alone.
+        refinement_rounds: Rounds of each refinement; the prompts of the generation are dealt out to them.
+        start: The first members; by default the generator as it is, and mutations of it.
+        selection: Who has children; by default tournaments of three.
+        crossover: How a child of several parents is made; by default whole modules of either.
+        crossover_rate: Chance that a child has several parents.
+        mutation: How all children differ; by default Gaussian noise that moves ΔW by 0.001.
+        evaluation: How answers are drawn for the fitness; by default as in training.
+        evaluation_answers: Answers of each member to each prompt by which its fitness is measured.
+        evolution_seed: Decides selection, crossover, mutation and the random numbers of the evaluation.
+        **settings: Those of LoraGANModule: rewards, losses and so on, for fitness and refinement.
+    """
+
+    def __init__(
+        self,
+        population: int = 8,
+        elites: int = 2,
+        refined: int = 2,
+        refinement_rounds: int = 1,
+        start: Start | None = None,
+        selection: Selection | None = None,
+        crossover: Crossover | None = None,
+        crossover_rate: float = 0.5,
+        mutation: Mutation | None = None,
+        evaluation: Sampling | None = None,
+        evaluation_answers: int = 1,
+        evolution_seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.size = population
+        self.elites = elites
+        self.refined = refined
+        self.refinement_rounds = refinement_rounds
+        self.start = start or AsItIs()
+        self.breeding = Breeding(
+            selection or Tournament(), crossover or SwapModules(), mutation or GaussianMutation(), crossover_rate
+        )
+        self.evaluation = evaluation or self.sampling
+        self.evaluation_answers = evaluation_answers
+        self.evolution_seed = evolution_seed
+        self.population: list[Member] = []
+        self.starts: list[Weights] = []
+        self.generation = 0
+        self.resumed: dict[str, Any] = {}
+        self._numbers = count()
+        self._inside = False
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        if min(self.size, self.refinement_rounds, self.evaluation_answers) < 1 or min(self.elites, self.refined) < 0:
+            raise LoraGANError(
+                "population, refinement_rounds and evaluation_answers must be at least 1, elites and refined at least 0"
+            )
+        if self.size == 1 and (self.elites, self.refined) != (0, 1):
+            raise LoraGANError(
+                "a population of 1 can only be refined: set elites: 0 and refined: 1, or population to 2 or more"
+            )
+        if self.size > 1 and self.elites >= self.size:
+            raise LoraGANError(
+                f"{self.elites} elites leave nobody to evolve in a population of {self.size}: lower them"
+            )
+        if self.elites + self.refined > self.size:
+            raise LoraGANError(
+                f"{self.elites} elites and {self.refined} refined members are more than the population of {self.size}"
+            )
+        if self.accumulate_rounds > 1:
+            raise LoraGANError("accumulate_rounds must be 1 here: a refined member keeps the steps of its own rounds")
+        if self.evaluation.num_beams > 1:
+            raise LoraGANError("fitness cannot be measured by beam search: give evaluation: {num_beams: 1, …}")
+
+    # the generation
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
+        """One generation: evaluate, select, cross and mutate, refine."""
+        self.seed_round()
+        with self._counted_round():
+            with self._timed("evaluate"):
+                members = self.evaluate(batch)
+            metrics = self.census(members)
+            ranked = [members[i] for i in ranking(fitness_of(members))]
+            with self._timed("breed"):
+                elites = [member.survived() for member in ranked[: self.elites]]
+                children = self.breed(members)
+            with self._timed("refine"):
+                learned: dict[str, Tensor] = {}
+                refined = [self.refine(member, batch, batch_idx, learned) for member in ranked[: self.refined]]
+            best = refined[0] if refined and not elites else ranked[0]
+            write_weights(self.backbone, best.weights)
+            self.population = [*elites, *(replace(m, number=next(self._numbers)) for m in (*refined, *children))]
+            self.generation += 1
+            self.log("fitness/best", metrics["fitness/best"], prog_bar=True, batch_size=1)
+            self.log_dict({k: v for k, v in metrics.items() if k != "fitness/best"}, batch_size=1)
+            return {**learned, **metrics}
+
+    def evaluate(self, batch: PromptBatch) -> list[Member]:
+        """Every member answers the same prompts with the same random numbers; fitness is its mean reward."""
+        k = self.evaluation_answers
+        uniform = draw_uniform(len(batch) * k, self.evaluation, self.device, self._rng("evaluate", self.generation))
+        weights = [member.weights for member in self.population]
+        rollouts = sample_population(self.backbone, weights, batch.prompt_ids, k, self.evaluation, uniform)
+        if self.generation == 0:
+            self._check_rewards(batch, rollouts[0])
+        evaluated = [
+            replace(member, fitness=self.fitness(rollout, batch))
+            for member, rollout in zip(self.population, rollouts, strict=True)
+        ]
+        self.rollout = rollouts[ranking(fitness_of(evaluated))[0]]
+        return evaluated
+
+    def fitness(self, rollout: Rollout, batch: PromptBatch) -> float:
+        """Mean reward of the answers, less what truncated ones cost."""
+        total = self.score(rollout, batch, with_targets=False).total
+        return float((total - self.truncated_penalty * rollout.truncated.float()).double().mean())
+
+    def breed(self, members: Sequence[Member]) -> list[Member]:
+        """The offspring that fill the places which elites and refined members leave."""
+        wanted = self.size - self.elites - self.refined
+        return self.breeding(members, self.starts, self.generation, wanted, self._rng("breed", self.generation))
+
+    def refine(self, member: Member, batch: PromptBatch, batch_idx: int, learned: dict[str, Tensor]) -> Member:
+        """The member after some rounds of policy gradient; ``learned`` is told what the last round reported."""
+        write_weights(self.backbone, member.weights)
+        self._take_up(member)
+        for prompts in torch.arange(len(batch)).tensor_split(min(self.refinement_rounds, len(batch))):
+            learned |= super().training_step(batch.of(prompts.tolist()), batch_idx)
+        weights, state = read_weights(self.backbone), self._learning_state()
+        return Member(weights, REFINED, parents=(member.number,), line=member.line, learning=state)
+
+    def census(self, members: Sequence[Member]) -> dict[str, Tensor]:
+        """What is worth logging about an evaluated population."""
+        fitness = fitness_of(members)
+        told = {"best": fitness.max(), "mean": fitness.mean(), "worst": fitness.min()}
+        old = torch.tensor([member.age > 0 for member in members])
+        if old.any():
+            told["elites"] = fitness[old].mean()
+        metrics = {f"fitness/{name}": value.float() for name, value in told.items()}
+        metrics["population/diversity"] = torch.tensor(diversity(members))
+        if survivors := ranking(fitness)[: max(self.elites, self.refined)]:
+            shares = survival(members, survivors)
+            metrics |= {f"survival/{kind}": torch.tensor(share) for kind, share in shares.items()}
+        return metrics
+
+    def _rng(self, *purpose: object) -> torch.Generator:
+        """Chance that depends on the seed and the purpose alone, so that a resumed run has the same."""
+        return torch.Generator().manual_seed(int(digest(self.evolution_seed, *purpose)[:15], 16))
+
+    def seed_round(self) -> None:
+        """A generation is seeded once; the rounds of refinement inside it go on with its random numbers."""
+        if not self._inside:
+            super().seed_round()
+
+    @contextmanager
+    def _counted_round(self) -> Iterator[None]:
+        """A generation counts once; the rounds of refinement inside it do not."""
+        if self._inside:
+            yield
+            return
+        self._inside = True
+        try:
+            with super()._counted_round():
+                yield
+        finally:
+            self._inside = False
+
+    def _check_rewards(self, batch: PromptBatch, rollout: Rollout) -> None:
+        """Members are compared by the same answers' scores: a reward that scores by chance would choose by chance."""
+        first, second = (self.score(rollout, batch, with_targets=False).parts for _ in range(2))
+        for name, part in first.items():
+            if not torch.allclose(part, second[name], atol=1e-4):
+                raise LoraGANError(
+                    f"reward {name!r} gives the same answers other scores when it is asked again; fitness needs "
+                    "deterministic rewards: fix its seed or leave it out"
+                )
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Answered]:
+        """The best member answers greedily and, for ``fitness/held_out``, as in an evaluation."""
+        rng = self._rng("validate", batch_idx)
+        uniform = draw_uniform(len(batch) * self.evaluation_answers, self.evaluation, self.device, rng)
+        with self.backbone.generator():
+            rollout = sample(self.backbone, batch.prompt_ids, self.evaluation_answers, self.evaluation, uniform)
+        self.log("fitness/held_out", self.fitness(rollout, batch), batch_size=len(batch))
+        return super().validation_step(batch, batch_idx)
+
+    # learning of single members
+
+    def _take_up(self, member: Member) -> None:
+        """Give the generator's optimizer and schedule the member's state; a fresh one where it has none."""
+        state = deepcopy(dict(member.learning)) or self._fresh_state()
+        self.trainer.optimizers[0].load_state_dict(state["optimizer"])
+        if self._schedule is not None:
+            self._schedule.load_state_dict(state["schedule"])
+
+    def _learning_state(self) -> dict[str, Any]:
+        schedule = {} if self._schedule is None else self._schedule.state_dict()
+        return deepcopy({"optimizer": self.trainer.optimizers[0].state_dict(), "schedule": schedule})
+
+    def _fresh_state(self) -> dict[str, Any]:
+        groups = self.trainer.optimizers[0].param_groups
+        optimizer = self.optimizer_factories[GENERATOR]([p for group in groups for p in group["params"]])
+        make = self.scheduler_factories[GENERATOR]
+        schedule = {} if make is None else make(optimizer).state_dict()
+        return {"optimizer": optimizer.state_dict(), "schedule": schedule}
+
+    @property
+    def _schedule(self) -> Any:
+        """The schedule of the generator's learning rate, if any; it is the first in ``configure_optimizers``."""
+        if self.scheduler_factories[GENERATOR] is None:
+            return None
+        return self.trainer.lr_scheduler_configs[0].scheduler
+
+    # beginning and resuming
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.trainer.world_size > 1:
+            raise LoraGANError("evolution runs on one device: set trainer.devices: 1")
+
+    def on_train_start(self) -> None:
+        """Make the first members, or those of the checkpoint."""
+        super().on_train_start()
+        if self.resumed:
+            self._restore(self.resumed)
+        elif not self.population:
+            self._begin()
+
+    def _begin(self) -> None:
+        batches = self.trainer.train_dataloader
+        assert batches is not None
+        found = self.start(self.backbone, batches, self.size)
+        rng = self._rng("start")
+        self.starts = [*found]
+        while len(self.starts) < self.size:
+            parent = found[len(self.starts) % len(found)]
+            self.starts += self.breeding.mutation(parent, parent, 0, rng)
+        self.starts = self.starts[: self.size]
+        self.population = [Member(w, number=next(self._numbers), line=i) for i, w in enumerate(self.starts)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The population beside what the module keeps."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lora_gan"]["evolution"] = {
+            "generation": self.generation,
+            "members": [member.state() for member in self.population],
+            "starts": [Member(weights).state() for weights in self.starts],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the population up again where training goes on."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        found = checkpoint["lora_gan"].get("evolution")
+        if found is None:
+            raise LoraGANError(
+                "the checkpoint holds no population; begin with its adapter: start: {class_path: "
+                "lora_gan.evolution.SavedAdapters, init_args: {folders: [<run>/adapters/generator]}}"
+            )
+        if len(found["members"]) != self.size:
+            raise LoraGANError(f"population: {len(found['members'])} in the checkpoint, {self.size} here")
+        self.resumed = found
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.generation = state["generation"]
+        self.population = [Member.restored(member, self.device) for member in state["members"]]
+        self.starts = [Member.restored(member, self.device).weights for member in state["starts"]]
+        self._numbers = count(max(member.number for member in self.population) + 1)
+        self.resumed = {}

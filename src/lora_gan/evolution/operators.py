@@ -1,0 +1,251 @@
+"""How children differ from their parents: mutation and crossover of low-rank updates.
+
+What counts is what happens to the products ΔW = scale·B·A. :class:`FixedNoise` and :class:`ElementWise` do not look at
+them; they are the usual first idea and stand here for comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_gan.errors import LoraGANError
+from lora_gan.evolution.lowrank import Factors, Singular, Weights, lost, mix, moved_a, moved_b, norm, singular
+
+# mutation
+
+
+class Mutation(ABC):
+    """Moves a member a little at random."""
+
+    @abstractmethod
+    def __call__(self, parent: Weights, start: Weights, generation: int, rng: torch.Generator) -> list[Weights]:
+        """One or more children.
+
+        Args:
+            parent: Whom they come from; stays as it is.
+            start: Where the parent's line began.
+            generation: Number of the generation, from 0.
+            rng: Source of chance.
+        """
+
+
+class ScaledMutation(Mutation):
+    """Base of mutations that say how far ΔW moves, not how far A and B do.
+
+    Args:
+        rms: Root mean square of the move of each module's ΔW. Noise of 0.02 on A and B makes about 0.003; evolution
+            strategies on language models use about 0.001 (arXiv 2509.24372). 0 does not mutate.
+        decay: Factor of ``rms`` from one generation to the next.
+        anchor: Share of the way back to the start of the line that every child is pulled, in ΔW.
+    """
+
+    def __init__(self, rms: float = 0.001, decay: float = 1.0, anchor: float = 0.0) -> None:
+        if rms < 0 or not 0 < decay <= 1 or not 0 <= anchor <= 1:
+            raise LoraGANError(
+                f"need rms >= 0, decay in (0, 1] and anchor in [0, 1], got {rms}, {decay} and {anchor}; "
+                "rms: 0 does not mutate"
+            )
+        self.rms = rms
+        self.decay = decay
+        self.anchor = anchor
+
+    def __call__(self, parent: Weights, start: Weights, generation: int, rng: torch.Generator) -> list[Weights]:
+        moved = {name: self.move(x, self.length(x, generation), rng) for name, x in parent.items()}
+        children = [{name: x[i] for name, x in moved.items()} for i in range(len(next(iter(moved.values()))))]
+        return [self._anchored(child, start) for child in children]
+
+    def length(self, x: Factors, generation: int) -> float:
+        """How far ΔW shall move in this generation, as a Frobenius norm."""
+        return self.rms * self.decay**generation * math.sqrt(x.size)
+
+    @abstractmethod
+    def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
+        """The module's update in each child, ``length`` from where it was."""
+
+    def _anchored(self, child: Weights, start: Weights) -> Weights:
+        if self.anchor == 0:
+            return child
+        return {name: mix([x, start[name]], [1 - self.anchor, self.anchor]) for name, x in child.items()}
+
+
+class GaussianMutation(ScaledMutation):
+    """Gaussian noise on A or on B, by chance, as long as makes ΔW move by the target exactly."""
+
+    def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
+        return _nudged(x, length, [1.0], rng, lambda shape: _normal(shape, x, rng))
+
+
+class RankOneMutation(ScaledMutation):
+    """Pairs of children in opposite directions, each of rank 1: ΔW ± σ·u·vᵀ (EGGROLL, arXiv 2511.16652).
+
+    The direction is taken inside the span of A or of B, so no rank is needed beyond the adapter's own.
+    """
+
+    def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
+        def direction(shape: torch.Size) -> Tensor:
+            return torch.outer(_normal(shape[:1], x, rng), _normal(shape[1:], x, rng))
+
+        return _nudged(x, length, [1.0, -1.0], rng, direction)
+
+
+class SingularValueMutation(ScaledMutation):
+    """Noise on the singular values of ΔW; the directions stay (ESSA, arXiv 2507.04453)."""
+
+    def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
+        if length == 0:
+            return [x]
+        found = singular(x)
+        noise = _normal(found.values.shape, x, rng).double()
+        values = found.values + noise * length / noise.norm()
+        return [Singular(found.u, values, found.vh).factors(x)]
+
+
+class FixedNoise(Mutation):
+    """Gaussian noise of one size on every number of A and B, whatever it does to their product.
+
+    Args:
+        scale: Standard deviation.
+    """
+
+    def __init__(self, scale: float = 0.02) -> None:
+        self.scale = scale
+
+    def __call__(self, parent: Weights, start: Weights, generation: int, rng: torch.Generator) -> list[Weights]:
+        child = {}
+        for name, x in parent.items():
+            a, b = (w + self.scale * _normal(w.shape, x, rng) for w in (x.a, x.b))
+            child[name] = replace(x, a=a, b=b)
+        return [child]
+
+
+def _nudged(
+    x: Factors,
+    length: float,
+    signs: Sequence[float],
+    rng: torch.Generator,
+    direction: Callable[[torch.Size], Tensor],
+) -> list[Factors]:
+    """B or A, by chance, moved so that ΔW moves by ``length``; A only where B is not 0, so that it has an effect."""
+    if length == 0:
+        return [x for _ in signs]
+    on_a = bool(torch.rand(1, generator=rng) < 0.5) and bool(x.b.any())
+    noise = direction(x.a.shape if on_a else x.b.shape)
+    effect = norm(replace(x, a=noise) if on_a else replace(x, b=noise))
+    move = moved_a if on_a else moved_b
+    return [move(x, sign * length / effect * noise) for sign in signs]
+
+
+def _normal(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
+    """Drawn on the CPU, so that every device sees the same."""
+    return torch.randn(shape, generator=rng).to(like.a)
+
+
+# crossover
+
+
+class Crossover(ABC):
+    """Makes a child of several members."""
+
+    parents = 2
+
+    @abstractmethod
+    def __call__(self, parents: Sequence[Weights], rng: torch.Generator) -> Weights:
+        """The child; the parents stay as they are."""
+
+
+class SwapModules(Crossover):
+    """Each module's (A, B) comes whole from one of the parents, so every product B·A is one that worked.
+
+    Args:
+        share: Chance that a module comes from the first parent.
+    """
+
+    def __init__(self, share: float = 0.5) -> None:
+        if not 0 <= share <= 1:
+            raise LoraGANError(f"share must be in [0, 1], got {share}")
+        self.share = share
+
+    def __call__(self, parents: Sequence[Weights], rng: torch.Generator) -> Weights:
+        first, second = parents
+        from_first = (torch.rand(len(first), generator=rng) < self.share).tolist()
+        return {name: (first if mine else second)[name] for name, mine in zip(first, from_first, strict=True)}
+
+
+class _Merge(Crossover):
+    """A weighted sum of the parents' ΔW, factored again by singular values.
+
+    Two adapters of rank r make one of rank up to 2r, of which the best r parts are kept.
+    """
+
+    def __init__(self, most_lost: float = 1.0) -> None:
+        if not 0 <= most_lost <= 1:
+            raise LoraGANError(f"most_lost must be in [0, 1], got {most_lost}; 1 keeps whatever the rank can hold")
+        self.most_lost = most_lost
+
+    def merged(self, parents: Sequence[Weights], coefficients: Sequence[float]) -> Weights:
+        child = {}
+        for name in parents[0]:
+            updates = [parent[name] for parent in parents]
+            if self.most_lost < 1 and (share := lost(updates, coefficients)) > self.most_lost + 1e-6:
+                raise LoraGANError(
+                    f"{type(self).__name__} needs more rank than the {updates[0].rank} of the adapters: {share:.0%} of "
+                    f"the norm of {name} would be lost; raise generator_lora.rank or most_lost"
+                )
+            child[name] = mix(updates, coefficients)
+        return child
+
+
+class MixUpdates(_Merge):
+    """ΔW somewhere between the parents': w·ΔW₁ + (1 − w)·ΔW₂, w drawn from 0 to 1.
+
+    Args:
+        most_lost: Largest share of a module's norm that may be lost where the rank does not hold the mixture; more is
+            an error, 1 allows any.
+    """
+
+    def __call__(self, parents: Sequence[Weights], rng: torch.Generator) -> Weights:
+        w = float(torch.rand(1, generator=rng))
+        return self.merged(parents, [w, 1 - w])
+
+
+class MergeCoefficients(_Merge):
+    """Σ cᵢ·ΔWᵢ of several members with cᵢ drawn from ±bound, as LoRAHub composes adapters (arXiv 2307.13269).
+
+    Args:
+        bound: Largest coefficient.
+        parents: Members that are composed.
+        most_lost: As in :class:`MixUpdates`.
+    """
+
+    def __init__(self, bound: float = 1.5, parents: int = 2, most_lost: float = 1.0) -> None:
+        super().__init__(most_lost)
+        if bound <= 0 or parents < 2:
+            raise LoraGANError(f"need bound > 0 and at least 2 parents, got {bound} and {parents}")
+        self.bound = bound
+        self.parents = parents
+
+    def __call__(self, parents: Sequence[Weights], rng: torch.Generator) -> Weights:
+        drawn = (2 * torch.rand(len(parents), generator=rng) - 1) * self.bound
+        return self.merged(parents, drawn.tolist())
+
+
+class ElementWise(Crossover):
+    """Each number of A and of B from either parent; the products B·A are those of neither."""
+
+    def __call__(self, parents: Sequence[Weights], rng: torch.Generator) -> Weights:
+        first, second = parents
+        child = {}
+        for name, x in first.items():
+            a, b = (_either(w, v, rng) for w, v in ((x.a, second[name].a), (x.b, second[name].b)))
+            child[name] = replace(x, a=a, b=b)
+        return child
+
+
+def _either(x: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.where((torch.rand(x.shape, generator=rng) < 0.5).to(x.device), x, y)

@@ -1,0 +1,100 @@
+"""Members of a population: the generator's adapter, where it comes from, and what it has learned with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from lora_gan.backbone import GENERATOR, Backbone
+from lora_gan.evolution.lowrank import Factors, Weights, distances
+
+START, MUTATED, CROSSED, REFINED = "start", "mutated", "crossed", "refined"  # how members come into being
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the population."""
+
+    weights: Weights
+    born: str = START
+    number: int = 0  # unique in a run
+    parents: tuple[int, ...] = ()  # their numbers
+    line: int = 0  # the member of the first generation whom it comes from
+    age: int = 0  # generations that it has survived
+    fitness: float = 0.0  # of the last evaluation
+    learning: Mapping[str, Any] = field(default_factory=dict)  # state of optimizer and schedule; empty: fresh
+
+    def survived(self) -> Member:
+        """The same, a generation older."""
+        return replace(self, age=self.age + 1)
+
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint may hold it."""
+        weights = {name: {"a": x.a, "b": x.b, "scale": x.scale} for name, x in self.weights.items()}
+        plain = {name: getattr(self, name) for name in ("born", "number", "line", "age", "fitness")}
+        return {**plain, "weights": weights, "parents": list(self.parents), "learning": dict(self.learning)}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], device: torch.device) -> Member:
+        """The inverse of :meth:`state`."""
+        weights = {
+            name: Factors(x["a"].to(device), x["b"].to(device), x["scale"]) for name, x in state["weights"].items()
+        }
+        return cls(**{**state, "weights": weights, "parents": tuple(state["parents"])})
+
+
+def fitness_of(population: Sequence[Member]) -> Tensor:
+    """(P,)"""
+    return torch.tensor([member.fitness for member in population], dtype=torch.float64)
+
+
+def diversity(population: Sequence[Member]) -> float:
+    """Mean distance of two members, root mean square of ΔW − ΔW′; 0 for a single one."""
+    pairs = len(population) * (len(population) - 1)
+    return float(distances([member.weights for member in population]).sum()) / max(pairs, 1)
+
+
+def survival(population: Sequence[Member], survivors: Sequence[int]) -> dict[str, float]:
+    """Share of the youngest members that survive, by how they came into being, and of the older ones ("elite")."""
+    kind = ["elite" if member.age else member.born for member in population]
+    alive = set(survivors)
+    return {
+        name: sum(i in alive for i, k in enumerate(kind) if k == name) / kind.count(name) for name in sorted(set(kind))
+    }
+
+
+# the backbone's generator
+
+
+def lora_layers(backbone: Backbone) -> dict[str, LoraLayer]:
+    """The layers with an adapter of the generator, by their name in PEFT's files."""
+    return {
+        name: layer
+        for name, layer in backbone.lm.named_modules()
+        if isinstance(layer, LoraLayer) and GENERATOR in layer.lora_A
+    }
+
+
+def read_weights(backbone: Backbone) -> Weights:
+    """A copy of the generator."""
+    return {
+        name: Factors(
+            layer.lora_A[GENERATOR].weight.detach().clone(),
+            layer.lora_B[GENERATOR].weight.detach().clone(),
+            float(layer.scaling[GENERATOR]),
+        )
+        for name, layer in lora_layers(backbone).items()
+    }
+
+
+@torch.no_grad()
+def write_weights(backbone: Backbone, weights: Weights) -> None:
+    """Make the generator this member."""
+    for name, layer in lora_layers(backbone).items():
+        layer.lora_A[GENERATOR].weight.copy_(weights[name].a)
+        layer.lora_B[GENERATOR].weight.copy_(weights[name].b)

@@ -1,0 +1,72 @@
+"""A population that answers in one decode, beside setting each member's weights and calling ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_gan.backbone import Backbone
+from lora_gan.evolution.batched import sample_population
+from lora_gan.evolution.lowrank import Weights
+from lora_gan.evolution.population import read_weights, write_weights
+from lora_gan.sampling import Sampling, draw_uniform
+from lora_gan.types import Rollout
+
+from .setting import LORA, Size, make_items
+from .timing import Comparison, compare
+
+MEMBERS, PROMPTS = 8, 16
+
+
+class Contest:
+    """One frozen model, its members and its prompts; both methods let every member answer every prompt once."""
+
+    def __init__(self, size: Size, folder: Path, members: int = MEMBERS, prompts: int = PROMPTS) -> None:
+        self.backbone = Backbone(str(folder), LORA, LORA)
+        self.how = Sampling(max_new_tokens=size.answer_tokens)
+        items = make_items(size, self.backbone.tokenizer)
+        self.prompts = [torch.tensor(items[i % len(items)].prompt_ids) for i in range(prompts)]
+        self.members = [self._member() for _ in range(members)]
+        width = max(map(len, self.prompts))
+        self.padded = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in self.prompts])
+        real = [torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in self.prompts]
+        self.real = torch.stack(real)
+
+    def _member(self) -> Weights:
+        for name, parameter in self.backbone.lm.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        return read_weights(self.backbone)
+
+    def together(self) -> list[Rollout]:
+        """All members in one decode, with their log-probabilities."""
+        uniform = draw_uniform(len(self.prompts), self.how, self.backbone.device)
+        return sample_population(self.backbone, self.members, self.prompts, 1, self.how, uniform)
+
+    @torch.no_grad()
+    def one_by_one(self) -> list[Tensor]:
+        """Each member by transformers, without log-probabilities."""
+        answers = []
+        for weights in self.members:
+            write_weights(self.backbone, weights)
+            with self.backbone.generator():
+                found: Tensor = self.backbone.causal_lm.generate(
+                    input_ids=self.padded,
+                    attention_mask=self.real,
+                    max_new_tokens=self.how.max_new_tokens,
+                    do_sample=True,
+                    top_k=0,
+                    pad_token_id=self.backbone.tokenizer.pad_token_id,
+                )
+            answers.append(found[:, self.padded.shape[1] :])
+        return answers
+
+
+def compare_population(size: Size, folder: Path, repeats: int) -> Iterator[Comparison]:
+    """8 members × 16 prompts."""
+    contest = Contest(size, folder)
+    what = f"{MEMBERS} members × {PROMPTS} prompts"
+    yield compare(size.name, what, "`generate` by turns", contest.together, contest.one_by_one, 2.5, repeats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -266,6 +267,7 @@ class Experiment:
 
 def fit(arguments: list[str], log: Path) -> None:
     with log.open("a", buffering=1) as stream, redirect_stdout(stream), redirect_stderr(stream):
+        logging.getLogger("lora_gan").handlers.clear()  # those of earlier tests write elsewhere
         main(arguments)
 
 

@@ -263,9 +263,9 @@ def test_checkpoints_of_something_else_are_refused(
 
 
 def test_a_supervised_start_branches_off_a_trunk(evolve: Evolve, batch: PromptBatch) -> None:
-    module = evolve(start=SupervisedStart(trunk=6, branch=2))
+    module = evolve(start=SupervisedStart(trunk=6, branch=2, prompts=1))
     watch = Watch()
-    fit(module, [batch.of([0]), batch.of([1]), batch.of([2])], 1, watch)
+    fit(module, [batch.of([0, 1]), batch.of([2])], 1, watch)
     members = [member.weights for member in watch.populations[0]]
     assert len(members) == 4
     between = distances(members)[0, 1:]
@@ -342,6 +342,7 @@ def test_a_reward_that_scores_by_chance_is_refused(evolve: Evolve, batch: Prompt
         ({"crossover_rate": 2.0}, "crossover_rate"),
         ({"accumulate_rounds": 2}, "accumulate_rounds must be 1"),
         ({"evaluation": Sampling(num_beams=2)}, "beam search"),
+        ({"evaluation_prompts": 0}, "evaluation_prompts"),
         ({"refinement_rounds": 0}, "refinement_rounds"),
     ],
 )

@@ -60,6 +60,7 @@ class EvolutionModule(LoraGANModule):
         mutation: How all children differ; by default Gaussian noise that moves ΔW by 0.001.
         evaluation: How answers are drawn for the fitness; by default as in training.
         evaluation_answers: Answers of each member to each prompt by which its fitness is measured.
+        evaluation_prompts: Fitness is measured on so many prompts of the generation; by default on all.
         evolution_seed: Decides selection, crossover, mutation and the random numbers of the evaluation.
         **settings: Those of LoraGANModule: rewards, losses and so on, for fitness and refinement.
     """
@@ -77,6 +78,7 @@ class EvolutionModule(LoraGANModule):
         mutation: Mutation | None = None,
         evaluation: Sampling | None = None,
         evaluation_answers: int = 1,
+        evaluation_prompts: int | None = None,
         evolution_seed: int = 0,
         **settings: Any,
     ) -> None:
@@ -91,6 +93,7 @@ class EvolutionModule(LoraGANModule):
         )
         self.evaluation = evaluation or self.sampling
         self.evaluation_answers = evaluation_answers
+        self.evaluation_prompts = evaluation_prompts
         self.evolution_seed = evolution_seed
         self.population: list[Member] = []
         self.starts: list[Weights] = []
@@ -101,10 +104,12 @@ class EvolutionModule(LoraGANModule):
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        if min(self.size, self.refinement_rounds, self.evaluation_answers) < 1 or min(self.elites, self.refined) < 0:
-            raise LoraGANError(
-                "population, refinement_rounds and evaluation_answers must be at least 1, elites and refined at least 0"
-            )
+        least = {"population": (self.size, 1), "elites": (self.elites, 0), "refined": (self.refined, 0)}
+        least |= {name: (getattr(self, name), 1) for name in ("refinement_rounds", "evaluation_answers")}
+        least["evaluation_prompts"] = (1 if self.evaluation_prompts is None else self.evaluation_prompts, 1)
+        for name, (value, bound) in least.items():
+            if value < bound:
+                raise LoraGANError(f"{name} must be at least {bound}, got {value}")
         if self.size == 1 and (self.elites, self.refined) != (0, 1):
             raise LoraGANError(
                 "a population of 1 can only be refined: set elites: 0 and refined: 1, or population to 2 or more"
@@ -148,6 +153,7 @@ class EvolutionModule(LoraGANModule):
 
     def evaluate(self, batch: PromptBatch) -> list[Member]:
         """Every member answers the same prompts with the same random numbers; fitness is its mean reward."""
+        batch = batch.of(range(len(batch))[: self.evaluation_prompts])
         k = self.evaluation_answers
         uniform = draw_uniform(len(batch) * k, self.evaluation, self.device, self._rng("evaluate", self.generation))
         weights = [member.weights for member in self.population]

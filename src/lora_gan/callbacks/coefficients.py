@@ -13,10 +13,10 @@ KL_KNOBS = ("kl_coefficient", "kl_penalty")
 
 
 class KLSchedule(L.Callback):
-    """Moves a KL coefficient along a straight line from one round to another.
+    """Moves a KL coefficient along a straight line from one round to another; before, it stays as it was given.
 
     Args:
-        first: Coefficient up to round ``start``.
+        first: Coefficient in round ``start``.
         last: Coefficient from round ``end`` on.
         start: Round at which it begins to move.
         end: Round at which it has arrived.
@@ -35,7 +35,9 @@ class KLSchedule(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, LoraGANModule)
-        share = min(max((trainer.global_step - self.start) / (self.end - self.start), 0.0), 1.0)
+        if trainer.global_step < self.start:
+            return
+        share = min((trainer.global_step - self.start) / (self.end - self.start), 1.0)
         pl_module.knobs.set(**{self.knob: self.first + share * (self.last - self.first)})
 
 

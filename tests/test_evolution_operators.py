@@ -14,6 +14,7 @@ from lora_gan.evolution.operators import (
     Crossover,
     ElementWise,
     FixedNoise,
+    FromStart,
     GaussianMutation,
     MergeCoefficients,
     MixUpdates,
@@ -136,6 +137,14 @@ def test_antithetic_children_are_opposites_of_rank_one() -> None:
         torch.testing.assert_close(step, -back, rtol=1e-3, atol=1e-5)
         values = torch.linalg.svdvals(step)
         assert values[1] < 1e-4 * values[0]
+
+
+def test_a_random_search_forgets_the_parent() -> None:
+    parent, start = member(0), member(1)
+    (child,) = FromStart(GaussianMutation(0.05))(parent, start, 3, rng())
+    assert distance(child, start) == pytest.approx(0.05, rel=1e-3)
+    (other,) = FromStart(GaussianMutation(0.05))(member(2), start, 3, rng())
+    assert distance(child, other) == pytest.approx(0.0, abs=1e-7)
 
 
 def test_singular_vectors_stay() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Protocol
@@ -106,15 +107,29 @@ def write_players(module: Players, folder: Path, optimizers: Mapping[str, Optimi
         optimizers: By player.
         state: Written to ``state.pt`` beside the players.
     """
+    with whole_folder(folder) as fresh:
+        for player in PLAYERS:
+            save_player(module, player, fresh / player)
+            torch.save(optimizers[player].state_dict(), fresh / player / "optimizer.pt")
+        if state is not None:
+            torch.save(state, fresh / "state.pt")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Where to write what becomes ``folder`` when all of it is there; an older one is replaced."""
     fresh = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
-    for player in PLAYERS:
-        save_player(module, player, fresh / player)
-        torch.save(optimizers[player].state_dict(), fresh / player / "optimizer.pt")
-    if state is not None:
-        torch.save(state, fresh / "state.pt")
+    yield fresh
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(fresh, folder)
+
+
+def keep_newest(parent: Path, prefix: str, count: int) -> None:
+    """Of the folders ``<prefix><number>`` leave those with the highest numbers; a count of 0 leaves all."""
+    numbered = sorted(parent.glob(f"{prefix}*"), key=lambda path: int(path.name.removeprefix(prefix)))
+    for old in numbered[:-count] if count else []:
+        shutil.rmtree(old)
 
 
 def _heads(module: Players, player: str) -> dict[str, dict[str, Tensor]]:

@@ -29,6 +29,7 @@ from lora_gan.saved import chat, generate
 
 logger = logging.getLogger("lora_gan")
 
+SHORT = {"--gens": "--trainer.max_steps", "--pop": "--model.init_args.population"}  # of evolution
 COMMANDS: dict[str, Callable[..., None]] = {"chat": chat, "export": export, "generate": generate}
 
 
@@ -57,7 +58,8 @@ class CLI(LightningCLI):
             parser_kwargs={
                 "prog": "python -m src.cli",
                 "description": "Adversarial, reward-guided fine-tuning with two LoRA adapters on one frozen model. "
-                "Start: fit --config configs/gan.yaml. Further commands: data, chat, generate, export.",
+                "Start: fit --config configs/gan.yaml. Further commands: data, chat, generate, export. "
+                "Short for evolution: --gens (--trainer.max_steps), --pop (--model.init_args.population).",
             },
             parser_class=Parser,
             args=args,
@@ -167,7 +169,7 @@ def _relative(path: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; mistakes of the user end in one message and exit status 2, without a traceback."""
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = [_long(argument) for argument in (sys.argv[1:] if args is None else args)]
     _quiet()
     try:
         if arguments and arguments[0] in COMMANDS:
@@ -175,13 +177,19 @@ def main(args: Sequence[str] | None = None) -> None:
         elif arguments and arguments[0] == "data":
             DataCLI(["fit", *arguments[1:]])
         else:
-            CLI(None if args is None else arguments)
+            CLI(arguments)
     except Exception as error:
         mistake = _mistake_behind(error)
         if mistake is None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _long(argument: str) -> str:
+    """An argument without its abbreviation."""
+    name, *value = argument.split("=", 1)
+    return "=".join([SHORT.get(name, name), *value])
 
 
 def _mistake_behind(error: BaseException | None) -> LoraGANError | None:

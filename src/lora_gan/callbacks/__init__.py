@@ -7,6 +7,7 @@ from lora_gan.callbacks.coefficients import AdaptiveEntropy, AdaptiveKL, KLSched
 from lora_gan.callbacks.collapse import CollapseMonitor
 from lora_gan.callbacks.control import AdaptiveAdversarialWeight, ConfidenceGate, DiscriminatorControl
 from lora_gan.callbacks.curriculum import Curriculum, EasyFirst, Phase
+from lora_gan.callbacks.evolution import FitnessPlot, FittestMembers
 from lora_gan.callbacks.last import LastCheckpoint
 from lora_gan.callbacks.predictions import PredictionWriter
 from lora_gan.callbacks.progress import RoundProgressBar
@@ -25,6 +26,8 @@ __all__ = [
     "Curriculum",
     "DiscriminatorControl",
     "EasyFirst",
+    "FitnessPlot",
+    "FittestMembers",
     "KLSchedule",
     "LastCheckpoint",
     "MovingAverageBaseline",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lora_gan.adapters import PLAYERS, write_players
+from lora_gan.adapters import PLAYERS, keep_newest, write_players
 from lora_gan.errors import LoraGANError
 from lora_gan.module import LoraGANModule
 
@@ -49,10 +48,8 @@ class AdapterCheckpoints(L.Callback):
         if trainer.global_step % self.every_n_rounds:
             return
         folder = self._write(trainer, pl_module, f"step-{trainer.global_step}")
-        if self.keep_last and trainer.is_global_zero:
-            steps = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-            for old in steps[: -self.keep_last]:
-                shutil.rmtree(old)
+        if trainer.is_global_zero:
+            keep_newest(folder.parent, "step-", self.keep_last)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:

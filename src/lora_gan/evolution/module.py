@@ -97,6 +97,7 @@ class EvolutionModule(MemberModule):
         self.workers = workers or Here()
         self.evolution_seed = evolution_seed
         self.population: list[Member] = []
+        self.ranked: list[Member] = []  # those of the last generation, the fittest first; for callbacks
         self.starts: list[Weights] = []
         self.generation = 0
         self.resumed: dict[str, Any] = {}
@@ -138,7 +139,7 @@ class EvolutionModule(MemberModule):
             with self._timed("evaluate"):
                 members = self.evaluate(batch)
             metrics = self.census(members)
-            ranked = [members[i] for i in ranking(fitness_of(members))]
+            self.ranked = ranked = [members[i] for i in ranking(fitness_of(members))]
             with self._timed("breed"):
                 elites = [member.survived() for member in ranked[: self.elites]]
                 children = self.breed(members)

@@ -124,6 +124,20 @@ class FixedNoise(Mutation):
         return [child]
 
 
+class FromStart(Mutation):
+    """Mutates where the line began instead of the parent: a random search around the first members.
+
+    Args:
+        mutation: How.
+    """
+
+    def __init__(self, mutation: Mutation) -> None:
+        self.mutation = mutation
+
+    def __call__(self, parent: Weights, start: Weights, generation: int, rng: torch.Generator) -> list[Weights]:
+        return self.mutation(start, start, generation, rng)
+
+
 def _nudged(
     x: Factors,
     length: float,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,11 @@ class Member:
     age: int = 0  # generations that it has survived
     fitness: float = 0.0  # of the last evaluation
     learning: Mapping[str, Any] = field(default_factory=dict)  # state of optimizer and schedule; empty: fresh
+
+    @property
+    def kind(self) -> str:
+        """How it came into being or, of one that has survived, "elite"."""
+        return "elite" if self.age else self.born
 
     def survived(self) -> Member:
         """The same, a generation older."""
@@ -61,11 +67,20 @@ def diversity(population: Sequence[Member]) -> float:
 
 def survival(population: Sequence[Member], survivors: Sequence[int]) -> dict[str, float]:
     """Share of the youngest members that survive, by how they came into being, and of the older ones ("elite")."""
-    kind = ["elite" if member.age else member.born for member in population]
+    kind = [member.kind for member in population]
     alive = set(survivors)
     return {
         name: sum(i in alive for i, k in enumerate(kind) if k == name) / kind.count(name) for name in sorted(set(kind))
     }
+
+
+def positions(population: Sequence[Member]) -> Tensor:
+    """(P, 2) places in a plane whose distances are as near as can be to those of ΔW (Torgerson 1952)."""
+    squares = distances([member.weights for member in population]).square()
+    centred = squares - squares.mean(0) - squares.mean(1, keepdim=True) + squares.mean()
+    values, vectors = torch.linalg.eigh(-centred / 2)
+    places = vectors.flip(1) * values.flip(0).clamp(min=0).sqrt()
+    return torch.nn.functional.pad(places, (0, 1))[:, :2]
 
 
 # the backbone's generator
@@ -98,3 +113,14 @@ def write_weights(backbone: Backbone, weights: Weights) -> None:
     for name, layer in lora_layers(backbone).items():
         layer.lora_A[GENERATOR].weight.copy_(weights[name].a)
         layer.lora_B[GENERATOR].weight.copy_(weights[name].b)
+
+
+@contextmanager
+def embodied(backbone: Backbone, weights: Weights) -> Iterator[None]:
+    """Let the generator be this member for a while."""
+    own = read_weights(backbone)
+    write_weights(backbone, weights)
+    try:
+        yield
+    finally:
+        write_weights(backbone, own)

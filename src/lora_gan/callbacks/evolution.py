@@ -1,0 +1,184 @@
+"""What evolution leaves behind while it goes on: adapters of the fittest, and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lora_gan.adapters import keep_newest, save_adapter, whole_folder
+from lora_gan.backbone import GENERATOR
+from lora_gan.errors import LoraGANError
+from lora_gan.evolution import EvolutionModule
+from lora_gan.evolution.population import CROSSED, MUTATED, REFINED, START, embodied, positions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {START: "grey", MUTATED: "tab:blue", CROSSED: "tab:green", REFINED: "tab:red", "elite": "black"}
+
+
+class FittestMembers(L.Callback):
+    """Writes ``checkpoints/gen-<generations>/<place>`` in the run's folder: the fittest as PEFT adapters.
+
+    ``member.json`` beside an adapter tells its fitness and how it came into being. The folders can be the ``start`` of
+    another run (:class:`~lora_gan.evolution.SavedAdapters`).
+
+    Args:
+        every_n_generations: Generations from one to the next.
+        members: How many of the fittest are written.
+        keep_last: Generations that stay; 0 keeps all.
+    """
+
+    def __init__(self, every_n_generations: int = 5, members: int = 1, keep_last: int = 3) -> None:
+        if every_n_generations < 1 or members < 1 or keep_last < 0:
+            raise LoraGANError(
+                "need every_n_generations >= 1, members >= 1 and keep_last >= 0, got "
+                f"{every_n_generations}, {members} and {keep_last}"
+            )
+        self.every_n_generations = every_n_generations
+        self.members = members
+        self.keep_last = keep_last
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_generations or not trainer.is_global_zero:
+            return
+        module = _evolving(pl_module, self)
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / f"gen-{trainer.global_step}"
+        with whole_folder(folder) as fresh:
+            for place, member in enumerate(module.ranked[: self.members], start=1):
+                with embodied(module.backbone, member.weights):
+                    save_adapter(module.backbone, GENERATOR, fresh / str(place))
+                told = {"fitness": member.fitness, "came_by": member.kind, "number": member.number}
+                (fresh / str(place) / "member.json").write_text(json.dumps(told), encoding="utf-8")
+        keep_newest(folder.parent, "gen-", self.keep_last)
+
+
+@dataclass
+class Generation:
+    """What the picture shows of one generation."""
+
+    number: int
+    fitness: list[float]  # of each member
+    kinds: list[str]  # how each came into being
+    diversity: float
+    held_out: float | None = None  # the best member's fitness on held-out prompts, where it was validated
+
+    @property
+    def mean(self) -> float:
+        return sum(self.fitness) / len(self.fitness)
+
+
+class FitnessPlot(L.Callback):
+    """Draws fitness over generations and the population's spread: ``fitness.png`` in the run's folder, TensorBoard.
+
+    Args:
+        every_n_generations: Generations from one drawing to the next; after the last there always is one.
+    """
+
+    def __init__(self, every_n_generations: int = 5) -> None:
+        if every_n_generations < 1:
+            raise LoraGANError(f"every_n_generations must be at least 1, got {every_n_generations}")
+        self.every_n_generations = every_n_generations
+        self.history: list[Generation] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        members = _evolving(pl_module, self).ranked
+        self.history.append(
+            Generation(
+                trainer.global_step,
+                [member.fitness for member in members],
+                [member.kind for member in members],
+                float(outputs["population/diversity"]),
+            )
+        )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or not self.history:
+            return
+        held_out = trainer.callback_metrics.get("fitness/held_out")
+        self.history[-1].held_out = None if held_out is None else float(held_out)
+        if trainer.global_step % self.every_n_generations == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.history:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        figure = picture(self.history, _evolving(module, self))
+        if trainer.is_global_zero:
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / "fitness.png", dpi=120)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure("evolution", figure, trainer.global_step, close=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [asdict(generation) for generation in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [Generation(**generation) for generation in state_dict["history"]]
+
+
+def picture(history: list[Generation], module: EvolutionModule) -> Figure:
+    """Fitness over generations, the spread over generations, and where the members of the last one stand."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    fitness, spread, places = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    _draw_fitness(fitness, history)
+    spread.plot([g.number for g in history], [g.diversity for g in history], color="black", marker=".")
+    spread.set(xlabel="generation", ylabel="mean distance of two members (rms of ΔW)", ylim=(0, None))
+    _draw_places(places, module)
+    return figure
+
+
+def _draw_fitness(axes: Axes, history: list[Generation]) -> None:
+    for kind, colour in COLOURS.items():
+        dots = [(g.number, f) for g in history for f, k in zip(g.fitness, g.kinds, strict=True) if k == kind]
+        if dots:
+            numbers, fitness = zip(*dots, strict=True)
+            axes.scatter(numbers, fitness, s=12, color=colour, label=kind, alpha=0.6)
+    lines: Mapping[str, tuple[list[float | None], str]] = {
+        "best": ([max(g.fitness) for g in history], "-"),
+        "mean": ([g.mean for g in history], "--"),
+        "best, held out": ([g.held_out for g in history], ":"),
+    }
+    for name, (values, style) in lines.items():
+        points = [(g.number, value) for g, value in zip(history, values, strict=True) if value is not None]
+        if points:
+            numbers, fitness = zip(*points, strict=True)
+            axes.plot(numbers, fitness, style, color="black", label=name)
+    axes.set(xlabel="generation", ylabel="fitness")
+    axes.legend(fontsize="small", ncols=2)
+
+
+def _draw_places(axes: Axes, module: EvolutionModule) -> None:
+    x, y = positions(module.ranked).unbind(1)
+    fitness = torch.tensor([member.fitness for member in module.ranked])
+    dots = axes.scatter(x.tolist(), y.tolist(), c=fitness.tolist())
+    axes.figure.colorbar(dots, label="fitness")
+    axes.set(xlabel="the members' ΔW in a plane")
+    axes.set_aspect("equal", adjustable="datalim")
+
+
+def _evolving(module: L.LightningModule, asking: L.Callback) -> EvolutionModule:
+    if not isinstance(module, EvolutionModule):
+        raise LoraGANError(
+            f"{type(asking).__name__} belongs to lora_gan.evolution.EvolutionModule; this is {type(module).__name__}"
+        )
+    return module

@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -23,8 +23,7 @@ import rounds
 import torch
 import yaml
 from conftest import CONFIGS
-from rounds import Build
-from torch import Tensor
+from rounds import Build, differing
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -274,23 +273,6 @@ def fit(arguments: list[str], log: Path) -> None:
 @pytest.fixture
 def experiment(bases: dict[str, str], tmp_path: Path) -> Callable[[dict[str, Any]], Experiment]:
     return lambda chosen: Experiment(tmp_path, bases["gpt2"], chosen)
-
-
-def differing(one: Any, other: Any, name: str = "") -> Iterator[str]:
-    """Names of the values in two checkpoints that are not bit for bit the same."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        if set(one) != set(other):
-            yield f"{name}: {set(one) ^ set(other)}"
-        for key in set(one) & set(other):
-            yield from differing(one[key], other[key], f"{name}.{key}")
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            yield from differing(*pair, f"{name}[{index}]")
-    elif isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.dtype != other.dtype or not torch.equal(one, other):
-            yield f"{name}: {one} {other}"
-    elif repr(one) != repr(other):
-        yield f"{name}: {one!r} {other!r}"
 
 
 def anywhere(value: Any, folder: Path) -> Any:

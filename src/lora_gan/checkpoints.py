@@ -20,8 +20,9 @@ from lora_gan.backbone import SNAPSHOT, Backbone, LoraSettings
 from lora_gan.discriminator import Discriminator
 from lora_gan.errors import LoraGANError
 from lora_gan.knobs import Knobs
+from lora_gan.processes import gathered
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 PROBES = 16  # values of each frozen tensor by which a base is known again
 
 
@@ -92,7 +93,7 @@ class Checkpointed(L.LightningModule):
         checkpoint["lora_gan"] = self._description() | {
             "seed": self.seed_of_run,
             "knobs": self.configured_knobs,
-            "replay": self.discriminator.replay.state_dict(),
+            "replay": gathered(self.discriminator.replay.state_dict()),
             "gradients": {name: p.grad for name, p in self.named_parameters() if p.grad is not None},
         }
 
@@ -107,7 +108,8 @@ class Checkpointed(L.LightningModule):
             raise LoraGANError("the checkpoint does not fit this configuration: " + "; ".join(differing))
         if any(f".{SNAPSHOT}." in name for name in checkpoint["state_dict"]):
             self.backbone.add_snapshot()
-        self.discriminator.replay.load_state_dict(described["replay"])
+        remembered = described["replay"]  # by each process
+        self.discriminator.replay.load_state_dict(remembered[self.global_rank % len(remembered)])
         missing = self._kept() - set(checkpoint["state_dict"])
         if missing:
             raise LoraGANError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} for one")

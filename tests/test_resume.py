@@ -261,7 +261,8 @@ class Experiment:
             time.sleep(0.002)
 
     def checkpoints(self, run: str) -> Path:
-        return max((self.folder / run).glob("gan/*/checkpoints"))  # a run killed before its first file starts anew
+        """Of the newest run: one that is killed before its first file starts anew."""
+        return max((self.folder / run).glob("gan/*/checkpoints"), default=self.folder)
 
 
 def fit(arguments: list[str], log: Path) -> None:
@@ -299,20 +300,38 @@ def check_equal(experiment: Experiment, killed: str, whole: str) -> None:
 
 
 def kill_and_compare(experiment: Experiment, kills: int) -> None:
-    """Kill a run at random moments, let it finish, and compare it with one that was left alone."""
+    """Kill a run at random moments and at last cut off its newest file; it ends as one that was left alone."""
     experiment.finish("whole")
     seed = int.from_bytes(os.urandom(4), "big")
-    chance, lost = random.Random(seed), []
+    chance = random.Random(seed)
+    lost: list[int] = []
     for _ in range(kills):
         process = experiment.start("killed")
         experiment.wait_for("killed", process, chance.randint(1, 2 * ROUNDS // (kills + 1)))
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
-        lost.append(len({line["round"] for line in experiment.told("killed")}))
+        lost.append(rounds_lost(experiment, "killed"))
+    cut = cut_off(experiment.checkpoints("killed") / LAST)
     experiment.finish("killed")
-    print("seed", seed, "reached", lost)
+    print("seed", seed, "rounds lost by each kill", lost)
     check_equal(experiment, "killed", "whole")
+    assert ("is damaged" in (experiment.folder / "killed.log").read_text()) == cut
+
+
+def rounds_lost(experiment: Experiment, run: str) -> int:
+    """Rounds that were played and are in no file."""
+    files = (experiment.folder / run).glob("gan/*/checkpoints/*.ckpt")
+    saved = max((read_checkpoint(file)["global_step"] for file in files), default=0)
+    return max((line["round"] for line in experiment.told(run)), default=0) - int(saved)
+
+
+def cut_off(last: Path) -> bool:
+    """Damage the newest file where there is one before it; a kill may have come between the two."""
+    there = last.exists() and last.with_name(PREVIOUS).exists()
+    if there:
+        last.write_bytes(last.read_bytes()[:-1000])
+    return there
 
 
 def test_a_killed_run_is_resumed_bit_for_bit(experiment: Callable[[dict[str, Any]], Experiment]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 import two_processes
 from rounds import differing
+from test_resume import Experiment, check_equal, everything
 from torch import Tensor
 
 from lora_gan.checkpoint_files import read_checkpoint
@@ -104,6 +107,25 @@ def test_two_processes_resume_inside_an_epoch(bases: dict[str, str], tmp_path: P
     assert list(differing(*saved)) == []
     weights = [torch.load(tmp_path / run / f"{rank}.pt", weights_only=True) for run in told for rank in (0, 1)]
     assert [steps(weights[0], other) for other in weights[1:]] == [0, 0, 0]
+
+
+@SLOW
+def test_two_processes_that_are_killed(bases: dict[str, str], tmp_path: Path) -> None:
+    """Twice, at random moments; resumed by the same command, they end as those that were left alone."""
+    experiment = Experiment(tmp_path, bases["gpt2"], everything())
+    more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
+
+    def command(run: str) -> list[str]:
+        return [sys.executable, "-m", "src.cli", "fit", *experiment.arguments(run), *more]
+
+    start(command("whole"), cwd=HERE.parent)
+    for _ in range(2):
+        process = subprocess.Popen(command("killed"), cwd=HERE.parent, env=ENV, start_new_session=True)
+        experiment.wait_for("killed", lambda running=process: running.poll() is None, random.randint(4, 15))  # type: ignore[misc]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    start(command("killed"), cwd=HERE.parent)
+    check_equal(experiment, "killed", "whole")
 
 
 @SLOW

@@ -54,6 +54,8 @@ PATIENCE = 120  # seconds that a round may take on a busy machine
 class Journal(L.Callback):
     """Writes what each round reported and each validation measured, a line each, so that a kill loses none.
 
+    Of several processes the first one writes.
+
     Args:
         path: Where to.
     """
@@ -70,8 +72,9 @@ class Journal(L.Callback):
         self._note("validation", trainer, **measured)
 
     def _note(self, what: str, trainer: L.Trainer, **told: Any) -> None:
-        with open(self.path, "a") as stream:
-            stream.write(json.dumps({"what": what, "round": trainer.global_step, **told}) + "\n")
+        if trainer.is_global_zero:
+            with open(self.path, "a") as stream:
+                stream.write(json.dumps({"what": what, "round": trainer.global_step, **told}) + "\n")
 
 
 class Keeper(L.Callback):
@@ -254,10 +257,10 @@ class Experiment:
         process.join(PATIENCE)
         assert process.exitcode == 0, (self.folder / f"{run}.log").read_text()[-3000:]
 
-    def wait_for(self, run: str, process: BaseProcess, lines: int) -> None:
+    def wait_for(self, run: str, alive: Callable[[], bool], lines: int) -> None:
         """Until the journal has grown by so many lines."""
         before, until = len(self.told(run)), time.monotonic() + PATIENCE
-        while len(self.told(run)) < before + lines and process.is_alive() and time.monotonic() < until:
+        while len(self.told(run)) < before + lines and alive() and time.monotonic() < until:
             time.sleep(0.002)
 
     def checkpoints(self, run: str) -> Path:
@@ -307,7 +310,7 @@ def kill_and_compare(experiment: Experiment, kills: int) -> None:
     lost: list[int] = []
     for _ in range(kills):
         process = experiment.start("killed")
-        experiment.wait_for("killed", process, chance.randint(1, 2 * ROUNDS // (kills + 1)))
+        experiment.wait_for("killed", process.is_alive, chance.randint(1, 2 * ROUNDS // (kills + 1)))
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
@@ -376,7 +379,7 @@ def test_a_signal_ends_the_round_saves_and_tells_how_to_resume(
 ) -> None:
     chosen = experiment({**everything(), "every_n_rounds": 1000, "max_steps": 12})
     process = chosen.start("stopped", "--test_after_fit=false")
-    chosen.wait_for("stopped", process, 4)
+    chosen.wait_for("stopped", process.is_alive, 4)
     assert process.pid is not None
     os.kill(process.pid, number)
     process.join(PATIENCE)

@@ -94,7 +94,10 @@ def test_heads_travel_with_their_player(build: Build, tmp_path: Path) -> None:
         ({"generator_lora": LoraSettings(2, 8)}, r"has rank 4, and the generator's is 2: set generator_lora\.rank"),
         ({"generator_lora": LoraSettings(4, 9)}, r"has alpha 8, and the generator's is 9: set generator_lora\.alpha"),
         ({"generator_lora": LoraSettings(4, 8, ["c_attn"])}, r"other layers; set generator_lora\.targets"),
-        ({"architecture": "llama"}, r"was trained on the base '\S*gpt2\d*', and this one is '\S*llama\d*', whose weights"),
+        (
+            {"architecture": "llama"},
+            r"was trained on the base '\S*gpt2\d*', and this one is '\S*llama\d*', whose weights",
+        ),
     ],
 )
 def test_another_adapter_is_refused(settings: dict[str, Any], told: str, build: Build, tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def chat(
 
     Args:
         ckpt_path: Checkpoint of a run.
-        template: How a question becomes a prompt; {prompt} is the question. Left out, it is the tokenizer's chat template
-            where the run was trained with it (data.chat), or else "### Prompt: … ### Response:".
+        template: How a question becomes a prompt; {prompt} is the question. Left out, it is the tokenizer's chat
+            template where the run was trained with it (data.chat), or else "### Prompt: … ### Response:".
         compare: Let the base answer, too.
         max_new_tokens: Length limit of an answer.
         temperature: Divides the logits when sampling.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -67,3 +67,20 @@ def fit(
     runner = trainer(rounds, recorder, *callbacks, **settings)
     runner.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=ckpt_path, weights_only=True)
     return recorder, runner
+
+
+def differing(one: Any, other: Any, name: str = "") -> Iterator[str]:
+    """Names of the values in two checkpoints that are not bit for bit the same."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        if set(one) != set(other):
+            yield f"{name}: {set(one) ^ set(other)}"
+        for key in set(one) & set(other):
+            yield from differing(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from differing(*pair, f"{name}[{index}]")
+    elif isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            yield f"{name}: {one} {other}"
+    elif repr(one) != repr(other):
+        yield f"{name}: {one!r} {other!r}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from conftest import randomise
+from conftest import CONFIGS, randomise
 from peft import PeftModel
 from rounds import Build, fit, moved, state, trainer
 from torch.utils.data import DataLoader
@@ -93,13 +94,34 @@ def test_heads_travel_with_their_player(build: Build, tmp_path: Path) -> None:
         ({"generator_lora": LoraSettings(2, 8)}, r"has rank 4, and the generator's is 2: set generator_lora\.rank"),
         ({"generator_lora": LoraSettings(4, 9)}, r"has alpha 8, and the generator's is 9: set generator_lora\.alpha"),
         ({"generator_lora": LoraSettings(4, 8, ["c_attn"])}, r"other layers; set generator_lora\.targets"),
-        ({"architecture": "llama"}, "was trained on the base 'gpt2.*', and this one is 'llama"),
+        (
+            {"architecture": "llama"},
+            r"was trained on the base '\S*gpt2\d*', and this one is '\S*llama\d*', whose weights",
+        ),
     ],
 )
 def test_another_adapter_is_refused(settings: dict[str, Any], told: str, build: Build, tmp_path: Path) -> None:
     save_player(build(), GENERATOR, tmp_path)
     with pytest.raises(LoraGANError, match=told):
         build(**settings, generator_adapter=str(tmp_path))
+
+
+def test_a_base_is_known_by_its_weights(build: Build, bases: dict[str, str], tmp_path: Path) -> None:
+    """It may have moved and may be called anything; another one of the same name is refused."""
+    save_player(build(generator_lora=LoraSettings(4, 8, ["c_attn"])), GENERATOR, tmp_path / "mine")
+    moved_to = shutil.copytree(bases["gpt2"], tmp_path / "elsewhere" / "renamed")
+    other = shutil.copytree(bases["gpt2"], tmp_path / "elsewhere" / Path(bases["gpt2"]).name)
+    torch.manual_seed(77)
+    AutoModelForCausalLM.from_config(CONFIGS["gpt2"]).save_pretrained(other)
+    started = {"generator_lora": LoraSettings(4, 8, ["c_attn"]), "generator_adapter": str(tmp_path / "mine")}
+    build(base=str(moved_to), **started)
+    with pytest.raises(LoraGANError, match=rf"this one is '{other}', whose weights are others: set base to it"):
+        build(base=str(other), **started)
+    build(dtype="bfloat16", **started)
+    (tmp_path / "mine" / "base.json").unlink()
+    build(base=str(other), **started)
+    with pytest.raises(LoraGANError, match=r"this one is '\S*renamed': set base to it; if the two are the same"):
+        build(base=str(moved_to), **started)
 
 
 def test_no_adapter_is_refused(build: Build, tmp_path: Path) -> None:
@@ -117,7 +139,7 @@ def test_the_layout_of_the_seeds(build: Build, batch: PromptBatch, tmp_path: Pat
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-4", "step-6"}
     for player in (GENERATOR, DISCRIMINATOR):
         folder = tmp_path / "checkpoints" / "step-6" / player
-        expected = {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"}
+        expected = {"adapter_config.json", "adapter_model.safetensors", "base.json", "optimizer.pt"}
         expected |= {"head.pt"} if player == DISCRIMINATOR else set()
         assert {path.name for path in folder.iterdir()} == expected
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == bases["gpt2"]

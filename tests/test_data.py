@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -594,6 +595,50 @@ def test_an_epoch_begun_in_the_middle() -> None:
         assert list(begun) == list(whole)[skipped:]
 
 
+@pytest.mark.parametrize("bucket_batches", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_an_epoch(processes: int, bucket_batches: int) -> None:
+    """Each round of all processes is the round of one process that takes as many prompts as they do together."""
+    lengths = [(7 * i) % 31 for i in range(31)]
+
+    def epoch(count: int, rank: int, start: Place) -> list[int]:
+        sampler = BucketSampler(lengths, 0, 12 // count, bucket_batches, start, count, rank)
+        sampler.set_epoch(1)
+        assert len(sampler) == 31 // count
+        return list(sampler)
+
+    alone = epoch(1, 0, Place())
+    ranks = [epoch(processes, rank, Place()) for rank in range(processes)]
+    assert {len(rank) for rank in ranks} == {31 // processes}, "as many batches in each"
+    size = 12 // processes
+    for first in (0, 1):
+        round = [index for rank in ranks for index in rank[first * size : (first + 1) * size]]
+        assert sorted(round) == sorted(alone[first * 12 : (first + 1) * 12])
+    together = [index for rank in ranks for index in rank]
+    assert len(set(together)) == len(together) == 31 - 31 % processes, "each prompt once"
+    begun = [epoch(processes, rank, Place(epoch=1, batches=1)) for rank in range(processes)]
+    assert begun == [rank[size:] for rank in ranks]
+
+
+def test_prompts_are_dealt_out_to_the_processes(build: Callable[..., InstructionDataModule]) -> None:
+    data = build(numbered(21), validation=0, test=0, batch_size=4)
+
+    def served(rank: int, processes: int = 2) -> list[list[str]]:
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            distributed_sampler_kwargs={"num_replicas": processes, "rank": rank}, training=False
+        )
+        return [[*batch.targets] for batch in data.train_dataloader()]
+
+    first, second = served(0), served(1)
+    assert [len(batch) for batch in (*first, *second)] == [4, 4, 4, 4]
+    assert len({text for batch in (*first, *second) for text in batch}) == 16
+    few = [served(rank, 7) for rank in range(7)]
+    assert [[len(batch) for batch in batches] for batches in few] == [[3]] * 7
+    assert sorted(text for batches in few for text in batches[0]) == sorted(map(str, range(21)))
+    with pytest.raises(DataError, match="21 training examples cannot be dealt out to 22 processes; give more rows"):
+        served(0, 22)
+
+
 class Listener(L.LightningModule):
     """Notes what it is trained on in which epoch, and saves after each batch where a folder is given."""
 
@@ -668,7 +713,8 @@ def test_another_order_than_that_of_the_checkpoint_is_told(
     data = build(numbered(40), validation=0, test=0, **{"batch_size": 8, **changed})
     resumed = Listener().fit(data, tmp_path / "16.ckpt")
     (name,) = changed
-    assert f"not as in the checkpoint: data.init_args.{name}; the epoch starts anew" in caplog.text
+    told = "batch_size (times processes)" if name == "batch_size" else name
+    assert f"not as in the checkpoint: data.init_args.{told}; the epoch starts anew" in caplog.text
     whole = [sorted(text for epoch, text in resumed if epoch == at) for at in (1, 2)]
     assert whole == [sorted(map(str, range(40)))] * 2, "the epochs after it are whole"
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lora_gan.advantages import LeaveOneOut
 from lora_gan.backbone import LoraSettings
 from lora_gan.callbacks import CollapseMonitor, TextMetrics, Throughput
-from lora_gan.callbacks.collapse import template_share
+from lora_gan.callbacks.collapse import Sample, template_share
 from lora_gan.callbacks.text import evidence_table, measure, metrics_table
 from lora_gan.data.world import facts
 from lora_gan.embedding import MINILM, bundled_minilm, sentence_encoder
@@ -66,8 +66,7 @@ def questions(rng: random.Random, prompts: int = 16) -> PromptBatch:
 
 def run_so_far() -> Any:
     """Stands in for the trainer on one device."""
-    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
-    return SimpleNamespace(global_step=0, should_stop=False, strategy=strategy)
+    return SimpleNamespace(global_step=0, should_stop=False, is_global_zero=True)
 
 
 def watch(
@@ -182,6 +181,14 @@ def test_prompts_without_targets(caplog: pytest.LogCaptureFixture) -> None:
     monitor.on_train_batch_end(trainer, player, {}, batch, 0)  # type: ignore[arg-type]
     assert warned(caplog) == ["repetition"], "length and beginnings are not judged"
     assert player.logged[0]["collapse/length"] == pytest.approx((6 + 1 + 7 + 3) / 4)
+
+
+def test_all_processes_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all answers are "no no no no": those of the other process."""
+    stuck = Sample(["no no no no"] * 2, [5, 5], [False, False])
+    monkeypatch.setattr("lora_gan.callbacks.collapse.gathered", lambda mine: [mine, (stuck, Sample())])
+    player, _ = watch(CollapseMonitor(1), lambda batch, round: ["a b c d", "e f g h"], rounds=1, prompts=1)
+    assert player.logged[0]["collapse/template"] == pytest.approx(1 / 2)
 
 
 def test_rounds_without_answers_do_not_count(make_batch: Callable[..., PromptBatch]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 import two_processes
+from rounds import differing
+from test_resume import Experiment, check_equal, everything
 from torch import Tensor
 
+from lora_gan.checkpoint_files import read_checkpoint
 from lora_gan.processes import gathered, in_order, mean_of_all, shares
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+PROGRAM = [sys.executable, str(HERE / "two_processes.py")]
 CLOSE = {"atol": 2e-6, "rtol": 2e-4}
 
 
@@ -32,7 +38,7 @@ def play(base: str, processes: int, folder: Path, case: str, accelerator: str = 
     if processes == 1:
         two_processes.main(base, 1, str(folder), case, accelerator)
     else:
-        start([sys.executable, str(HERE / "two_processes.py"), base, str(processes), str(folder), case, accelerator])
+        start([*PROGRAM, "main", base, str(processes), str(folder), case, accelerator])
     return [
         json.loads((folder / f"{processes}_{rank}.json").read_text())
         | torch.load(folder / f"{processes}_{rank}.pt", map_location="cpu", weights_only=True)
@@ -80,6 +86,46 @@ def test_two_processes_do_what_one_does_with_all_prompts(case: str, bases: dict[
         for name in names - ({"loss/discriminator"} if case == "some unanswered" else set()):
             if name in mine:
                 assert mine[name] == pytest.approx(theirs[name], abs=1e-4), name
+
+
+def test_two_processes_resume_inside_an_epoch(bases: dict[str, str], tmp_path: Path) -> None:
+    """From the second round of the second epoch, which is half an accumulation: bit for bit the uninterrupted run."""
+    told: dict[str, list[dict[str, Any]]] = {}
+    for run, more in {"whole": [], "resumed": [str(tmp_path / "whole" / "7.ckpt")]}.items():
+        (tmp_path / run).mkdir()
+        start([*PROGRAM, "epochs", bases["gpt2"], "2", str(tmp_path / run), *more])
+        told[run] = [json.loads((tmp_path / run / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for epoch in (0, 5):
+        rounds = [played for rank in told["whole"] for played in rank["rounds"][epoch : epoch + 5]]
+        prompts = [prompt for played in rounds for prompt in played["prompts"]]
+        assert len(set(prompts)) == len(prompts) == 20, "each prompt of the epoch is played by one of them"
+    for whole, resumed in zip(told["whole"], told["resumed"], strict=True):
+        assert repr(resumed["rounds"]) == repr(whole["rounds"][7:])
+        assert resumed["logged"] == whole["logged"] and "collapse/template" in whole["logged"]
+    saved = [read_checkpoint(tmp_path / run / "12.ckpt") for run in told]
+    assert len(saved[0]["optimizer_states"]) == 2 and len(saved[0]["lora_gan"]["replay"]) == 2
+    assert list(differing(*saved)) == []
+    weights = [torch.load(tmp_path / run / f"{rank}.pt", weights_only=True) for run in told for rank in (0, 1)]
+    assert [steps(weights[0], other) for other in weights[1:]] == [0, 0, 0]
+
+
+@SLOW
+def test_two_processes_that_are_killed(bases: dict[str, str], tmp_path: Path) -> None:
+    """Twice, at random moments; resumed by the same command, they end as those that were left alone."""
+    experiment = Experiment(tmp_path, bases["gpt2"], everything())
+    more = ["--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
+
+    def command(run: str) -> list[str]:
+        return [sys.executable, "-m", "src.cli", "fit", *experiment.arguments(run), *more]
+
+    start(command("whole"), cwd=HERE.parent)
+    for _ in range(2):
+        process = subprocess.Popen(command("killed"), cwd=HERE.parent, env=ENV, start_new_session=True)
+        experiment.wait_for("killed", lambda running=process: running.poll() is None, random.randint(4, 15))  # type: ignore[misc]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    start(command("killed"), cwd=HERE.parent)
+    check_equal(experiment, "killed", "whole")
 
 
 @SLOW

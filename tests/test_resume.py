@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -23,8 +23,7 @@ import rounds
 import torch
 import yaml
 from conftest import CONFIGS
-from rounds import Build
-from torch import Tensor
+from rounds import Build, differing
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -55,6 +54,8 @@ PATIENCE = 120  # seconds that a round may take on a busy machine
 class Journal(L.Callback):
     """Writes what each round reported and each validation measured, a line each, so that a kill loses none.
 
+    Of several processes the first one writes.
+
     Args:
         path: Where to.
     """
@@ -71,8 +72,9 @@ class Journal(L.Callback):
         self._note("validation", trainer, **measured)
 
     def _note(self, what: str, trainer: L.Trainer, **told: Any) -> None:
-        with open(self.path, "a") as stream:
-            stream.write(json.dumps({"what": what, "round": trainer.global_step, **told}) + "\n")
+        if trainer.is_global_zero:
+            with open(self.path, "a") as stream:
+                stream.write(json.dumps({"what": what, "round": trainer.global_step, **told}) + "\n")
 
 
 class Keeper(L.Callback):
@@ -255,14 +257,15 @@ class Experiment:
         process.join(PATIENCE)
         assert process.exitcode == 0, (self.folder / f"{run}.log").read_text()[-3000:]
 
-    def wait_for(self, run: str, process: BaseProcess, lines: int) -> None:
+    def wait_for(self, run: str, alive: Callable[[], bool], lines: int) -> None:
         """Until the journal has grown by so many lines."""
         before, until = len(self.told(run)), time.monotonic() + PATIENCE
-        while len(self.told(run)) < before + lines and process.is_alive() and time.monotonic() < until:
+        while len(self.told(run)) < before + lines and alive() and time.monotonic() < until:
             time.sleep(0.002)
 
     def checkpoints(self, run: str) -> Path:
-        return max((self.folder / run).glob("gan/*/checkpoints"))  # a run killed before its first file starts anew
+        """Of the newest run: one that is killed before its first file starts anew."""
+        return max((self.folder / run).glob("gan/*/checkpoints"), default=self.folder)
 
 
 def fit(arguments: list[str], log: Path) -> None:
@@ -274,23 +277,6 @@ def fit(arguments: list[str], log: Path) -> None:
 @pytest.fixture
 def experiment(bases: dict[str, str], tmp_path: Path) -> Callable[[dict[str, Any]], Experiment]:
     return lambda chosen: Experiment(tmp_path, bases["gpt2"], chosen)
-
-
-def differing(one: Any, other: Any, name: str = "") -> Iterator[str]:
-    """Names of the values in two checkpoints that are not bit for bit the same."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        if set(one) != set(other):
-            yield f"{name}: {set(one) ^ set(other)}"
-        for key in set(one) & set(other):
-            yield from differing(one[key], other[key], f"{name}.{key}")
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            yield from differing(*pair, f"{name}[{index}]")
-    elif isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.dtype != other.dtype or not torch.equal(one, other):
-            yield f"{name}: {one} {other}"
-    elif repr(one) != repr(other):
-        yield f"{name}: {one!r} {other!r}"
 
 
 def anywhere(value: Any, folder: Path) -> Any:
@@ -317,20 +303,38 @@ def check_equal(experiment: Experiment, killed: str, whole: str) -> None:
 
 
 def kill_and_compare(experiment: Experiment, kills: int) -> None:
-    """Kill a run at random moments, let it finish, and compare it with one that was left alone."""
+    """Kill a run at random moments and at last cut off its newest file; it ends as one that was left alone."""
     experiment.finish("whole")
     seed = int.from_bytes(os.urandom(4), "big")
-    chance, lost = random.Random(seed), []
+    chance = random.Random(seed)
+    lost: list[int] = []
     for _ in range(kills):
         process = experiment.start("killed")
-        experiment.wait_for("killed", process, chance.randint(1, 2 * ROUNDS // (kills + 1)))
+        experiment.wait_for("killed", process.is_alive, chance.randint(1, 2 * ROUNDS // (kills + 1)))
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
-        lost.append(len({line["round"] for line in experiment.told("killed")}))
+        lost.append(rounds_lost(experiment, "killed"))
+    cut = cut_off(experiment.checkpoints("killed") / LAST)
     experiment.finish("killed")
-    print("seed", seed, "reached", lost)
+    print("seed", seed, "rounds lost by each kill", lost)
     check_equal(experiment, "killed", "whole")
+    assert ("is damaged" in (experiment.folder / "killed.log").read_text()) == cut
+
+
+def rounds_lost(experiment: Experiment, run: str) -> int:
+    """Rounds that were played and are in no file."""
+    files = (experiment.folder / run).glob("gan/*/checkpoints/*.ckpt")
+    saved = max((read_checkpoint(file)["global_step"] for file in files), default=0)
+    return max((line["round"] for line in experiment.told(run)), default=0) - int(saved)
+
+
+def cut_off(last: Path) -> bool:
+    """Damage the newest file where there is one before it; a kill may have come between the two."""
+    there = last.exists() and last.with_name(PREVIOUS).exists()
+    if there:
+        last.write_bytes(last.read_bytes()[:-1000])
+    return there
 
 
 def test_a_killed_run_is_resumed_bit_for_bit(experiment: Callable[[dict[str, Any]], Experiment]) -> None:
@@ -375,7 +379,7 @@ def test_a_signal_ends_the_round_saves_and_tells_how_to_resume(
 ) -> None:
     chosen = experiment({**everything(), "every_n_rounds": 1000, "max_steps": 12})
     process = chosen.start("stopped", "--test_after_fit=false")
-    chosen.wait_for("stopped", process, 4)
+    chosen.wait_for("stopped", process.is_alive, 4)
     assert process.pid is not None
     os.kill(process.pid, number)
     process.join(PATIENCE)

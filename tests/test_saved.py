@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rounds import Build, fit
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lora_gan.cli import main
+from lora_gan.data import TWON, Alpaca, InstructionDataModule
 from lora_gan.export import export
 from lora_gan.judges import AdapterJudge, AnswerAndTarget
 from lora_gan.sampling import Sampling, sample
@@ -117,6 +119,61 @@ def test_mistakes_in_chat(
     with pytest.raises(SystemExit):
         main(["chat", f"--ckpt_path={path}", *more])
     assert told in capsys.readouterr().err
+
+
+# the chat template of a run
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QUESTION = "Say hello to all."
+
+
+@pytest.mark.parametrize(
+    ("source", "system", "text"),
+    [
+        (Alpaca, None, "<|user|>Say hello to all.\n<|assistant|>"),
+        (Alpaca, "Be brief.", "<|system|>Be brief.\n<|user|>Say hello to all.\n<|assistant|>"),
+        (partial(TWON, instruction="Reply."), None, "<|system|>Reply.\n<|user|>Say hello to all.\n<|assistant|>"),
+    ],
+)
+def test_a_run_with_a_chat_template_is_asked_by_it(
+    source: Any,
+    system: str | None,
+    text: str,
+    run: Make,
+    bases: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the data module writes a row with the question, so do chat and generate."""
+    base = shutil.copytree(bases["gpt2"], tmp_path / "chat")
+    (base / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    rows = [{"instruction": QUESTION, "output": "Hello!", "post": QUESTION, "reply": "Hello, you!"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    read = source(str(tmp_path / "rows.json"))
+    data = InstructionDataModule(read, tokenizer=str(base), chat=True, system=system, validation=0, test=0)
+    data.setup()
+    path = run(base=str(base))
+    given = {"instruction": read.instruction} if isinstance(read, TWON) else {}
+    settings = {"chat": True, "system": system, "source": {"class_path": "…", "init_args": given}}
+    config = yaml.safe_dump({"data": {"init_args": settings}})
+    (tmp_path / "run" / "config.yaml").write_text(config, encoding="utf-8")
+
+    saved = load_saved(path)
+    prompt = saved.prompt(QUESTION).tolist()
+    assert prompt == list(data.splits["train"].items[0].prompt_ids) and saved.backbone.tokenizer.decode(prompt) == text
+    answer, _ = greedy(path, text)
+    ask(monkeypatch, QUESTION)
+    main(["chat", f"--ckpt_path={path}", "--max_new_tokens=5"])
+    assert f"{answer}   (discriminator" in capsys.readouterr().out
+    (tmp_path / "in.txt").write_text(QUESTION, encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+    main(["generate", f"--ckpt_path={path}", f"--input={tmp_path / 'in.txt'}", f"--output={out}", "--max_new_tokens=5"])
+    assert json.loads(out.read_text(encoding="utf-8"))["answer"] == answer
+    assert saved.backbone.tokenizer.decode(saved.prompt(QUESTION, "<{prompt}>")) == f"<{QUESTION}>"
 
 
 # generate

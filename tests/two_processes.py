@@ -1,16 +1,15 @@
-"""A program for test_processes.py: three rounds in as many processes as it is told; each writes what it has then.
-
-Answers depend on the prompt only, so that two processes play what one plays with the union of their batches.
-"""
+"""Programs for test_processes.py, in as many processes as they are told; each process writes what it has in the end."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from rounds import Recorder, share_of_a, state, trainer
 from torch import Tensor
@@ -19,12 +18,14 @@ from torch.utils.data import DataLoader
 
 from lora_gan.advantages import LeaveOneOut, MovingAverage
 from lora_gan.backbone import LoraSettings
-from lora_gan.callbacks import MovingAverageBaseline
+from lora_gan.callbacks import CollapseMonitor, MovingAverageBaseline
+from lora_gan.data import InstructionDataModule, Mixture, Source
 from lora_gan.data.datamodule import collate
 from lora_gan.data.tokenizer import encode
 from lora_gan.losses import ClippedPPO
 from lora_gan.module import LoraGANModule
 from lora_gan.objectives import SAMPLED
+from lora_gan.replay import Replay
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
 from lora_gan.tree import grow
@@ -35,6 +36,8 @@ TARGETS = ["a", "a long answer that goes on and on", "b", "", "of some length", 
 
 
 class Scripted(LoraGANModule):
+    """Answers depend on the prompt only: two processes play what one plays with the union of their batches."""
+
     def play(self, batch: PromptBatch) -> Rollout:
         answers = [self.answers_to(example.prompt) for example in batch.examples]
         tree = grow(batch.prompt_ids, {SAMPLED: answers})
@@ -56,6 +59,7 @@ class Scripted(LoraGANModule):
 
 
 def main(base: str, processes: int, folder: str, case: str, accelerator: str = "cpu") -> None:
+    """Three rounds."""
     settings: dict[str, dict[str, Any]] = {
         "moving average": {"advantage": MovingAverage(), "kl_coefficient": 0.3, "entropy_coefficient": 0.1},
         "ppo": {"advantage": LeaveOneOut(), "policy_loss": ClippedPPO(epochs=2, target_kl=1e-4)},
@@ -100,5 +104,75 @@ def main(base: str, processes: int, folder: str, case: str, accelerator: str = "
     torch.save({"first": recorder.weights[0], "last": state(module)}, out.with_suffix(".pt"))
 
 
+# a run that is resumed
+
+
+class Said(Source):
+    """So many prompts that begin with a word."""
+
+    def __init__(self, word: str, count: int) -> None:
+        super().__init__()
+        self.word, self.count = word, count
+
+    def rows(self) -> Iterator[Example]:
+        for n in range(self.count):
+            prompt, target = f"{self.word} {n}" + "!" * (n % 5), f"{self.word[0]} {n}."
+            yield Example(prompt, target, (target,), group=prompt, source=self.word)
+
+
+class Journal(L.Callback):
+    """Keeps what each round was given and reported, and writes a checkpoint after it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rounds: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        prompts = [example.prompt for example in batch.examples]
+        self.rounds.append({"prompts": prompts, "report": {name: float(value) for name, value in outputs.items()}})
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def epochs(base: str, processes: int, folder: str, ckpt_path: str | None = None) -> None:
+    """Twelve rounds, five an epoch, with all that a checkpoint has to hold: replay, monitor, half an accumulation."""
+    torch.manual_seed(4)
+    module = LoraGANModule(
+        base,
+        answers_per_prompt=K,
+        sampling=Sampling(max_new_tokens=6),
+        rewards=[FunctionReward(share_of_a)],
+        replay=Replay(4, 2),
+        adversarial_weight=0.3,
+        accumulate_rounds=2,
+        generator_lora=LoraSettings(4, 8),
+        discriminator_lora=LoraSettings(4, 8),
+    )
+    sources: list[Source] = [Said("Say", 14), Said("Count", 10)]
+    data = InstructionDataModule(
+        Mixture(sources, [2.0, 1.0]),
+        tokenizer=base,
+        batch_size=4 // processes,
+        bucket_batches=2,
+        validation=0,
+        test=0,
+    )
+    journal = Journal(Path(folder))
+    runner = trainer(
+        12,
+        MovingAverageBaseline(0.5),
+        CollapseMonitor(every_n_rounds=4),
+        journal,
+        devices=processes,
+        strategy="ddp_find_unused_parameters_true",
+        default_root_dir=folder,
+        limit_val_batches=0,
+    )
+    runner.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    told = {"rounds": journal.rounds, "logged": {n: float(v) for n, v in runner.callback_metrics.items()}}
+    Path(folder, f"{runner.global_rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    torch.save(state(module), Path(folder, f"{runner.global_rank}.pt"))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    program, base, processes, *more = sys.argv[1:]
+    {"main": main, "epochs": epochs}[program](base, int(processes), *more)

@@ -1,11 +1,13 @@
 """Players on disk: PEFT folders that plain ``PeftModel.from_pretrained`` loads, with heads and optimizers beside them.
 
 A folder of both, ``step-100`` say, holds ``generator`` and ``discriminator``, each with ``adapter_config.json``,
-``adapter_model.safetensors`` and ``optimizer.pt``; ``discriminator/head.pt`` is its linear head.
+``adapter_model.safetensors``, ``optimizer.pt`` and ``base.json``, by which the base is known again;
+``discriminator/head.pt`` is its linear head.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,7 @@ from lora_gan.discriminator import Discriminator
 from lora_gan.errors import LoraGANError
 
 PLAYERS = (GENERATOR, DISCRIMINATOR)
+BASE = "base.json"
 SHAPE = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
 
 
@@ -37,7 +40,7 @@ class Players(Protocol):
 
 
 def save_adapter(backbone: Backbone, player: str, folder: Path) -> None:
-    """Write one adapter in PEFT's format."""
+    """Write one adapter in PEFT's format, and by what its base is known again."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy(backbone.lm.peft_config[player])
     config.inference_mode = True
@@ -45,6 +48,7 @@ def save_adapter(backbone: Backbone, player: str, folder: Path) -> None:
     weights = get_peft_model_state_dict(backbone.lm, adapter_name=player, save_embedding_layers=False)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    (folder / BASE).write_text(json.dumps(backbone.fingerprint), encoding="utf-8")
 
 
 def save_player(module: Players, player: str, folder: Path) -> None:
@@ -80,12 +84,7 @@ def load_adapter(backbone: Backbone, player: str, source: str) -> None:
             "adapter_config.json and adapter_model.safetensors in it"
         ) from error
     here = backbone.lm.peft_config[player]
-    there, mine = (_name(c.base_model_name_or_path) for c in (config, here))
-    if there != mine:
-        raise LoraGANError(
-            f"the adapter {source!r} was trained on the base {there!r}, and this one is {mine!r}: set base to it; if "
-            "the two are the same model, correct base_model_name_or_path in the folder's adapter_config.json"
-        )
+    _check_base(backbone, source, config.base_model_name_or_path, here.base_model_name_or_path)
     for field, setting in SHAPE.items():
         found, wanted = getattr(config, field, None), getattr(here, field)
         if found != wanted:
@@ -153,6 +152,23 @@ def _check_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tol
         name = differing[0]
         shapes = [tuple(weights[name].shape) if name in weights else "missing" for weights in (theirs, mine)]
         raise LoraGANError(f"{told} ({name}: {shapes[0]} there, {shapes[1]} here)")
+
+
+def _check_base(backbone: Backbone, source: str, there: str | None, here: str | None) -> None:
+    """By the weights, where the folder tells what they were in this number format; else by the name alone."""
+    path, known = Path(source) / BASE, backbone.fingerprint
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if told.get("format") == known["format"]:
+        if told["weights"] != known["weights"]:
+            raise LoraGANError(
+                f"the adapter {source!r} was trained on the base {there!r}, and this one is {here!r}, whose weights "
+                "are others: set base to it"
+            )
+    elif _name(there) != _name(here):
+        raise LoraGANError(
+            f"the adapter {source!r} was trained on the base {there!r}, and this one is {here!r}: set base to it; if "
+            "the two are the same model, correct base_model_name_or_path in the folder's adapter_config.json"
+        )
 
 
 def _name(base: str | None) -> str:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib import resources
 from importlib.util import find_spec
 from typing import Any
@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_gan.data.tokenizer import load_tokenizer
 from lora_gan.errors import LoraGANError
-from lora_gan.tensors import entropy, token_logprobs
+from lora_gan.tensors import entropy, fingerprint, token_logprobs
 from lora_gan.tree import Branches, PromptTree
 
 GENERATOR, DISCRIMINATOR, SNAPSHOT = "generator", "discriminator", "snapshot"
@@ -109,6 +109,7 @@ class Backbone(nn.Module):
         self.tokenizer = load_tokenizer(base)
         self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
         self.hidden_size: int = model.config.hidden_size
+        self.base_format = quantization or dtype
         self.generator_lora = generator
         self.lm: PeftModel = get_peft_model(model, peft_config(model, generator), adapter_name=GENERATOR)
         self.lm.add_adapter(DISCRIMINATOR, peft_config(model, discriminator))
@@ -131,6 +132,12 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.judge_head.weight.device
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """By what the base is known again, also where it has moved: its weights in a number format."""
+        base = {name.replace(".base_layer", ""): p for name, p in self.lm.named_parameters() if "lora_" not in name}
+        return {"format": self.base_format, "weights": fingerprint(base)}
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in evaluation mode: dropout would make log-probabilities irreproducible and ratios differ from 1."""

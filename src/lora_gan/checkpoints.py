@@ -20,9 +20,10 @@ from lora_gan.backbone import SNAPSHOT, Backbone, LoraSettings
 from lora_gan.discriminator import Discriminator
 from lora_gan.errors import LoraGANError
 from lora_gan.knobs import Knobs
+from lora_gan.processes import gathered
+from lora_gan.tensors import fingerprint
 
-CHECKPOINT_VERSION = 3
-PROBES = 16  # values of each frozen tensor by which a base is known again
+CHECKPOINT_VERSION = 4
 
 
 class Checkpointed(L.LightningModule):
@@ -92,7 +93,7 @@ class Checkpointed(L.LightningModule):
         checkpoint["lora_gan"] = self._description() | {
             "seed": self.seed_of_run,
             "knobs": self.configured_knobs,
-            "replay": self.discriminator.replay.state_dict(),
+            "replay": gathered(self.discriminator.replay.state_dict()),
             "gradients": {name: p.grad for name, p in self.named_parameters() if p.grad is not None},
         }
 
@@ -107,7 +108,8 @@ class Checkpointed(L.LightningModule):
             raise LoraGANError("the checkpoint does not fit this configuration: " + "; ".join(differing))
         if any(f".{SNAPSHOT}." in name for name in checkpoint["state_dict"]):
             self.backbone.add_snapshot()
-        self.discriminator.replay.load_state_dict(described["replay"])
+        remembered = described["replay"]  # by each process
+        self.discriminator.replay.load_state_dict(remembered[self.global_rank % len(remembered)])
         missing = self._kept() - set(checkpoint["state_dict"])
         if missing:
             raise LoraGANError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} for one")
@@ -165,13 +167,9 @@ class Checkpointed(L.LightningModule):
 
     @cached_property
     def _frozen_weights(self) -> str:
-        """A hash of a few values of each frozen tensor."""
-        told = sha256()
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad and f".{SNAPSHOT}." not in name:
-                values = parameter.detach().flatten()[:: max(1, parameter.numel() // PROBES)][:PROBES]
-                told.update(f"{name} {tuple(parameter.shape)} {values.tolist()}".encode())
-        return told.hexdigest()[:16]
+        """By them a base is known again, also where it has moved."""
+        frozen = {name: p for name, p in self.named_parameters() if not p.requires_grad and f".{SNAPSHOT}." not in name}
+        return fingerprint(frozen)
 
     @cached_property
     def _vocabulary(self) -> str:

@@ -102,7 +102,7 @@ def export(
 
 def generation_settings(saved: Saved) -> GenerationConfig:
     """How the answers were sampled in training, in the words of transformers."""
-    given = _init_args(saved, "model").get("sampling") or {}
+    given = saved.settings("model").get("sampling") or {}
     how = Sampling(**{f.name: given[f.name] for f in fields(Sampling) if f.name in given})
     drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.do_sample else {}
     ends = eos_ids(saved.backbone)
@@ -120,7 +120,7 @@ def generation_settings(saved: Saved) -> GenerationConfig:
 def card(saved: Saved, name: str, merged: bool) -> str:
     """The model card: base, data, results, licence note, configuration."""
     what = "Merged model" if merged else "LoRA adapter"
-    data = _init_args(saved, "data")
+    data = saved.settings("data")
     source = (data.get("source") or {}).get("class_path", "lora_gan.data.BuiltinWorld")
     header: dict[str, Any] = {
         "library_name": "transformers" if merged else "peft",
@@ -143,12 +143,6 @@ def card(saved: Saved, name: str, merged: bool) -> str:
         licence=LICENCE.format(what=f"This {what.lower()}" if merged else f"This {what}"),
         configuration=f"```yaml\n{told.strip()}\n```" if saved.config else UNKNOWN,
     )
-
-
-def _init_args(saved: Saved, part: str) -> dict[str, Any]:
-    """The arguments of the run's model or data module."""
-    found: dict[str, Any] = (saved.config.get(part) or {}).get("init_args") or {}
-    return found
 
 
 def _push(folder: Path, repository: str, private: bool) -> str:

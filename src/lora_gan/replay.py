@@ -64,8 +64,8 @@ class Replay:
             self.episodes = (self.episodes + episodes)[-self.capacity :]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, loadable under ``weights_only``."""
-        return {"episodes": [vars(episode) | {"answers": list(episode.answers)} for episode in self.episodes]}
+        """Plain tensors in the processor's memory, loadable under ``weights_only``."""
+        return {"episodes": [vars(e.to("cpu")) | {"answers": list(e.answers)} for e in self.episodes]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the episodes of another buffer, as many as fit."""

@@ -17,10 +17,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
 from lora_gan.checkpoint_files import read_checkpoint
+from lora_gan.data.templates import as_chat
 from lora_gan.data.tokenizer import prompt_ids
 from lora_gan.errors import LoraGANError
 from lora_gan.sampling import Sampling, eos_ids, sample
 from lora_gan.tree import grow
+from lora_gan.types import Example, Message
 
 TEMPLATE = "### Prompt:\n{prompt}\n\n### Response:\n"
 SCORED_BY = {"architecture": "AdapterJudge", "reads": "PromptAndAnswer"}  # what needs nothing but a backbone
@@ -40,6 +42,30 @@ class Saved:
     def scores(self) -> bool:
         """Whether the discriminator can be asked about an answer here."""
         return self.judge == SCORED_BY
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """The arguments of the run's ``model`` or ``data``; empty where they are gone."""
+        found: dict[str, Any] = (self.config.get(part) or {}).get("init_args") or {}
+        return found
+
+    def prompt(self, question: str, template: str | None = None) -> Tensor:
+        """The ids (P,) of a question as the run wrote its prompts: by the chat template, or else by ``TEMPLATE``.
+
+        Args:
+            question: What is asked.
+            template: Put it so instead; {prompt} is the question.
+        """
+        if template is None and self.settings("data").get("chat"):
+            text = as_chat(self.backbone.tokenizer, self._asked(question), self.settings("data").get("system")).prompt
+        else:
+            text = _filled(TEMPLATE if template is None else template, question)
+        return torch.tensor(prompt_ids(self.backbone.tokenizer, text), device=self.backbone.device)
+
+    def _asked(self, question: str) -> Example:
+        """A question as a dialogue, behind the instruction of a source that gives one to the system."""
+        source = (self.settings("data").get("source") or {}).get("init_args") or {}
+        told = [Message("system", source["instruction"])] if "instruction" in source else []
+        return Example(question, "", messages=(*told, Message("user", question)))
 
 
 def load_saved(ckpt_path: str) -> Saved:
@@ -77,7 +103,7 @@ def load_backbone(ckpt_path: str) -> Backbone:
 
 def chat(
     ckpt_path: str,
-    template: str = TEMPLATE,
+    template: str | None = None,
     compare: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -87,7 +113,8 @@ def chat(
 
     Args:
         ckpt_path: Checkpoint of a run.
-        template: How a question becomes a prompt; {prompt} is the question.
+        template: How a question becomes a prompt; {prompt} is the question. Left out, it is the tokenizer's chat
+            template where the run was trained with it (data.chat), or else "### Prompt: … ### Response:".
         compare: Let the base answer, too.
         max_new_tokens: Length limit of an answer.
         temperature: Divides the logits when sampling.
@@ -105,7 +132,7 @@ def chat(
     if compare:
         modes = {"base": backbone.reference, **modes}
     while question := _read():
-        prompt = _prompt(backbone, template, question)
+        prompt = saved.prompt(question, template)
         for name, mode in modes.items():
             print(f"{name:<11}" if compare else "", end="", flush=True)
             with mode():
@@ -118,7 +145,7 @@ def generate(
     ckpt_path: str,
     input: str,
     output: str = "answers.jsonl",
-    template: str = TEMPLATE,
+    template: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -132,7 +159,7 @@ def generate(
         ckpt_path: Checkpoint of a run.
         input: A prompt on each line, or a .jsonl file whose rows have a "prompt"; what else they hold is kept.
         output: File to write.
-        template: How a prompt of the file is put; "{prompt}" takes it as it is.
+        template: How a prompt of the file is put; "{prompt}" takes it as it is. Left out, as in chat.
         batch_size: Prompts answered at once.
         max_new_tokens: Length limit of an answer.
         temperature: Divides the logits when sampling.
@@ -150,7 +177,7 @@ def generate(
     with Path(output).open("w", encoding="utf-8") as stream:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            prompts = [_prompt(backbone, template, row["prompt"]) for row in part]
+            prompts = [saved.prompt(row["prompt"], template) for row in part]
             with backbone.generator():
                 rollout = sample(backbone, prompts, 1, how)
             for row, prompt, text, ids in zip(part, prompts, rollout.texts, rollout.answer_ids, strict=True):
@@ -169,12 +196,12 @@ def score_of(backbone: Backbone, prompt: Tensor, answer: Tensor) -> float:
         return float(backbone.judge(grow([prompt], {"answer": [[ended]]}))["answer"][0, 0])
 
 
-def _prompt(backbone: Backbone, template: str, text: str) -> Tensor:
+def _filled(template: str, question: str) -> str:
     if "{prompt}" not in template:
         raise LoraGANError(
             f"the template {template!r} has no place for the question: write {{prompt}} where it belongs"
         )
-    return torch.tensor(prompt_ids(backbone.tokenizer, template.replace("{prompt}", text)), device=backbone.device)
+    return template.replace("{prompt}", question)
 
 
 def _stream(backbone: Backbone, prompt: Tensor, how: Sampling) -> Tensor:

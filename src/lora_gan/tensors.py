@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -113,6 +114,15 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 def pad(rows: Sequence[Tensor], value: int = 0) -> Tensor:
     """Rows of unequal length → (len(rows), longest), filled with ``value`` on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def fingerprint(tensors: Mapping[str, Tensor], probes: int = 16) -> str:
+    """A hash of the names, the shapes and up to ``probes`` values of each tensor."""
+    told = sha256()
+    for name, tensor in tensors.items():
+        values = tensor.detach().flatten()[:: max(1, tensor.numel() // probes)][:probes]
+        told.update(f"{name} {tuple(tensor.shape)} {values.tolist()}".encode())
+    return told.hexdigest()[:16]
 
 
 def lengths_mask(lengths: Tensor, width: int) -> Tensor:

@@ -13,6 +13,7 @@ import lightning as L
 
 from lora_gan.errors import LoraGANError
 from lora_gan.metrics import entropy, repetition, words
+from lora_gan.processes import gathered
 from lora_gan.rewards import references_of
 from lora_gan.types import PromptBatch, Rollout
 
@@ -39,10 +40,10 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
 
-    def add(self, texts: Sequence[str], tokens: Sequence[int], truncated: Sequence[bool]) -> None:
-        self.texts += texts
-        self.tokens += tokens
-        self.truncated += truncated
+    def add(self, other: Sample) -> None:
+        self.texts += other.texts
+        self.tokens += other.tokens
+        self.truncated += other.truncated
 
 
 class CollapseMonitor(L.Callback):
@@ -105,12 +106,18 @@ class CollapseMonitor(L.Callback):
             self._forget()
 
     def _collect(self, rollout: Rollout, batch: PromptBatch) -> None:
+        """Add the answers and targets of all processes."""
         lengths = rollout.mask.sum(-1)
-        self.answers.add(rollout.texts, lengths.tolist(), rollout.truncated.tolist())
         limit = int(lengths[rollout.truncated].max()) if rollout.truncated.any() else None
+        answers = Sample([*rollout.texts], lengths.tolist(), rollout.truncated.tolist())
+        targets = Sample()
         for example, ids in zip(batch.examples, batch.target_ids, strict=True):
             if references_of(example):
-                self.targets.add(references_of(example)[:1], [len(ids)], [limit is not None and len(ids) > limit])
+                cut_off = limit is not None and len(ids) > limit
+                targets.add(Sample([references_of(example)[0]], [len(ids)], [cut_off]))
+        for sampled, wanted in gathered((answers, targets)):
+            self.answers.add(sampled)
+            self.targets.add(wanted)
         self.rounds += 1
 
     def _judge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -122,11 +129,11 @@ class CollapseMonitor(L.Callback):
             batch_size=1,
         )
         found = {name for name, value in theirs.items() if self.collapsed[name](ours[name], value)}
-        for name in sorted(found - self.warned):
-            self._warn(trainer, name, ours, theirs)
+        if trainer.is_global_zero:
+            for name in sorted(found - self.warned):
+                self._warn(trainer, name, ours, theirs)
         self.warned = found
-        if self.stop:  # on every device, if it has to be on one
-            trainer.should_stop |= trainer.strategy.reduce_boolean_decision(bool(found), all=False)
+        trainer.should_stop |= self.stop and bool(found)
 
     def _warn(self, trainer: L.Trainer, name: str, ours: Mapping[str, float], theirs: Mapping[str, float]) -> None:
         log.warning(

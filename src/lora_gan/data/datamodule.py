@@ -150,19 +150,20 @@ class InstructionDataModule(L.LightningDataModule):
             raise self._nothing_fits(examples)
 
     def train_dataloader(self) -> DataLoader[Encoded]:
-        """A new order each epoch; the last, smaller batch is left out unless it is the only one."""
+        """A new order each epoch, dealt out to the processes; what does not fill a round is left out."""
         items = self._items("train")
-        if len(items) < self.batch_size:
+        sampler = self._sampler(items)
+        if len(sampler) < self.batch_size:
             log.warning(
-                "only %d training examples for data.init_args.batch_size=%d: a round takes all of them",
+                "only %d training examples for data.init_args.batch_size=%d in each process: a round takes all of them",
                 len(items),
                 self.batch_size,
             )
         return DataLoader(
             cast(Dataset[Encoded], items),
             batch_size=self.batch_size,
-            sampler=self._sampler(items),
-            drop_last=len(items) >= self.batch_size,
+            sampler=sampler,
+            drop_last=len(sampler) >= self.batch_size,
             collate_fn=collate,
             num_workers=self.num_workers,
         )
@@ -183,7 +184,7 @@ class InstructionDataModule(L.LightningDataModule):
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the sampler is
 
     def _sampler(self, items: tuple[Encoded, ...]) -> BucketSampler:
-        now = self._order()
+        now, processes = self._order(), self._share["num_replicas"]
         changed = [name for name, value in self.trained_order.items() if value != now[name]]
         if changed:
             log.warning(
@@ -191,17 +192,28 @@ class InstructionDataModule(L.LightningDataModule):
                 ", ".join(changed),
             )
             self.trained = Place()
-        batches = max(len(items) // self.batch_size, 1)
+        if len(items) < processes:
+            raise DataError(
+                f"{len(items)} training examples cannot be dealt out to {processes} processes; "
+                "give more rows or lower trainer.devices"
+            )
+        batches = max(len(items) // (self.batch_size * processes), 1)
         start = self.trained if self.trained.batches < batches else Place(self.trained.epoch + 1)
         lengths = [len(item.prompt_ids) for item in items]
-        return BucketSampler(lengths, self.seed, self.batch_size, self.bucket_batches, start)
+        return BucketSampler(lengths, self.seed, self.batch_size, self.bucket_batches, start, **self._share)
+
+    @property
+    def _share(self) -> dict[str, int]:
+        """How many processes there are and which of them this is, as a sampler is told."""
+        told = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return told or {"num_replicas": 1, "rank": 0}
 
     def _order(self) -> dict[str, int | str]:
         """What the order of training depends on, by the names of the settings."""
         items = self.splits["train"].items if self.splits else ()
         return {
             "seed": self.seed,
-            "batch_size": self.batch_size,
+            "batch_size (times processes)": self.batch_size * self._share["num_replicas"],
             "bucket_batches": self.bucket_batches,
             "source (or path, or splits)": digest(*(item.example.prompt for item in items)),
         }

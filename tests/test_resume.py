@@ -189,6 +189,31 @@ def self_play() -> dict[str, Any]:
     }
 
 
+def evolution() -> dict[str, Any]:
+    """A population, refined beside a discriminator that learns and remembers; its picture goes on, too."""
+    return {
+        "class_path": "lora_gan.evolution.EvolutionModule",
+        "model": {
+            "population": 4,
+            "elites": 1,
+            "refined": 2,
+            "refinement_rounds": 2,
+            "start": of("evolution.SupervisedStart", trunk=2, branch=1, prompts=2),
+            "crossover": of("evolution.MixUpdates"),
+            "mutation": of("evolution.GaussianMutation", rms=0.01, decay=0.9, anchor=0.1),
+            "answers_per_prompt": 2,
+            "adversarial_weight": 0.3,
+            "replay": of("replay.Replay", capacity=4, per_round=2),
+            "generator_scheduler": scheduler(step_size=2, gamma=0.9),
+        },
+        "data": {"batch_size": 3},
+        "val_check_interval": 3,
+        "every_n_rounds": 2,
+        "max_steps": 7,
+        "callbacks": [of("callbacks.MovingAverageBaseline"), of("callbacks.FitnessPlot", every_n_generations=100)],
+    }
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One configuration; every run of it in a folder of its own."""
@@ -214,10 +239,13 @@ class Experiment:
         }
         data = {"source": own(self.folder / "rows.jsonl", "Say"), "max_validation": 3, "max_test": 3}
         settings = {
-            "model": {"init_args": {**model, **chosen["model"]}},
+            "model": {
+                "class_path": chosen.get("class_path", "lora_gan.module.LoraGANModule"),
+                "init_args": {**model, **chosen["model"]},
+            },
             "data": {"init_args": {**data, **chosen["data"]}},
             "trainer": {
-                "max_steps": chosen.get("max_steps", ROUNDS),
+                "max_steps": self.rounds,
                 "accelerator": "cpu",
                 "enable_progress_bar": False,
                 "val_check_interval": chosen["val_check_interval"],
@@ -235,6 +263,10 @@ class Experiment:
         path = self.folder / f"{run}.yaml"
         path.write_text(yaml.safe_dump(settings), encoding="utf-8")
         return [f"--config={ROOT / 'configs' / 'gan.yaml'}", f"--config={path}"]
+
+    @property
+    def rounds(self) -> int:
+        return int(self.chosen.get("max_steps", ROUNDS))
 
     def journal(self, run: str) -> Path:
         return self.folder / f"{run}.jsonl"
@@ -310,7 +342,7 @@ def kill_and_compare(experiment: Experiment, kills: int) -> None:
     lost: list[int] = []
     for _ in range(kills):
         process = experiment.start("killed")
-        experiment.wait_for("killed", process.is_alive, chance.randint(1, 2 * ROUNDS // (kills + 1)))
+        experiment.wait_for("killed", process.is_alive, chance.randint(1, 2 * experiment.rounds // (kills + 1)))
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
@@ -337,8 +369,11 @@ def cut_off(last: Path) -> bool:
     return there
 
 
-def test_a_killed_run_is_resumed_bit_for_bit(experiment: Callable[[dict[str, Any]], Experiment]) -> None:
-    kill_and_compare(experiment(everything()), 2)
+@pytest.mark.parametrize(("chosen", "kills"), [(everything, 2), (evolution, 1)], ids=["rounds", "generations"])
+def test_a_killed_run_is_resumed_bit_for_bit(
+    chosen: Callable[[], dict[str, Any]], kills: int, experiment: Callable[[dict[str, Any]], Experiment]
+) -> None:
+    kill_and_compare(experiment(chosen()), kills)
 
 
 @pytest.mark.slow
@@ -364,10 +399,12 @@ def test_every_round_can_be_resumed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(3))
-def test_runs_killed_ten_times(number: int, experiment: Callable[[dict[str, Any]], Experiment], tmp_path: Path) -> None:
-    chosen = [everything, lambda: accumulation(tmp_path), self_play][number]
-    kill_and_compare(experiment(chosen()), [4, 3, 3][number])
+@pytest.mark.parametrize("number", range(4))
+def test_runs_killed_thirteen_times(
+    number: int, experiment: Callable[[dict[str, Any]], Experiment], tmp_path: Path
+) -> None:
+    chosen = [everything, lambda: accumulation(tmp_path), self_play, evolution][number]
+    kill_and_compare(experiment(chosen()), [4, 3, 3, 3][number])
 
 
 # signals

@@ -78,13 +78,14 @@ def load_adapter(backbone: Backbone, player: str, source: str) -> None:
     try:
         config = PeftConfig.from_pretrained(source)
         theirs = load_peft_weights(source, device="cpu")
+        told = _told_base(source)
     except (OSError, ValueError) as error:
         raise LoraGANError(
             f"{source!r} holds no adapter; give a folder such as checkpoints/step-100/{player}, with "
             "adapter_config.json and adapter_model.safetensors in it"
         ) from error
     here = backbone.lm.peft_config[player]
-    _check_base(backbone, source, config.base_model_name_or_path, here.base_model_name_or_path)
+    _check_base(backbone, source, told, config.base_model_name_or_path, here.base_model_name_or_path)
     for field, setting in SHAPE.items():
         found, wanted = getattr(config, field, None), getattr(here, field)
         if found != wanted:
@@ -154,12 +155,17 @@ def _check_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tol
         raise LoraGANError(f"{told} ({name}: {shapes[0]} there, {shapes[1]} here)")
 
 
-def _check_base(backbone: Backbone, source: str, there: str | None, here: str | None) -> None:
-    """By the weights, where the folder tells what they were in this number format; else by the name alone."""
-    path, known = Path(source) / BASE, backbone.fingerprint
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if told.get("format") == known["format"]:
-        if told["weights"] != known["weights"]:
+def _told_base(source: str) -> dict[str, str]:
+    """What the folder tells about the base; nothing where another program wrote it, or where it is on the hub."""
+    path = Path(source) / BASE
+    told: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return told
+
+
+def _check_base(backbone: Backbone, source: str, told: Mapping[str, str], there: str | None, here: str | None) -> None:
+    """By the weights, where it is told what they were in this number format; else by the name alone."""
+    if told.get("format") == backbone.fingerprint["format"]:
+        if told != backbone.fingerprint:
             raise LoraGANError(
                 f"the adapter {source!r} was trained on the base {there!r}, and this one is {here!r}, whose weights "
                 "are others: set base to it"

@@ -13,6 +13,7 @@ from lora_gan.evolution.operators import (
     SingularValueMutation,
     SwapModules,
 )
+from lora_gan.evolution.ray_workers import RayWorkers
 from lora_gan.evolution.selection import FitnessProportional, Selection, Tournament, Truncation
 from lora_gan.evolution.start import AsItIs, SavedAdapters, Start, SupervisedStart
 
@@ -28,6 +29,7 @@ __all__ = [
     "MixUpdates",
     "Mutation",
     "RankOneMutation",
+    "RayWorkers",
     "SavedAdapters",
     "Selection",
     "SingularValueMutation",

@@ -1,4 +1,7 @@
-"""Real processes of a Ray cluster on this machine; needs ``pip install ray``."""
+"""Real processes of a Ray cluster on this machine; needs ``pip install ray``.
+
+Each worker imports torch and Lightning anew, which takes most of the time.
+"""
 
 from __future__ import annotations
 
@@ -68,32 +71,16 @@ def here(bases: dict[str, str], make_batch: Callable[..., PromptBatch]) -> tuple
     return played(bases["gpt2"], batch), batch
 
 
-def test_two_processes_do_what_one_does(bases: dict[str, str], here: tuple[Run, PromptBatch]) -> None:
-    alone, batch = here
-    signals = Signals()
-    same_runs(alone, played(bases["gpt2"], batch, signals, workers=RayWorkers(2)))
-    assert len(signals.told) == 1, "Ctrl-C and SIGTERM reach those whom they reach without Ray"
-    assert not ray.is_initialized(), "the cluster of the run is gone"
-
-
-def test_workers_that_die_are_replaced(
+def test_two_processes_do_what_one_does(
     bases: dict[str, str], here: tuple[Run, PromptBatch], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One in the middle of an evaluation, one in the middle of a refinement."""
+    """Though one dies in the middle of a refinement."""
     alone, batch = here
-    reward = FunctionReward(fatal(tmp_path, EVALUATED, REFINED), name="graded")
-    same_runs(alone, played(bases["gpt2"], batch, workers=RayWorkers(2), rewards=[reward]))
-    assert {path.name for path in tmp_path.iterdir()} == {EVALUATED, REFINED}
-    assert caplog.text.count("a worker has died and is replaced (1 of 3)") == 2
-
-
-def test_an_errand_that_kills_everybody_ends_the_run(
-    bases: dict[str, str], here: tuple[Run, PromptBatch], tmp_path: Path
-) -> None:
-    reward = FunctionReward(fatal(tmp_path, EVALUATED, once=False), name="graded")
-    with pytest.raises(LoraGANError, match="2 workers have died one after the other of the same errand"):
-        played(bases["gpt2"], here[1], workers=RayWorkers(1, retries=1), rewards=[reward])
-    assert not ray.is_initialized()
+    reward, signals = FunctionReward(fatal(tmp_path, REFINED), name="graded"), Signals()
+    same_runs(alone, played(bases["gpt2"], batch, signals, workers=RayWorkers(2), rewards=[reward]))
+    assert caplog.text.count("a worker has died and is replaced (1 of 3)") == 1
+    assert len(signals.told) == 1, "Ctrl-C and SIGTERM reach those whom they reach without Ray"
+    assert not ray.is_initialized(), "the cluster of the run is gone"
 
 
 def test_a_mistake_is_told_as_it_is(bases: dict[str, str], here: tuple[Run, PromptBatch]) -> None:
@@ -101,13 +88,52 @@ def test_a_mistake_is_told_as_it_is(bases: dict[str, str], here: tuple[Run, Prom
         return [0.0, 1.0]
 
     reward = FunctionReward(two, batched=True)
-    with pytest.raises(LoraGANError, match=r"^reward 'two' is batched: it must return 6 numbers"):
+    with pytest.raises(LoraGANError, match=r"^reward 'two' is batched: it must return 3 numbers"):
         played(bases["gpt2"], here[1], workers=RayWorkers(1), rewards=[reward])
+    assert not ray.is_initialized()
 
 
-def test_too_few_processors_are_told_of(bases: dict[str, str], here: tuple[Run, PromptBatch]) -> None:
-    with pytest.raises(LoraGANError, match=r"0 GPUs, room for 0 workers of 1 CPU and 100 GPUs: set workers to that"):
-        played(bases["gpt2"], here[1], workers=RayWorkers(1, gpus_per_worker=100))
+def test_a_cluster_without_room_is_told_of(bases: dict[str, str], here: tuple[Run, PromptBatch]) -> None:
+    """Here one that the program has started, and keeps."""
+    ray.init("local", num_cpus=1, include_dashboard=False)
+    try:
+        with pytest.raises(LoraGANError, match=r"has 1 CPUs and 0 GPUs, room for 1 workers of 1 CPU and 0 GPUs: set "):
+            played(bases["gpt2"], here[1], workers=RayWorkers(2))
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize("address", ["auto", "nonsense"])
+def test_where_no_cluster_is(
+    address: str, bases: dict[str, str], here: tuple[Run, PromptBatch], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a running cluster leaves its address
+    with pytest.raises(LoraGANError, match=f"no Ray cluster answers at '{address}': start one by `ray start --head`"):
+        played(bases["gpt2"], here[1], workers=RayWorkers(1, address=address))
+
+
+@pytest.mark.slow
+def test_several_deaths(
+    bases: dict[str, str], here: tuple[Run, PromptBatch], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One in an evaluation, too."""
+    alone, batch = here
+    reward = FunctionReward(fatal(tmp_path, EVALUATED, REFINED), name="graded")
+    same_runs(alone, played(bases["gpt2"], batch, workers=RayWorkers(2), rewards=[reward]))
+    assert {path.name for path in tmp_path.iterdir()} == {EVALUATED, REFINED}
+    assert caplog.text.count("a worker has died and is replaced (1 of 3)") == 2
+
+
+@pytest.mark.slow
+def test_an_errand_that_kills_everybody_ends_the_run(
+    bases: dict[str, str], here: tuple[Run, PromptBatch], tmp_path: Path
+) -> None:
+    reward = FunctionReward(fatal(tmp_path, EVALUATED, once=False), name="graded")
+    with pytest.raises(LoraGANError, match="2 workers have died one after the other of the same errand"):
+        played(bases["gpt2"], here[1], workers=RayWorkers(1, retries=1), rewards=[reward])
+    assert not ray.is_initialized()
 
 
 @pytest.fixture
@@ -131,6 +157,7 @@ class LostMachine(L.Callback):
             self.cluster.remove_node(self.cluster.list_all_nodes()[-1])
 
 
+@pytest.mark.slow
 def test_a_machine_is_lost(
     bases: dict[str, str], here: tuple[Run, PromptBatch], cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -141,6 +168,7 @@ def test_a_machine_is_lost(
     assert "a worker has died and is replaced" in caplog.text
 
 
+@pytest.mark.slow
 def test_from_the_command_line(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     config = pressed("evolve", bases["gpt2"], rows, tmp_path)
     settings = config["model"]["init_args"]

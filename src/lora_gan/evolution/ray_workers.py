@@ -70,6 +70,7 @@ class RayWorkers(Workers):
         self._check_room(ray.cluster_resources())
         if module.device.type == "cuda" and not self.gpus_per_worker:
             log.warning("the workers compute on the CPU: set gpus_per_worker, to 0.5 say, if they shall use GPUs, too")
+        log.info("%d workers are starting", self.workers)
         recipe = Recipe.like(module, "cuda" if self.gpus_per_worker else "cpu")
         return _Crew(packed(recipe, ray.cloudpickle), self.workers, self.gpus_per_worker, self.retries)
 
@@ -85,7 +86,7 @@ class RayWorkers(Workers):
             else:
                 try:
                     ray.init(self.address, **quiet)
-                except ConnectionError as error:
+                except (ConnectionError, ValueError) as error:
                     raise LoraGANError(
                         f"no Ray cluster answers at {self.address!r}: start one by `ray start --head`, or leave "
                         f"address out ({error})"

@@ -58,8 +58,10 @@ def everything(base: str, **changed: Any) -> EvolutionModule:
 
 
 def same_runs(one: Run, other: Run) -> None:
-    """Bit for bit: reports, learning rates, the module's weights after each generation, and the population."""
+    """Bit for bit: what was logged, reports, learning rates and weights after each generation, and the population."""
     (mine, told), (theirs, heard) = one, other
+    logged, wanted = mine.trainer.callback_metrics, theirs.trainer.callback_metrics
+    assert logged == wanted and logged["reward/total"] == told.reports[-1]["reward/total"]
     assert told.reports == heard.reports and "loss/discriminator" in told.reports[-1]
     assert told.rates == heard.rates and told.rates[0] != told.rates[-1]
     for weights, wanted in zip(told.weights, heard.weights, strict=True):

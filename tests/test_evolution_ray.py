@@ -104,7 +104,7 @@ def test_a_cluster_without_room_is_told_of(bases: dict[str, str], here: tuple[Ru
         ray.shutdown()
 
 
-@pytest.mark.parametrize("address", ["auto", "nonsense"])
+@pytest.mark.parametrize("address", ["auto", "nonsense", "127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_where_no_cluster_is(
     address: str, bases: dict[str, str], here: tuple[Run, PromptBatch], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from generations import everything, same_runs
 from rounds import fit
 from torch import Tensor
+from torch.optim import SGD
 
 from lora_gan.adapters import save_adapter
 from lora_gan.backbone import GENERATOR, Backbone
 from lora_gan.callbacks import MovingAverageBaseline
-from lora_gan.errors import LoraGANError
+from lora_gan.errors import LoraGANError, NonFiniteError
 from lora_gan.evolution import RayWorkers
 from lora_gan.evolution.members import Errand, MemberModule
 from lora_gan.evolution.workers import Done, Here, Workers
@@ -83,6 +84,31 @@ def test_what_is_packed_is_the_same_elsewhere() -> None:
     assert again["learning"] == told["learning"] and again["k"] == told["k"]
     again = unpacked(packed(told), "meta")
     assert isinstance(again["weights"], Tensor) and again["weights"].device.type == "meta"
+
+
+class Ask:
+    """An errand that tells how many rounds the worker thinks the run has played."""
+
+    def __call__(self, module: MemberModule) -> int:
+        return module.trainer.global_step
+
+
+def test_messages_name_the_round_of_the_run(bases: dict[str, str], batch: PromptBatch) -> None:
+    elsewhere = Elsewhere()
+    fit(everything(bases["gpt2"], workers=elsewhere), [batch], 1, MovingAverageBaseline())
+    assert elsewhere.workshop is not None
+    assert [unpacked(elsewhere.workshop.do(packed(Ask()), rounds), "cpu") for rounds in (7, 3)] == [7, 3]
+
+
+def wild(parameters: Iterable[Tensor]) -> SGD:
+    return SGD(parameters, lr=1e30)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(bases: dict[str, str], batch: PromptBatch) -> None:
+    supervised = {"policy_weight": 0.0, "adversarial_weight": 0.0, "discriminator_updates": 0}
+    module = everything(bases["gpt2"], generator_optimizer=wild, workers=Elsewhere(), **supervised)
+    with pytest.raises(NonFiniteError, match=r"in round 0; the step was not taken.* see the run's folder"):
+        fit(module, [batch], 1, MovingAverageBaseline())
 
 
 def test_workers_are_closed_after_an_error(bases: dict[str, str], batch: PromptBatch) -> None:

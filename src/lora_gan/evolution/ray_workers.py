@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections import Counter, deque
@@ -19,13 +20,16 @@ from lora_gan.evolution.workshop import Recipe, Workshop, packed, unpacked
 
 log = logging.getLogger("lora_gan")
 
+QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
+
 
 class RayWorkers(Workers):
     """Processes of a Ray cluster; their results are those of this process, bit for bit on equal machines.
 
     Each builds the module once, from its settings: lora-gan, the base and what the rewards read must be on every
     machine. Members, the discriminator and all else that is learned travel with the errands. An errand goes to whoever
-    is free; where a worker dies, another does its errand and a new one takes its place.
+    is free; where a worker dies, another does its errand and a new one takes its place. With 16-mixed precision each
+    process has a loss scale of its own, so the last bits may differ.
 
     Args:
         workers: Processes, each with a CPU of the cluster.
@@ -75,22 +79,11 @@ class RayWorkers(Workers):
         return _Crew(packed(recipe, ray.cloudpickle), self.workers, self.gpus_per_worker, self.retries)
 
     def _connect(self) -> None:
-        """To the cluster, or to one of our own: without dashboard and reports, and with this process's import path."""
-        ray = _ray()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         with _same_signals():
             if self.address is None:
-                path = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
-                ray.init("local", num_cpus=self.workers, include_dashboard=False, runtime_env=path, **quiet)
+                _start(self.workers)
             else:
-                try:
-                    ray.init(self.address, **quiet)
-                except (ConnectionError, ValueError) as error:
-                    raise LoraGANError(
-                        f"no Ray cluster answers at {self.address!r}: start one by `ray start --head`, or leave "
-                        f"address out ({error})"
-                    ) from error
+                _join(self.address)
         self._connected = True
 
     def _check_room(self, there: dict[str, float]) -> None:
@@ -120,9 +113,7 @@ class _Crew:
         self._workshop = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Workshop)
         self._retries = retries
         self._free: list[Any] = []
-        self._busy: dict[
-            Any, tuple[Any, int | None]
-        ] = {}  # by what is awaited: a worker and its errand, None: it opens
+        self._busy: dict[Any, tuple[Any, int | None]] = {}  # by what is awaited: worker and errand; None: it opens
         for _ in range(size):
             self._employ()
 
@@ -178,6 +169,26 @@ def _ray() -> Any:
     except ImportError as error:
         raise LoraGANError("RayWorkers needs Ray: pip install 'lora-gan[ray]', or pip install ray") from error
     return ray
+
+
+def _start(cpus: int) -> None:
+    """A cluster on this machine: without dashboard and reports, and with this process's import path."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    path = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
+    _ray().init("local", num_cpus=cpus, include_dashboard=False, runtime_env=path, **QUIET)
+
+
+def _join(address: str) -> None:
+    """A running cluster; Ray would knock at a wrong address for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if colon:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        _ray().init(address, **QUIET)
+    except (OSError, ValueError) as error:
+        raise LoraGANError(
+            f"no Ray cluster answers at {address!r}: start one by `ray start --head`, or leave address out ({error})"
+        ) from error
 
 
 def _deaths() -> tuple[type[Exception], ...]:

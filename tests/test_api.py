@@ -93,7 +93,7 @@ def test_steps_are_rounds_of_a_fit(settings: dict[str, Any], callbacks: list[Any
     reports, batches = [], []
     for texts in ((PROMPTS, TARGETS), (["Say a"], ["a"]), (PROMPTS[1:], TARGETS[1:]), (PROMPTS, TARGETS)):
         stepped.step(*texts)
-        reports.append({name: float(value) for name, value in stepped._one.report.items()})
+        reports.append({name: float(value) for name, value in stepped._steps.report.items()})
         batches.append(stepped._batch(*texts))
 
     fitted, recorder = gan(callbacks=[make() for make in callbacks], **settings).module, Recorder()
@@ -221,7 +221,7 @@ def test_without_a_label_similarity_decides(twin: Callable[..., GPT2Twin]) -> No
 def test_the_twins_loss_is_the_coupled_one(twin: Callable[..., GPT2Twin]) -> None:
     one = twin(coupling=0.5)
     out = one.step(PROMPTS, TARGETS, 1)
-    report = one._one.report
+    report = one._steps.report
     assert out["loss_gen"] == pytest.approx(float(report["loss/supervised"] + 0.5 * report["loss/coupled"]), abs=1e-6)
 
 

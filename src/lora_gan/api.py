@@ -5,19 +5,14 @@ They are the trainer: n steps do what n rounds of a fit on the same batches do.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from lora_gan.adapters import PLAYERS, load_player, write_players
 from lora_gan.advantages import PredictedReward
@@ -30,6 +25,7 @@ from lora_gan.module import LoraGANModule
 from lora_gan.objectives import ClosenessYesNo
 from lora_gan.rewards import FunctionReward, SemanticReward
 from lora_gan.sampling import sample
+from lora_gan.steps import Steps
 from lora_gan.types import Example, Judgement, PromptBatch, RewardContext, Rollout, Scores
 
 Texts = str | Sequence[str]
@@ -65,22 +61,9 @@ class _Stepper:
         self.checkpoints = Path(checkpoints)
         self.module = LoraGANModule(base, **{"answers_per_prompt": 1, "advantage": PredictedReward(), **settings})
         self.module.seed = torch.initial_seed()
-        self._one = _OneRound()
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        with _quiet():
-            self.trainer = L.Trainer(
-                accelerator=chosen.type,
-                devices=[chosen.index or 0] if chosen.type == "cuda" else 1,
-                strategy=_Staying(chosen),
-                precision=precision,
-                callbacks=[*callbacks, self._one],
-                max_epochs=-1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-        self._fit()
+        self._steps = Steps(self.module, chosen, precision, callbacks)
+        self.trainer = self._steps.trainer
 
     def generate(self, prompt: Texts) -> Any:
         """The generator's most likely answer to each prompt."""
@@ -127,8 +110,7 @@ class _Stepper:
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        rounds = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
-        rounds.ready = rounds.completed = state["rounds"]
+        self._steps.rounds = state["rounds"]
         self.module.knobs.load_state_dict(state["knobs"])
         self.module.discriminator.replay.load_state_dict(state["replay"])
         for callback in self._callbacks:
@@ -150,16 +132,10 @@ class _Stepper:
     ) -> _Played:
         """One round of the trainer on one batch."""
         self.module.frozen = frozenset(frozen)
-        self._fit(self._batch(prompts, targets, **meta))
+        report = self._steps.play(self._batch(prompts, targets, **meta))
         module = self.module
         assert module.scores is not None and module.judgement is not None
-        return _Played(prompts, module.rollout, module.scores, module.judgement, self._one.report)
-
-    def _fit(self, *batches: PromptBatch) -> None:
-        """Without batches it only makes the optimizers."""
-        batches_only = cast(Dataset[PromptBatch], batches)
-        with _quiet():
-            self.trainer.fit(self.module, DataLoader(batches_only, batch_size=None, generator=torch.Generator()))
+        return _Played(prompts, module.rollout, module.scores, module.judgement, report)
 
     def _batch(self, prompts: Sequence[str], targets: Sequence[str], **meta: Sequence[str]) -> PromptBatch:
         """An answer stands behind its prompt after a space, where the prompt does not end with one."""
@@ -341,44 +317,5 @@ class _Told(SemanticReward):
         return super().__call__([answer.strip() for answer in answers], batch, context)
 
 
-class _OneRound(L.Callback):
-    """Ends a fit after one round; keeps its report and, for the next round, the gradients that it accumulated."""
-
-    report: Mapping[str, Tensor]
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.report = outputs
-        assert isinstance(pl_module, LoraGANModule)
-        pl_module.accumulated = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
-        trainer.should_stop = True
-
-
-class _Staying(SingleDeviceStrategy):
-    """Between two fits, the module stays on its device and the optimizers stay the same."""
-
-    def setup_optimizers(self, trainer: L.Trainer) -> None:
-        if not self.optimizers:
-            super().setup_optimizers(trainer)
-
-    def teardown(self) -> None:
-        pass
-
-
 def _listed(texts: Texts) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the trainer's own remarks, which it would make at every step."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        log.setLevel(level)

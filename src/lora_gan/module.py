@@ -531,10 +531,14 @@ class LoraGANModule(Checkpointed):
         if self.payoff.needs_opponent and self.judging:
             metrics["reward/win"] = self.payoff(judgement).mean()
         metrics = mean_of_all(metrics)
+        self.log_round(metrics)
+        return metrics
+
+    def log_round(self, metrics: Mapping[str, Tensor]) -> None:
+        """Log what a round reported, the totals in the progress bar, too."""
         shown = {name for name in metrics if name in ("reward/total", "loss/generator", "loss/discriminator")}
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
-        return metrics
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -588,11 +592,15 @@ class LoraGANModule(Checkpointed):
             raise NonFiniteError(self._stopped(f"the gradient's norm is {norm.item()}"))
 
     def _stopped(self, what: str) -> str:
-        saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         return (
             f"{what} in round {self.trainer.global_step}; the step was not taken. "
-            f"Lower the learning rate or check the rewards; last good checkpoint: {saved}"
+            f"Lower the learning rate or check the rewards; last good checkpoint: {self._last_good}"
         )
+
+    @property
+    def _last_good(self) -> str:
+        """Where the best checkpoint lies."""
+        return getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
 
     @contextmanager
     def _counted_round(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from lora_gan.evolution.operators import (
     SingularValueMutation,
     SwapModules,
 )
+from lora_gan.evolution.ray_workers import RayWorkers
 from lora_gan.evolution.selection import FitnessProportional, Selection, Tournament, Truncation
 from lora_gan.evolution.start import AsItIs, SavedAdapters, Start, SupervisedStart
 
@@ -30,6 +31,7 @@ __all__ = [
     "MixUpdates",
     "Mutation",
     "RankOneMutation",
+    "RayWorkers",
     "SavedAdapters",
     "Selection",
     "SingularValueMutation",

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT
 from lora_gan.checkpoints import seed_by
 from lora_gan.evolution.batched import sample_population
+from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.population import REFINED, Member, read_weights, write_weights
 from lora_gan.module import LoraGANModule
 from lora_gan.sampling import Sampling
@@ -62,16 +63,15 @@ class Errand(Protocol[Done]):
 class TryOut:
     """Some members answer the same prompts with the same random numbers, in one decode."""
 
-    members: Sequence[Member]
+    members: Sequence[Weights]
     batch: PromptBatch
     answers: int  # of each member to each prompt
     how: Sampling
     uniform: Tensor  # (B·answers, T, tries) the random numbers
 
     def __call__(self, module: MemberModule) -> list[Tried]:
-        weights = [member.weights for member in self.members]
         prompts = self.batch.prompt_ids
-        rollouts = sample_population(module.backbone, weights, prompts, self.answers, self.how, self.uniform)
+        rollouts = sample_population(module.backbone, self.members, prompts, self.answers, self.how, self.uniform)
         return [Tried(rollout, module.fitness(rollout, self.batch)) for rollout in rollouts]
 
 
@@ -109,6 +109,7 @@ class MemberModule(LoraGANModule):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self.settings = settings  # by which another process can build the same
         self._inside = False
 
     def fitness(self, rollout: Rollout, batch: PromptBatch) -> float:
@@ -120,11 +121,11 @@ class MemberModule(LoraGANModule):
         """One round of :class:`LoraGANModule`."""
         return LoraGANModule.training_step(self, batch, batch_idx)
 
-    # rounds inside a generation: seeded and counted once
+    # rounds inside a generation: seeded, counted and logged once
 
     @contextmanager
     def inside_a_generation(self) -> Iterator[None]:
-        """The rounds played here neither seed nor count: that is done for all of them together."""
+        """The rounds played here neither seed nor count nor log: that is done for all of them together."""
         outside, self._inside = self._inside, True
         try:
             yield
@@ -134,6 +135,10 @@ class MemberModule(LoraGANModule):
     def seed_round(self) -> None:
         if not self._inside:
             super().seed_round()
+
+    def log_round(self, metrics: Mapping[str, Tensor]) -> None:
+        if not self._inside:
+            super().log_round(metrics)
 
     @contextmanager
     def _counted_round(self) -> Iterator[None]:

@@ -7,10 +7,12 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lora_gan.backbone import GENERATOR
 from lora_gan.data.splits import digest
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.breeding import Breeding
@@ -26,7 +28,7 @@ from lora_gan.evolution.population import (
 )
 from lora_gan.evolution.selection import Selection, Tournament, ranking
 from lora_gan.evolution.start import AsItIs, Start
-from lora_gan.evolution.workers import Here, Workers
+from lora_gan.evolution.workers import EndOfWork, Here, Workers
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import Answered, PromptBatch, Rollout
 
@@ -150,6 +152,8 @@ class EvolutionModule(MemberModule):
             write_weights(self.backbone, best.weights)
             self.population = [*elites, *(replace(m, number=next(self._numbers)) for m in (*grown, *children))]
             self.generation += 1
+            if refined:
+                self.log_round(refined[0].report)
             self.log("fitness/best", metrics["fitness/best"], prog_bar=True, batch_size=1)
             self.log_dict({k: v for k, v in metrics.items() if k != "fitness/best"}, batch_size=1)
             return {**(refined[0].report if refined else {}), **metrics}
@@ -160,7 +164,8 @@ class EvolutionModule(MemberModule):
         k, how = self.evaluation_answers, self.evaluation
         uniform = draw_uniform(len(batch) * k, how, self.device, self._rng("evaluate", self.generation))
         at_once = self.members_at_once or self.size
-        parts = [self.population[i : i + at_once] for i in range(0, self.size, at_once)]
+        weights = [member.weights for member in self.population]
+        parts = [weights[i : i + at_once] for i in range(0, self.size, at_once)]
         done = self.workers.run(self, [TryOut(part, batch, k, how, uniform) for part in parts])
         tried = [one for part in done for one in part]
         if self.generation == 0:
@@ -176,6 +181,8 @@ class EvolutionModule(MemberModule):
 
     def refine(self, members: Sequence[Member], batch: PromptBatch, batch_idx: int) -> list[Refined]:
         """The members after some rounds of policy gradient, each beside the same company; that of the first goes on."""
+        if self.knobs.policy_weight:
+            self._check_baseline()
         parts = torch.arange(len(batch)).tensor_split(min(self.refinement_rounds, len(batch)))
         rounds = [batch.of(part.tolist()) for part in parts]
         company = self.company()
@@ -187,6 +194,7 @@ class EvolutionModule(MemberModule):
         if refined:
             first = refined[0]
             self.keep_company(first.company)
+            self.take_up(GENERATOR, first.member.learning)
             self.rollout, self.scores, self.judgement = first.rollout, first.scores, first.judgement
         return refined
 
@@ -228,6 +236,10 @@ class EvolutionModule(MemberModule):
         return super().validation_step(batch, batch_idx)
 
     # beginning and resuming
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """When the run ends, its workers do."""
+        return [EndOfWork(self.workers)] if self.trainer.state.fn == TrainerFn.FITTING else []
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

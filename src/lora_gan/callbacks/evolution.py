@@ -144,6 +144,8 @@ def picture(history: list[Generation], module: EvolutionModule) -> Figure:
     spread.plot([g.number for g in history], [g.diversity for g in history], color="black", marker=".")
     spread.set(xlabel="generation", ylabel="mean distance of two members (rms of ΔW)", ylim=(0, None))
     _draw_places(places, module)
+    for axes in (fitness, spread):
+        axes.locator_params(axis="x", integer=True)
     return figure
 
 
@@ -173,6 +175,8 @@ def _draw_places(axes: Axes, module: EvolutionModule) -> None:
     dots = axes.scatter(x.tolist(), y.tolist(), c=fitness.tolist())
     axes.figure.colorbar(dots, label="fitness")
     axes.set(xlabel="the members' ΔW in a plane")
+    axes.ticklabel_format(scilimits=(0, 0))
+    axes.locator_params(nbins=4)
     axes.set_aspect("equal", adjustable="datalim")
 
 

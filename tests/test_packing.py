@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.activations import NewGELUActivation
 
 from lora_gan.backbone import Backbone
 from lora_gan.packing import packed
@@ -21,6 +22,16 @@ def test_the_same_logits_on_all_architectures(architecture: str, make_backbone: 
             inside = backbone.causal_lm(input_ids=IDS).logits
         torch.testing.assert_close(inside, plain, atol=2e-5, rtol=1e-5)
         assert torch.equal(backbone.causal_lm(input_ids=IDS).logits, plain)
+
+
+def test_the_activation_in_one_pass() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), NewGELUActivation()).requires_grad_(False)
+    x = torch.randn(50, 4) * 5
+    plain = model(x)
+    with packed(model):
+        torch.testing.assert_close(model(x), plain, atol=1e-6, rtol=1e-6)
+        assert "forward" in vars(model[1])
+    assert "forward" not in vars(model[1])
 
 
 def test_what_is_trained_is_not_packed_and_forward_is_restored() -> None:

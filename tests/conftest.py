@@ -121,22 +121,26 @@ def make_batch(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PromptBatch]
     return make
 
 
+def tiny(base: str) -> dict[str, Any]:
+    """Settings of a module on a small base that needs no encoder."""
+    return {
+        "base": base,
+        "answers_per_prompt": 2,
+        "sampling": Sampling(max_new_tokens=5),
+        "rewards": [FunctionReward(share_of_a)],
+        "advantage": LeaveOneOut(),
+        "generator_lora": LoraSettings(4, 8),
+        "discriminator_lora": LoraSettings(4, 8),
+    }
+
+
 @pytest.fixture
 def build(bases: dict[str, str]) -> Build:
     """A module on the tiny GPT-2 that needs no encoder."""
 
     def build(architecture: str = "gpt2", **settings: Any) -> LoraGANModule:
         torch.manual_seed(4)
-        defaults: dict[str, Any] = {
-            "base": bases[architecture],
-            "answers_per_prompt": 2,
-            "sampling": Sampling(max_new_tokens=5),
-            "rewards": [FunctionReward(share_of_a)],
-            "advantage": LeaveOneOut(),
-            "generator_lora": LoraSettings(4, 8),
-            "discriminator_lora": LoraSettings(4, 8),
-        }
-        return LoraGANModule(**{**defaults, **settings})
+        return LoraGANModule(**{**tiny(bases[architecture]), **settings})
 
     return build
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 from lora_gan.advantages import MovingAverage
 from lora_gan.backbone import LoraSettings
 from lora_gan.evolution import EvolutionModule, GaussianMutation
+from lora_gan.evolution.lowrank import Weights, inner, total
 from lora_gan.replay import Replay
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
@@ -20,8 +22,19 @@ from lora_gan.sampling import Sampling
 Run = tuple[EvolutionModule, Recorder]
 
 
+def rms(weights: Weights) -> float:
+    """Root mean square of all numbers of all ΔW."""
+    size = sum(x.size for x in weights.values())
+    return math.sqrt(sum(max(inner(x, x), 0.0) for x in weights.values()) / size)
+
+
+def distance(x: Weights, y: Weights) -> float:
+    """Root mean square of ΔW_x − ΔW_y, of two members alone."""
+    return rms({name: total([x[name], y[name]], [1.0, -1.0]) for name in x})
+
+
 def graded(response: str, target: str) -> float:
-    """A number that hardly any two answers share."""
+    """A number that hardly any two answers share; greedy answers of the tiny model contain no "a"."""
     return sum(ord(c) % 31 for c in response) / 100 + len(target)
 
 

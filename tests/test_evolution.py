@@ -10,11 +10,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from rounds import fit, share_of_a
+from conftest import tiny
+from generations import distance, graded
+from rounds import fit
 from torch.optim.lr_scheduler import StepLR
 
 from lora_gan.adapters import save_adapter
-from lora_gan.advantages import LeaveOneOut, MovingAverage
+from lora_gan.advantages import MovingAverage
 from lora_gan.backbone import GENERATOR, Backbone, LoraSettings
 from lora_gan.callbacks import MovingAverageBaseline
 from lora_gan.errors import LoraGANError
@@ -26,7 +28,7 @@ from lora_gan.evolution import (
     SavedAdapters,
     SupervisedStart,
 )
-from lora_gan.evolution.lowrank import Weights, distance, distances
+from lora_gan.evolution.lowrank import Weights, distances
 from lora_gan.evolution.members import Errand, MemberModule
 from lora_gan.evolution.population import (
     Member,
@@ -47,23 +49,9 @@ Evolve = Callable[..., EvolutionModule]
 GREEDY = Sampling(max_new_tokens=5, do_sample=False)
 
 
-def graded(response: str, target: str) -> float:
-    """A number that hardly any two answers share; greedy answers of the tiny model contain no "a"."""
-    return sum(ord(c) % 31 for c in response) / 100 + len(target)
-
-
 @pytest.fixture
 def settings(bases: dict[str, str]) -> dict[str, Any]:
-    return {
-        "base": bases["gpt2"],
-        "answers_per_prompt": 2,
-        "sampling": Sampling(max_new_tokens=5),
-        "rewards": [FunctionReward(share_of_a)],
-        "advantage": LeaveOneOut(),
-        "generator_lora": LoraSettings(4, 8),
-        "discriminator_lora": LoraSettings(4, 8),
-        "discriminator_updates": 0,
-    }
+    return {**tiny(bases["gpt2"]), "discriminator_updates": 0}
 
 
 @pytest.fixture

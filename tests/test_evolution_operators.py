@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
+from generations import distance, rms
 
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution.lowrank import Factors, Weights, distance, inner, lost, mix, norm, rms, singular
+from lora_gan.evolution.lowrank import Factors, Weights, inner, lost, mix, norm, singular
 from lora_gan.evolution.operators import (
     Crossover,
     ElementWise,

@@ -576,13 +576,15 @@ class LoraGANModule(Checkpointed):
 
     def _step_schedulers(self) -> None:
         """Once a round for each player that took a step."""
-        scheduled = [player for player, make in self.scheduler_factories.items() if make is not None]
-        found = self.lr_schedulers()
-        schedulers = found if isinstance(found, list) else [found] if found is not None else []
-        for player, scheduler in zip(scheduled, schedulers, strict=True):
-            if player in self.stepped:
-                scheduler.step()
+        for player in self.stepped:
+            if (schedule := self.schedule_of(player)) is not None:
+                schedule.step()
         self.stepped.clear()
+
+    def schedule_of(self, player: str) -> Any:
+        """The schedule of a player's learning rate, if any."""
+        scheduled = [name for name, make in self.scheduler_factories.items() if make is not None]
+        return self.trainer.lr_scheduler_configs[scheduled.index(player)].scheduler if player in scheduled else None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip one player's gradient; Lightning calls this after fp16 gradients are unscaled and before the step."""

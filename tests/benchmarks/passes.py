@@ -15,7 +15,7 @@ from lora_gan.sampling import Sampling, sample
 from lora_gan.tree import grow_scored
 from lora_gan.types import Rollout
 
-from .setting import LORA, Size, make_items
+from .setting import LORA, Size, generated, left_padded, make_items
 from .timing import Comparison, compare
 
 
@@ -29,8 +29,7 @@ class Passes:
         generator = torch.Generator().manual_seed(2)
         shape = (size.prompts * size.k, size.answer_tokens)
         self.answers = torch.randint(0, len(self.backbone.tokenizer) - 1, shape, generator=generator)
-        self.padded = torch.stack([_left(p, max(map(len, self.prompts))) for p in self.prompts])
-        self.real = torch.stack([_left(torch.ones_like(p), self.padded.shape[1]) for p in self.prompts])
+        self.padded, self.real = left_padded(self.prompts)
         for name, parameter in self.backbone.lm.named_parameters():
             if "lora_B" in name:  # zero at initialisation, which would leave half of the gradients zero
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -66,18 +65,7 @@ class Passes:
     def generate(self, top_p: float) -> Tensor:
         """The same by transformers, without log-probabilities."""
         with self.backbone.generator():
-            sequences: Tensor = self.backbone.causal_lm.generate(
-                input_ids=self.padded,
-                attention_mask=self.real,
-                max_new_tokens=self.size.answer_tokens,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=top_p,
-                num_return_sequences=self.size.k,
-                pad_token_id=self.backbone.tokenizer.pad_token_id,
-            )
-        return sequences[:, self.padded.shape[1] :]
+            return generated(self.backbone, self.padded, self.real, self.size.answer_tokens, self.size.k, top_p)
 
     def _sampling(self, top_p: float) -> Sampling:
         return Sampling(max_new_tokens=self.size.answer_tokens, top_p=top_p)
@@ -94,10 +82,6 @@ class Passes:
     def _weights(self) -> Tensor:
         """A different advantage for each answer, so that no two can be confused."""
         return torch.linspace(-1, 1, len(self.answers))[:, None] / self.answers.numel()
-
-
-def _left(row: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(row, (width - len(row), 0))
 
 
 def compare_passes(size: Size, folder: Path, repeats: int, wanted: Sequence[str]) -> Iterator[Comparison]:

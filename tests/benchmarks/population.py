@@ -15,7 +15,7 @@ from lora_gan.evolution.population import read_weights, write_weights
 from lora_gan.sampling import Sampling, draw_uniform
 from lora_gan.types import Rollout
 
-from .setting import LORA, Size, make_items
+from .setting import LORA, Size, generated, left_padded, make_items
 from .timing import Comparison, compare
 
 MEMBERS, PROMPTS = 8, 16
@@ -30,10 +30,7 @@ class Contest:
         items = make_items(size, self.backbone.tokenizer)
         self.prompts = [torch.tensor(items[i % len(items)].prompt_ids) for i in range(prompts)]
         self.members = [self._member() for _ in range(members)]
-        width = max(map(len, self.prompts))
-        self.padded = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in self.prompts])
-        real = [torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in self.prompts]
-        self.real = torch.stack(real)
+        self.padded, self.real = left_padded(self.prompts)
 
     def _member(self) -> Weights:
         for name, parameter in self.backbone.lm.named_parameters():
@@ -53,15 +50,7 @@ class Contest:
         for weights in self.members:
             write_weights(self.backbone, weights)
             with self.backbone.generator():
-                found: Tensor = self.backbone.causal_lm.generate(
-                    input_ids=self.padded,
-                    attention_mask=self.real,
-                    max_new_tokens=self.how.max_new_tokens,
-                    do_sample=True,
-                    top_k=0,
-                    pad_token_id=self.backbone.tokenizer.pad_token_id,
-                )
-            answers.append(found[:, self.padded.shape[1] :])
+                answers.append(generated(self.backbone, self.padded, self.real, self.how.max_new_tokens))
         return answers
 
 

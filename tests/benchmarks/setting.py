@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lora_gan.backbone import LoraSettings
+from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.data.tokenizer import Encoded, encode
 from lora_gan.types import Example
 
@@ -60,6 +63,31 @@ def save_model(size: Size, folder: Path) -> Path:
     end = f"t{eos}"
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end, bos_token=end).save_pretrained(folder)
     return folder
+
+
+def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts as rows (B, P), and which of their tokens are real."""
+    width = max(map(len, prompts))
+    ids, real = ([pad(x, (width - len(x), 0)) for x in rows] for rows in (prompts, map(torch.ones_like, prompts)))
+    return torch.stack(ids), torch.stack(real)
+
+
+def generated(
+    backbone: Backbone, padded: Tensor, real: Tensor, new_tokens: int, k: int = 1, top_p: float = 1.0
+) -> Tensor:
+    """(B·k, T) answers by transformers, in the active mode, without log-probabilities."""
+    sequences: Tensor = backbone.causal_lm.generate(
+        input_ids=padded,
+        attention_mask=real,
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=top_p,
+        num_return_sequences=k,
+        pad_token_id=backbone.tokenizer.pad_token_id,
+    )
+    return sequences[:, padded.shape[1] :]
 
 
 def make_items(size: Size, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:

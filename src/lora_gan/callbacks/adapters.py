@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lora_gan.adapters import PLAYERS, keep_newest, write_players
+from lora_gan.callbacks.last import run_folder
 from lora_gan.errors import LoraGANError
 from lora_gan.module import LoraGANModule
 
@@ -66,7 +67,7 @@ class AdapterCheckpoints(L.Callback):
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> Path:
         assert isinstance(module, LoraGANModule)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / name
+        folder = run_folder(trainer) / "checkpoints" / name
         if trainer.is_global_zero:
             write_players(module, folder, dict(zip(PLAYERS, trainer.optimizers, strict=True)))
         return folder

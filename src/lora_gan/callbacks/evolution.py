@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -15,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lora_gan.adapters import keep_newest, save_adapter, whole_folder
 from lora_gan.backbone import GENERATOR
+from lora_gan.callbacks.last import run_folder
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution import EvolutionModule
 from lora_gan.evolution.population import CROSSED, MUTATED, REFINED, START, embodied, positions
@@ -51,10 +51,10 @@ class FittestMembers(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_generations or not trainer.is_global_zero:
+        if trainer.global_step % self.every_n_generations:
             return
         module = _evolving(pl_module, self)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / f"gen-{trainer.global_step}"
+        folder = run_folder(trainer) / "checkpoints" / f"gen-{trainer.global_step}"
         with whole_folder(folder) as fresh:
             for place, member in enumerate(module.ranked[: self.members], start=1):
                 with embodied(module.backbone, member.weights):
@@ -119,13 +119,12 @@ class FitnessPlot(L.Callback):
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         figure = picture(self.history, _evolving(module, self))
-        if trainer.is_global_zero:
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / "fitness.png", dpi=120)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure("evolution", figure, trainer.global_step, close=False)
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / "fitness.png", dpi=120)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("evolution", figure, trainer.global_step, close=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": [asdict(generation) for generation in self.history]}

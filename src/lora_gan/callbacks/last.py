@@ -102,9 +102,14 @@ class LastCheckpoint(Checkpoint):
         raise Interrupted(128 + number)
 
 
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run leaves its files."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 def last_checkpoint(trainer: L.Trainer) -> Path:
     """Where :class:`LastCheckpoint` writes."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / LAST
+    return run_folder(trainer) / "checkpoints" / LAST
 
 
 def resume_command(trainer: L.Trainer) -> str:

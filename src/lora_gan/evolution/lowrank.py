@@ -94,17 +94,6 @@ def lost(updates: Sequence[Factors], coefficients: Sequence[float]) -> float:
     return math.sqrt(float(squares[updates[0].rank :].sum() / squares.sum().clamp(min=1e-300)))
 
 
-def rms(weights: Weights) -> float:
-    """Root mean square of all numbers of all ΔW."""
-    size = sum(x.size for x in weights.values())
-    return math.sqrt(sum(max(inner(x, x), 0.0) for x in weights.values()) / size)
-
-
-def distance(x: Weights, y: Weights) -> float:
-    """Root mean square of ΔW_x − ΔW_y."""
-    return rms({name: total([x[name], y[name]], [1.0, -1.0]) for name in x})
-
-
 def moved_b(x: Factors, by: Tensor) -> Factors:
     """B + ``by`` (out, r): ΔW moves by exactly scale·by·A."""
     return replace(x, b=x.b + by)

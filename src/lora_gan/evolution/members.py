@@ -152,7 +152,7 @@ class MemberModule(LoraGANModule):
 
     def learning(self, player: str) -> dict[str, Any]:
         """A copy of the states of a player's optimizer and of its schedule."""
-        schedule = self._schedule(player)
+        schedule = self.schedule_of(player)
         state = {} if schedule is None else schedule.state_dict()
         return deepcopy({"optimizer": self._optimizer(player).state_dict(), "schedule": state})
 
@@ -160,14 +160,14 @@ class MemberModule(LoraGANModule):
         """Give a player's optimizer and schedule such states; fresh ones where there are none."""
         state = deepcopy(dict(learning)) or self._fresh(player)
         self._optimizer(player).load_state_dict(state["optimizer"])
-        if (schedule := self._schedule(player)) is not None:
+        if (schedule := self.schedule_of(player)) is not None:
             schedule.load_state_dict(state["schedule"])
 
     def company(self) -> Company:
         """A copy of it."""
         kept = {name for name in self._kept() if f".{GENERATOR}." not in name}
         weights = {name: weight.detach().clone() for name, weight in self.state_dict().items() if name in kept}
-        return Company(weights, self.learning(DISCRIMINATOR), deepcopy(self.discriminator.replay.state_dict()))
+        return Company(weights, self.learning(DISCRIMINATOR), self.discriminator.replay.state_dict())
 
     def keep_company(self, company: Company) -> None:
         """Play beside it from now on."""
@@ -179,11 +179,6 @@ class MemberModule(LoraGANModule):
 
     def _optimizer(self, player: str) -> Optimizer:
         return self.trainer.optimizers[list(self.optimizer_factories).index(player)]
-
-    def _schedule(self, player: str) -> Any:
-        """The schedule of a player's learning rate, if any."""
-        scheduled = [name for name, make in self.scheduler_factories.items() if make is not None]
-        return self.trainer.lr_scheduler_configs[scheduled.index(player)].scheduler if player in scheduled else None
 
     def _fresh(self, player: str) -> dict[str, Any]:
         groups = self._optimizer(player).param_groups

@@ -1,6 +1,7 @@
-"""One frozen causal language model, two LoRA adapters on it, and the discriminator's head.
+"""Backbone: one frozen causal language model, two LoRA adapters on it, and the discriminator's head.
 
-Which adapter is active is a *mode*; this class is its one owner. Forward, backward and step stay inside the mode::
+Which adapter is active is a *mode*, and only :class:`Backbone` switches it. Forward, backward and step stay inside the
+mode::
 
     with backbone.generator():
         loss = -backbone.logprobs(tree)["target"].mean()
@@ -10,7 +11,7 @@ Which adapter is active is a *mode*; this class is its one owner. Forward, backw
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_gan.data.tokenizer import load_tokenizer
 from lora_gan.errors import LoraGANError
+from lora_gan.lightning_compat import patched_forward
 from lora_gan.tensors import entropy, fingerprint, token_logprobs
 from lora_gan.tree import Branches, PromptTree
 
@@ -57,8 +59,24 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class BackboneSettings:
+    """How the frozen base is loaded.
+
+    Args:
+        dtype: Number format of its weights: float32, bfloat16 or float16; adapters and heads stay in float32.
+        quantization: "4bit" or "8bit" quantises its linear layers (bitsandbytes, on a CUDA GPU).
+        gradient_checkpointing: Save memory for time: keep the layers' inputs only, and compute the layers again in the
+            backward pass. The gradients are the same.
+    """
+
+    dtype: str = "float32"
+    quantization: str | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
 class Predicted:
-    """What the model in its active mode says about the tokens of all branches of one kind."""
+    """The model's predictions in its active mode for the tokens of all branches of one kind."""
 
     logprobs: Tensor  # (M, T) log-probability of each token, 0 where masked
     logits: Tensor  # (n, V) what they were computed from, for the n tokens that are not masked, row by row
@@ -90,9 +108,7 @@ class Backbone(nn.Module):
         base: "builtin", a hub id or a local folder of a causal language model.
         generator: LoRA settings of the generator.
         discriminator: LoRA settings of the discriminator.
-        dtype: Number format of the frozen base's weights; adapters and head stay in float32.
-        quantization: "4bit" or "8bit": the frozen base's linear layers are quantised by bitsandbytes.
-        gradient_checkpointing: Compute the layers' inside again in the backward pass instead of keeping it.
+        settings: How the base is loaded.
     """
 
     def __init__(
@@ -100,27 +116,27 @@ class Backbone(nn.Module):
         base: str,
         generator: LoraSettings,
         discriminator: LoraSettings,
-        dtype: str = "float32",
-        quantization: str | None = None,
-        gradient_checkpointing: bool = False,
+        settings: BackboneSettings = BackboneSettings(),
     ) -> None:
         super().__init__()
-        model = load_base(base, dtype, quantization)
+        model = load_base(base, settings.dtype, settings.quantization)
         self.tokenizer = load_tokenizer(base)
         self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
         self.hidden_size: int = model.config.hidden_size
-        self.base_format = quantization or dtype
+        self.settings = settings
         self.generator_lora = generator
         self.lm: PeftModel = get_peft_model(model, peft_config(model, generator), adapter_name=GENERATOR)
         self.lm.add_adapter(DISCRIMINATOR, peft_config(model, discriminator))
-        self.judge_head = nn.Linear(self.hidden_size, 2)  # score and auxiliary prediction
+        self.score_head = nn.Linear(self.hidden_size, 2)  # score and auxiliary prediction
         self._layers = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
         self._lora = self._lora_parameters()
         self._recomputed = [m for m in self.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not gradient_checkpointing:
+        if not settings.gradient_checkpointing:
             self._recomputed = []
         elif not self._recomputed:
-            raise LoraGANError(f"{base!r} has no layers that can be computed again; set gradient_checkpointing: false")
+            raise LoraGANError(
+                f"{base!r} has no layers that can be computed again; set backbone.gradient_checkpointing: false"
+            )
         self._activate(None)
         self.train(False)
 
@@ -131,41 +147,44 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.judge_head.weight.device
+        return self.score_head.weight.device
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """By what the base is known again, also where it has moved: its weights in a number format."""
+        """What identifies the base, also after its folder moves: a digest of its weights and their number format."""
         base = {name.replace(".base_layer", ""): p for name, p in self.lm.named_parameters() if "lora_" not in name}
-        return {"format": self.base_format, "weights": fingerprint(base)}
+        return {"format": self.settings.quantization or self.settings.dtype, "weights": fingerprint(base)}
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in evaluation mode: dropout would make log-probabilities irreproducible and ratios differ from 1."""
+        """Stay in evaluation mode: dropout would make log-probabilities irreproducible and ratios differ from 1."""
         return super().train(False)
 
     # modes
 
     @contextmanager
     def generator(self) -> Iterator[None]:
-        """Answers come from the generator's adapter."""
+        """Activate the generator's adapter: for sampling completions and their log-probabilities."""
         with self._mode(GENERATOR):
             yield
 
     @contextmanager
     def discriminator(self) -> Iterator[None]:
-        """The discriminator's adapter judges."""
+        """Activate the discriminator's adapter: for scores and the auxiliary prediction."""
         with self._mode(DISCRIMINATOR):
             yield
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The base alone, adapters off, no gradient."""
+        """Turn all adapters off: for the base's log-probabilities, the reference of the KL term; no gradient."""
         with self._mode(None), torch.no_grad():
             yield
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """The generator as it was when :meth:`take_snapshot` was called last, no gradient; before that, the base."""
+        """Activate the generator's snapshot, as :meth:`take_snapshot` left it, or the base before the first one.
+
+        No gradient.
+        """
         with self._mode(SNAPSHOT if self.has_snapshot else None), torch.no_grad():
             yield
 
@@ -182,7 +201,7 @@ class Backbone(nn.Module):
             self._activate(previous)
 
     def _activate(self, adapter: str | None) -> None:
-        """PEFT turns gradients of inactive adapters off as it switches; here they stay on for both."""
+        """Switch adapters. PEFT turns the gradients of inactive ones off as it switches; here both keep them."""
         for layer in self._layers:
             if adapter is None:
                 layer.enable_adapters(False)
@@ -208,7 +227,7 @@ class Backbone(nn.Module):
         self.copy_adapter(GENERATOR, self.add_snapshot())
 
     def add_snapshot(self) -> str:
-        """Make room for a snapshot, as for loading one; returns the adapter's name."""
+        """Add the snapshot's adapter if there is none yet, as for loading one; returns its name."""
         if not self.has_snapshot:
             active = self._active
             self.lm.add_adapter(SNAPSHOT, peft_config(self.causal_lm, self.generator_lora))
@@ -245,7 +264,7 @@ class Backbone(nn.Module):
         return {kind: predicted.logprobs for kind, predicted in self.predict(tree, temperature).items()}
 
     def predict(self, tree: PromptTree, temperature: Mapping[str, float] | None = None) -> dict[str, Predicted]:
-        """:meth:`logprobs` with what else a loss may need, from the same pass."""
+        """:meth:`logprobs` together with logits and hidden states, from the same pass."""
         kinds = list(tree.branches.values())
         rows = torch.cat([b.row[:, None].expand_as(b.mask)[b.mask] for b in kinds])
         done = self._forward(tree, rows, torch.cat([b.parents[b.mask] for b in kinds]))
@@ -259,7 +278,7 @@ class Backbone(nn.Module):
             result[kind] = Predicted(logprobs, logits, done.hidden, branches)
         return result
 
-    def judge(self, tree: PromptTree, embedded: Tensor | None = None) -> dict[str, Tensor]:
+    def score_branches(self, tree: PromptTree, embedded: Tensor | None = None) -> dict[str, Tensor]:
         """The discriminator's score and auxiliary prediction of every branch by kind, (M, 2), read at its last token.
 
         Args:
@@ -268,7 +287,7 @@ class Backbone(nn.Module):
         """
         hidden = self.hidden(tree, embedded)
         return {
-            kind: self.judge_head(hidden[branches.row, branches.last].float())
+            kind: self.score_head(hidden[branches.row, branches.last].float())
             for kind, branches in tree.branches.items()
         }
 
@@ -283,9 +302,9 @@ class Backbone(nn.Module):
         return weights.to(table.dtype) @ table
 
     def _forward(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> _Pass:
-        """One pass over the tree; the head sees only the n places ``(rows, columns)``.
+        """Pass the tree through the model once; the head sees only the n places ``(rows, columns)``.
 
-        A hook on the head does this, so whatever an architecture does to its logits afterwards still happens.
+        A hook on the head selects them, so whatever an architecture does to its logits afterwards still happens.
         """
         seen: list[Tensor] = []
 
@@ -308,31 +327,30 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """Where a backward pass will follow, the layers keep their inputs only.
+        """Where a backward pass will follow, let the layers keep their inputs only.
 
         They are computed again with the adapter that was active in the forward pass, whichever is active by then
-        (peft issue 2832). Transformers' own switch acts in training mode only, which would turn dropout on.
+        (https://github.com/huggingface/peft/issues/2832). Transformers' own switch acts in training mode only, which
+        would turn dropout on.
         """
-        layers = self._recomputed if torch.is_grad_enabled() else []
-        for layer in layers:
-            layer.forward = partial(
+
+        def again(layer: nn.Module) -> Callable[..., Any]:
+            return partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=self._as_now
             )
-        try:
+
+        with patched_forward(self._recomputed if torch.is_grad_enabled() else [], again):
             yield
-        finally:
-            for layer in layers:
-                del layer.forward
 
     def _as_now(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), self._mode(self._active)
 
     # weights
 
-    def parameters_of(self, player: str) -> list[nn.Parameter]:
-        """What the player's optimizer may move: its LoRA matrices and, for the discriminator, the head."""
-        lora = [p for name, p in self.lm.named_parameters() if f".{player}." in name]
-        return lora + (list(self.judge_head.parameters()) if player == DISCRIMINATOR else [])
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """The parameters that the role's optimizer updates: its LoRA matrices and, for the discriminator, the head."""
+        lora = [p for name, p in self.lm.named_parameters() if f".{role}." in name]
+        return lora + (list(self.score_head.parameters()) if role == DISCRIMINATOR else [])
 
 
 def load_base(base: str, dtype: str = "float32", quantization: str | None = None) -> PreTrainedModel:
@@ -340,7 +358,7 @@ def load_base(base: str, dtype: str = "float32", quantization: str | None = None
     how = {} if quantization is None else quantized(quantization, dtype)
     name = str(resources.files("lora_gan") / BUILTIN) if base == BUILTIN else base
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise LoraGANError(f"dtype {dtype!r} is no number format of torch; give float32, bfloat16 or float16")
+        raise LoraGANError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), attn_implementation="sdpa", **how
@@ -383,7 +401,7 @@ def quantized(quantization: str, dtype: str) -> dict[str, Any]:
 
 
 def peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
-    """The settings in PEFT's words."""
+    """The settings as PEFT takes them."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Their text says what is wrong, where, and the remedy."""
+"""Errors that a user can fix; their text says what is wrong, where, and how to fix it."""
 
 
 class LoraGANError(ValueError):
@@ -10,7 +10,7 @@ class DataError(LoraGANError):
 
 
 class RewardError(LoraGANError):
-    """A reward that returned something other than one finite number for each answer."""
+    """A reward that returned something other than one finite number for each completion."""
 
 
 class NonFiniteError(LoraGANError):

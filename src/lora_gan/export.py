@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 from transformers import GenerationConfig
 
-from lora_gan.adapters import save_adapter
 from lora_gan.backbone import GENERATOR
+from lora_gan.checkpointing.adapters import save_adapter
 from lora_gan.errors import LoraGANError
+from lora_gan.inference import Saved, load_saved
 from lora_gan.sampling import Sampling, eos_ids
-from lora_gan.saved import Saved, load_saved
 
 UNKNOWN = "not recorded: the run's folder was not beside the checkpoint"
 LICENCE = """{what} is made from the base and trained on the data named above: the licences of both apply to it.
@@ -44,7 +44,7 @@ one frozen model.
 {use}
 ```
 
-Prompts in training ended where the answer starts; see the data's template in the configuration.
+Prompts in training ended where the completion starts; see the data's template in the configuration.
 
 ## Base
 
@@ -101,7 +101,7 @@ def export(
 
 
 def generation_settings(saved: Saved) -> GenerationConfig:
-    """How the answers were sampled in training, in the words of transformers."""
+    """How the completions were sampled in training, in the words of transformers."""
     given = saved.settings("model").get("sampling") or {}
     how = Sampling(**{f.name: given[f.name] for f in fields(Sampling) if f.name in given})
     drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.do_sample else {}
@@ -129,7 +129,7 @@ def card(saved: Saved, name: str, merged: bool) -> str:
     }
     if not Path(saved.base).exists() and saved.base != "builtin":
         header["base_model"] = saved.base
-    told = yaml.safe_dump(
+    configuration = yaml.safe_dump(
         {key: saved.config[key] for key in ("seed_everything", "model", "data") if key in saved.config}
     )
     return CARD.format(
@@ -141,7 +141,7 @@ def card(saved: Saved, name: str, merged: bool) -> str:
         data=f"`{source}`" + f", `{data['path']}`" * bool(data.get("path")) if data else UNKNOWN,
         held_out=saved.held_out or "not recorded: the run ended without its test",
         licence=LICENCE.format(what=f"This {what.lower()}" if merged else f"This {what}"),
-        configuration=f"```yaml\n{told.strip()}\n```" if saved.config else UNKNOWN,
+        configuration=f"```yaml\n{configuration.strip()}\n```" if saved.config else UNKNOWN,
     )
 
 

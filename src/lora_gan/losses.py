@@ -10,27 +10,27 @@ from torch import Tensor
 
 from lora_gan.errors import LoraGANError
 from lora_gan.tensors import kl_k3, masked_mean
-from lora_gan.types import Credit, LossTerm, Rollout
+from lora_gan.types import Advantages, LossTerm, Rollout
 
 
 class PolicyLoss(ABC):
     """Raises the probability of tokens with positive advantage.
 
-    A round's answers are gone through ``epochs`` times in ``minibatches`` parts, one step of the optimizer each, until
-    KL(policy that sampled‖policy now) passes ``target_kl``.
+    A step's completions are gone through ``num_iterations`` times in ``num_minibatches`` parts, one step of the
+    optimizer each, until KL(policy that sampled‖policy now) passes ``target_kl``.
     """
 
-    epochs = 1
-    minibatches = 1
+    num_iterations = 1
+    num_minibatches = 1
     target_kl = math.inf  # nats a token
 
     @abstractmethod
-    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Credit) -> LossTerm:
+    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Advantages) -> LossTerm:
         """The loss of one update.
 
         Args:
             logprobs: (N, T) log-probabilities of the sampled tokens now, with gradient.
-            rollout: The sampled answers with their log-probabilities when they were sampled.
+            rollout: The sampled completions with their log-probabilities when they were sampled.
             credit: Advantages (N, T).
         """
 
@@ -48,55 +48,57 @@ class Reinforce(PolicyLoss):
             raise LoraGANError(f"ratio_cap must be > 0 or null, got {ratio_cap}")
         self.ratio_cap = ratio_cap
 
-    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Credit) -> LossTerm:
+    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Advantages) -> LossTerm:
         if self.ratio_cap is None:
             return LossTerm(-masked_mean(credit.advantages * logprobs, rollout.mask), {})
         ratio = (logprobs - rollout.logprobs).exp().detach()
         weighted = ratio.clamp(max=self.ratio_cap) * credit.advantages * logprobs
         cut = masked_mean((ratio > self.ratio_cap).float(), rollout.mask)
-        return LossTerm(-masked_mean(weighted, rollout.mask), {"policy/ratio_cut": cut})
+        return LossTerm(-masked_mean(weighted, rollout.mask), {"policy/ratio_capped": cut})
 
 
 class ClippedPPO(PolicyLoss):
     """Proximal policy optimization: −min(r·A, clip(r, 1 − ε, 1 + ε′)·A), r the importance ratio (arXiv 1707.06347).
 
     Args:
-        clip: ε, how far a token's probability may fall before it counts no more.
-        clip_high: ε′, how far it may rise; ε if not given. A larger one keeps exploration alive (DAPO, arXiv
+        epsilon: ε, how far a token's probability may fall before it counts no more.
+        epsilon_high: ε′, how far it may rise; ε if not given. A larger one keeps exploration alive (DAPO, arXiv
             2503.14476).
-        epochs: Times that a round's answers are gone through.
-        minibatches: Parts of the batch of prompts, one step of the optimizer each.
-        target_kl: KL in nats a token between the policy that sampled and the one now at which a round's updates stop;
+        num_iterations: Times that a step's completions are gone through.
+        num_minibatches: Parts of the batch of prompts, one step of the optimizer each.
+        target_kl: KL in nats a token between the policy that sampled and the one now at which a step's updates stop;
             null never stops them.
     """
 
     def __init__(
         self,
-        clip: float = 0.2,
-        clip_high: float | None = None,
-        epochs: int = 4,
-        minibatches: int = 1,
+        epsilon: float = 0.2,
+        epsilon_high: float | None = None,
+        num_iterations: int = 4,
+        num_minibatches: int = 1,
         target_kl: float | None = None,
     ) -> None:
-        if not 0 < clip < 1 or (clip_high is not None and clip_high <= 0):
-            raise LoraGANError(f"clip must be in (0, 1) and clip_high > 0, got {clip} and {clip_high}")
-        if epochs < 1 or minibatches < 1:
-            raise LoraGANError(f"epochs and minibatches must be at least 1, got {epochs} and {minibatches}")
+        if not 0 < epsilon < 1 or (epsilon_high is not None and epsilon_high <= 0):
+            raise LoraGANError(f"epsilon must be in (0, 1) and epsilon_high > 0, got {epsilon} and {epsilon_high}")
+        if num_iterations < 1 or num_minibatches < 1:
+            raise LoraGANError(
+                f"num_iterations and num_minibatches must be at least 1, got {num_iterations} and {num_minibatches}"
+            )
         if target_kl is not None and target_kl <= 0:
             raise LoraGANError(f"target_kl must be > 0 or null, got {target_kl}")
-        self.low, self.high = 1 - clip, 1 + (clip if clip_high is None else clip_high)
-        self.epochs = epochs
-        self.minibatches = minibatches
+        self.low, self.high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+        self.num_iterations = num_iterations
+        self.num_minibatches = num_minibatches
         self.target_kl = math.inf if target_kl is None else target_kl
 
-    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Credit) -> LossTerm:
+    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Advantages) -> LossTerm:
         ratio = (logprobs - rollout.logprobs).exp()
         clipped = ratio.clamp(self.low, self.high)
         gain = torch.minimum(ratio * credit.advantages, clipped * credit.advantages)
         unused = (ratio * credit.advantages > clipped * credit.advantages).float()
         metrics = {
             "policy/ratio": masked_mean(ratio.detach(), rollout.mask),
-            "policy/clipped": masked_mean(unused, rollout.mask),
+            "policy/clip_fraction": masked_mean(unused, rollout.mask),
         }
         return LossTerm(-masked_mean(gain, rollout.mask), metrics)
 
@@ -110,22 +112,22 @@ def kl_loss(logprobs: Tensor, rollout: Rollout, reference: Tensor) -> Tensor:
     return masked_mean(ratio * kl_k3(logprobs, reference), rollout.mask)
 
 
-def moved_kl(logprobs: Tensor, rollout: Rollout) -> Tensor:
+def approx_kl(logprobs: Tensor, rollout: Rollout) -> Tensor:
     """How far the policy is from the one that sampled: k3 estimate of KL(sampled‖now), nats a token."""
     return masked_mean(kl_k3(rollout.logprobs, logprobs.detach()), rollout.mask)
 
 
-def value_loss(values: Tensor, rollout: Rollout, credit: Credit, clip: float) -> Tensor:
-    """½·max((V − R)², (V_clipped − R)²), V_clipped within ``clip`` of the old value; token mean (arXiv 2005.12729).
+def value_loss(values: Tensor, rollout: Rollout, credit: Advantages, epsilon: float) -> Tensor:
+    """½·max((V − R)², (V_clipped − R)²), V_clipped within ``epsilon`` of the old value; token mean (arXiv 2005.12729).
 
     Args:
         values: (N, T) of the value head now, with gradient.
-        rollout: The sampled answers.
+        rollout: The sampled completions.
         credit: With returns R and old values, (N, T).
-        clip: How far a value may move before it counts no more.
+        epsilon: How far a value may move before it counts no more.
     """
     assert credit.returns is not None and credit.values is not None
-    near = credit.values + (values - credit.values).clamp(-clip, clip)
+    near = credit.values + (values - credit.values).clamp(-epsilon, epsilon)
     errors = torch.maximum((values - credit.returns).square(), (near - credit.returns).square())
     return 0.5 * masked_mean(errors, rollout.mask)
 
@@ -133,7 +135,7 @@ def value_loss(values: Tensor, rollout: Rollout, credit: Credit, clip: float) ->
 def straight_through(logits: Tensor, ids: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """One-hot rows of ``ids`` (n,) in value, with the gradient of a Gumbel-softmax over ``logits`` (n, V) → (n, V).
 
-    The noise is drawn given that the sampled token won, so that the relaxation belongs to the very answer that was
+    The noise is drawn given that the sampled token won, so that the relaxation belongs to the very completion that was
     sampled (arXiv 1611.01144 for the estimator).
 
     Args:

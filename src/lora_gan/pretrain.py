@@ -253,7 +253,7 @@ class PretrainModule(L.LightningModule):
         return data
 
     def configure_model(self) -> None:
-        """Build the network here, once the tokenizer has told the size of the vocabulary."""
+        """Build the network here, once the size of the tokenizer's vocabulary is known."""
         if hasattr(self, "model"):
             return
         tokenizer = self.data.tokenizer
@@ -358,7 +358,7 @@ downloaded: small enough for two CPU cores, and with enough knowledge in it to t
 phrasings. None of the {questions} questions about them, and no dialogue, is in the text; questions were seen by the
 tokenizer only.
 
-## Recipe
+## WorkerSpec
 
     python -m src.cli fit --config configs/pretrain.yaml
 

@@ -1,9 +1,9 @@
-"""Prompts → Rollout. Most of a round is spent here.
+"""Prompts → Rollout. Most of a step is spent here.
 
-The prompt is computed once and its keys and values are shared out to the k answers; the cache has its final size from
-the start; answers that end leave the batch; the sampled ids and their log-probabilities are kept as they were drawn.
-Uniform numbers decide each token, drawn for all answers beforehand: what one answer becomes does not depend on when
-another ends, and the same numbers can be used again.
+The prompt is computed once and its keys and values are shared out to the k completions; the cache has its final size
+from the start; completions that end leave the batch; the sampled ids and their log-probabilities are kept as they were
+drawn. Uniform numbers decide each token, drawn for all completions beforehand: what one completion becomes does not
+depend on when another ends, and the same numbers can be used again.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from transformers.cache_utils import DynamicLayer
 
 from lora_gan.backbone import Backbone
 from lora_gan.errors import LoraGANError
-from lora_gan.packing import packed
+from lora_gan.lightning_compat import overrides
+from lora_gan.onednn import packed
 from lora_gan.tensors import lengths_mask, token_logprobs
 from lora_gan.tree import grow_scored
 from lora_gan.types import Rollout
 
 TRIES = 8  # numbers tried for each token where top-p may reject the first; one more is kept for the sorted row
-DENSITY = 0.75  # finished answers stay in the batch until fewer than this share of it is unfinished
+DENSITY = 0.75  # finished completions stay in the batch until fewer than this share of it is unfinished
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """How completions are drawn.
 
     Args:
-        max_new_tokens: Length limit in tokens; an answer without EOS by then is truncated.
+        max_new_tokens: Length limit in tokens; a completion without EOS by then is truncated.
         temperature: Divides the logits; log-probabilities are those of the divided logits everywhere.
         top_p: Draw from the smallest set of tokens with at least this mass. Below 1 the log-probabilities kept are
             still those of the whole vocabulary, so policy gradients are no longer exactly on-policy.
         top_k: Draw from this many most likely tokens; 0 is all.
         do_sample: false takes the most likely token each time (greedy decoding).
-        num_beams: More than 1: the answers are the best of a beam search of this width, instead of being drawn. The
+        num_beams: More than 1: the completions are the best of a beam search of this width, instead of being drawn. The
             policy gradient is then no longer that of the policy's own distribution.
     """
 
@@ -86,6 +87,7 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
     def _show(self) -> None:
         self.keys, self.values = self.key_buffer[:, :, : self.length], self.value_buffer[:, :, : self.length]
 
+    @overrides(DynamicLayer)
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
@@ -95,13 +97,16 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
         self._show()
         return self.keys, self.values
 
+    @overrides(DynamicLayer)
     def batch_select_indices(self, indices: Tensor) -> None:
         self.key_buffer, self.value_buffer = self.key_buffer[indices], self.value_buffer[indices]
         self._show()
 
 
 def draw_uniform(n: int, how: Sampling, device: torch.device, rng: torch.Generator | None = None) -> Tensor:
-    """(n, T, tries) numbers that decide every token of n answers; ``rng`` of the CPU gives every device the same."""
+    """(n, T, tries) numbers that decide every token of n completions; ``rng`` of the CPU gives every device the
+    same.
+    """
     tries = 1 if how.top_p == 1 else TRIES + 1
     place = device if rng is None else rng.device
     return torch.rand(n, how.max_new_tokens, tries, generator=rng, device=place, dtype=torch.float64).to(device)
@@ -114,21 +119,22 @@ def sample(
     k: int,
     how: Sampling,
     uniform: Tensor | None = None,
-    seat: Callable[[Tensor], None] | None = None,
+    on_rows: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
-    """Draw k answers for each of B prompts in the backbone's active mode.
+    """Draw k completions for each of B prompts in the backbone's active mode.
 
     Args:
         backbone: Enter its mode first, ``with backbone.generator(): sample(…)``.
         prompts: B token tensors (P,).
-        k: Answers for each prompt, at least 1.
+        k: Completions for each prompt, at least 1.
         how: Temperature, length limit and so on.
-        uniform: What :func:`draw_uniform` gave for the N answers, to use the same numbers again; left out, new ones.
-        seat: Is told which prompt each row of the model's batch belongs to, (n,), before the first pass and whenever
-            the rows change, for models that do not treat all rows alike. Rows keep the order of the prompts.
+        uniform: What :func:`draw_uniform` gave for the N completions, to use the same numbers again; left out, new
+            ones.
+        on_rows: Called with the prompt index of each row of the model's batch, (n,) ascending, before the first pass
+            and whenever the rows change; for models that treat rows differently, such as multi-LoRA batching.
 
     Raises:
-        LoraGANError: A prompt and the answer would not fit into the context.
+        LoraGANError: A prompt and the completion would not fit into the context.
     """
     longest = max(len(p) for p in prompts)
     if longest + how.max_new_tokens > backbone.context_length:
@@ -144,15 +150,15 @@ def sample(
     ends = torch.full((n,), how.max_new_tokens, device=device)
     finished = torch.zeros(n, dtype=torch.bool, device=device)
     uniform = draw_uniform(n, how, device) if uniform is None else uniform
-    seat = seat or (lambda _: None)
+    on_rows = on_rows or (lambda _: None)
     eos = torch.tensor(eos_ids(backbone), device=device)
 
     with packed(backbone.causal_lm):
-        seat(torch.arange(len(prompts), device=device))
+        on_rows(torch.arange(len(prompts), device=device))
         decoder = _Decoder(backbone, prompts, k, how.max_new_tokens)
         logits = decoder.first_logits
-        alive = torch.arange(n, device=device)  # which answer each row of the decoder's batch is
-        seat(alive // k)
+        alive = torch.arange(n, device=device)  # which completion each row of the decoder's batch is
+        on_rows(alive // k)
         for t in range(how.max_new_tokens):
             scaled = logits.float() / how.temperature
             token = choose(scaled, how, uniform[alive, t])
@@ -167,15 +173,17 @@ def sample(
             if going.float().mean() < DENSITY:
                 decoder.keep(going)
                 alive, token = alive[going], token[going]
-                seat(alive // k)
+                on_rows(alive // k)
             logits = decoder.step(token)
     return _gather(backbone, ids, logprobs, ends, finished, k)
 
 
 def _beam_search(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling) -> Rollout:
-    """The k best answers of transformers' beam search, with their log-probabilities from a scoring pass."""
+    """The k best completions of transformers' beam search, with their log-probabilities from a scoring pass."""
     if k > how.num_beams:
-        raise LoraGANError(f"a beam search of {how.num_beams} beams cannot give {k} answers: raise sampling.num_beams")
+        raise LoraGANError(
+            f"a beam search of {how.num_beams} beams cannot give {k} completions: raise sampling.num_beams"
+        )
     width = max(len(p) for p in prompts)
     eos = eos_ids(backbone)
     found = backbone.causal_lm.generate(
@@ -192,17 +200,17 @@ def _beam_search(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sam
     finished = is_end.any(1)
     ends = torch.where(finished, is_end.int().argmax(1) + 1, found.shape[1])
     rollout = _gather(backbone, found, torch.zeros(found.shape, device=found.device), ends, finished, k)
-    rows = [list(rollout.answer_ids[b * k : (b + 1) * k]) for b in range(len(prompts))]
+    rows = [list(rollout.completion_ids[b * k : (b + 1) * k]) for b in range(len(prompts))]
     scored = backbone.logprobs(grow_scored(prompts, {"beams": rows}), {"beams": how.temperature})["beams"]
     return replace(rollout, logprobs=scored)
 
 
 def _gather(backbone: Backbone, ids: Tensor, logprobs: Tensor, ends: Tensor, finished: Tensor, k: int) -> Rollout:
-    """Cut what was drawn at each answer's end."""
+    """Cut what was drawn at each completion's end."""
     mask = lengths_mask(ends, int(ends.max()))
     ids, logprobs = ids[:, : mask.shape[1]] * mask, logprobs[:, : mask.shape[1]] * mask
-    answers = [row[:end] for row, end in zip(ids.tolist(), ends.tolist(), strict=True)]
-    texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    completions = [row[:end] for row, end in zip(ids.tolist(), ends.tolist(), strict=True)]
+    texts = backbone.tokenizer.batch_decode(completions, skip_special_tokens=True)
     return Rollout(ids, mask, logprobs, ~finished, tuple(texts), k)
 
 

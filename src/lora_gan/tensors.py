@@ -118,11 +118,11 @@ def pad(rows: Sequence[Tensor], value: int = 0) -> Tensor:
 
 def fingerprint(tensors: Mapping[str, Tensor], probes: int = 16) -> str:
     """A hash of the names, the shapes and up to ``probes`` values of each tensor."""
-    told = sha256()
+    digest = sha256()
     for name, tensor in tensors.items():
         values = tensor.detach().flatten()[:: max(1, tensor.numel() // probes)][:probes]
-        told.update(f"{name} {tuple(tensor.shape)} {values.tolist()}".encode())
-    return told.hexdigest()[:16]
+        digest.update(f"{name} {tuple(tensor.shape)} {values.tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def lengths_mask(lengths: Tensor, width: int) -> Tensor:

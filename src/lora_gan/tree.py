@@ -1,9 +1,9 @@
 """The prompt tree: one prompt, many branches, one row.
 
-For one prompt a round looks at K sampled answers, the target and some junk. Padded rows would compute the prompt again
-for each of them. Here they share it::
+For one prompt a step looks at K sampled completions, the target and some negatives. Padded rows would compute the
+prompt again for each of them. Here they share it::
 
-    [ prompt | answer 1 | answer 2 | … | target | junk ]      ids            (L,)
+    [ prompt | completion 1 | completion 2 | … | target | negatives ]      ids            (L,)
       0..P-1   P..        P..            P..      P..         position_ids   (L,)
       0        1          2              …        …           segments       (L,)
 
@@ -58,28 +58,28 @@ class PromptTree:
         return (((key == PROMPT) | (key == query)) & not_after)[:, None]
 
 
-def grow(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
+def grow(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
     """Build the tree of a batch.
 
     Args:
         prompts: B token tensors (P,), none empty: a branch's first token is predicted from the prompt's last.
-        answers: for each kind and each prompt the branches, token tensors (T,), none empty.
+        completions: for each kind and each prompt the branches, token tensors (T,), none empty.
     """
-    _check(prompts, answers)
-    return _grow(prompts, answers)
+    _check(prompts, completions)
+    return _grow(prompts, completions)
 
 
-def grow_scored(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
+def grow_scored(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
     """:func:`grow` without each branch's last token, for log-probabilities only: nothing is predicted from it.
 
     ``branches`` still name all tokens of the branches, but ``columns`` lack the last one.
     """
-    _check(prompts, answers)
-    tree = _grow(prompts, {kind: [[a[:-1] for a in row] for row in rows] for kind, rows in answers.items()})
+    _check(prompts, completions)
+    tree = _grow(prompts, {kind: [[a[:-1] for a in row] for row in rows] for kind, rows in completions.items()})
     prompt_end = torch.tensor([len(p) for p in prompts], device=tree.ids.device) - 1
     branches = {}
     for kind, short in tree.branches.items():
-        whole = [a for row in answers[kind] for a in row]
+        whole = [a for row in completions[kind] for a in row]
         length = torch.tensor([len(a) for a in whole], dtype=torch.long, device=tree.ids.device)
         mask = lengths_mask(length, max((len(a) for a in whole), default=0))
         parents = torch.cat([prompt_end[short.row, None], short.columns], 1)[:, : mask.shape[1]]
@@ -88,17 +88,17 @@ def grow_scored(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequen
     return replace(tree, branches=branches)
 
 
-def _check(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tensor]]]) -> None:
-    branches = (branch for rows in answers.values() for row in rows for branch in row)
+def _check(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[Tensor]]]) -> None:
+    branches = (branch for rows in completions.values() for row in rows for branch in row)
     if any(len(tokens) == 0 for tokens in (*prompts, *branches)):
         raise ValueError("a prompt tree needs at least one token in the prompt and in each branch")
 
 
-def _grow(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
-    shapes = {kind: [[len(a) for a in row] for row in rows] for kind, rows in answers.items()}
+def _grow(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
+    shapes = {kind: [[len(a) for a in row] for row in rows] for kind, rows in completions.items()}
     rows, positions, segments = [], [], []
     for b, prompt in enumerate(prompts):
-        branches = [branch for per_prompt in answers.values() for branch in per_prompt[b]]
+        branches = [branch for per_prompt in completions.values() for branch in per_prompt[b]]
         lengths = [len(branch) for branch in branches]
         rows.append(torch.cat([prompt, *branches]))
         positions.append(torch.cat([torch.arange(len(prompt)), *(len(prompt) + torch.arange(n) for n in lengths)]))
@@ -108,14 +108,14 @@ def _grow(prompts: Sequence[Tensor], answers: Mapping[str, Sequence[Sequence[Ten
         ids=pad(rows),
         position_ids=pad(positions).to(device),
         segments=pad(segments, PADDING).to(device),
-        branches=_locate([len(p) for p in prompts], shapes, answers, device),
+        branches=_locate([len(p) for p in prompts], shapes, completions, device),
     )
 
 
 def _locate(
     prompt_lengths: Sequence[int],
     shapes: Mapping[str, Sequence[Sequence[int]]],
-    answers: Mapping[str, Sequence[Sequence[Tensor]]],
+    completions: Mapping[str, Sequence[Sequence[Tensor]]],
     device: torch.device,
 ) -> dict[str, Branches]:
     """Where the tokens of each branch stand: branches follow the prompt in the order of the kinds."""
@@ -134,7 +134,7 @@ def _locate(
         parents = torch.where(mask, columns - 1, 0)
         if parents.numel():
             parents[:, 0] = torch.tensor(prompt_lengths)[row] - 1
-        ids = [branch for branches in answers[kind] for branch in branches]
+        ids = [branch for branches in completions[kind] for branch in branches]
         located[kind] = Branches(
             row.to(device),
             pad(ids) if ids else torch.zeros(0, 0, dtype=torch.long, device=device),

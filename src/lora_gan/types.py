@@ -1,13 +1,15 @@
-"""The data that a round hands on. Every shape of the project stands here.
+"""Data carriers of a training step, with every shape of the project.
 
-Axes: B prompts, K answers for each prompt, N = B·K answers (answer ``n`` belongs to prompt ``n // K``),
-P prompt tokens, T answer tokens, M branches of a prompt tree, L tokens of a prompt tree, H hidden size, V vocabulary.
+Axes: B prompts, K completions for each prompt, N = B·K completions (completion ``n`` belongs to prompt ``n // K``),
+P prompt tokens, T completion tokens, M branches of a prompt tree, L tokens of a prompt tree, H hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Negative:
-    """A wrong or worse answer to a prompt; ``kind`` says in what way, so that accuracy can be told by kind."""
+    """A wrong or worse completion to a prompt; ``kind`` says in what way; accuracy is logged by kind."""
 
     text: str
     kind: str
@@ -35,10 +37,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with what is known about good and bad answers to it.
+    """One prompt with its target and what else is known about good and bad completions.
 
-    ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted answer without EOS.
-    ``references`` are all accepted answers, the target first. ``group`` is what must not cross a split.
+    ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted completion without EOS;
+    it is empty where there is none.
+    ``references`` are all accepted completions, the target first. ``group`` is what must not cross a split.
     ``cuttable`` are the spans of the prompt that may lose their beginning where the prompt is too long: an input, a
     context or an earlier turn, never the instruction. ``messages`` is the prompt as a dialogue.
     """
@@ -56,9 +59,9 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """B tokenised examples. Answers (targets, negatives) end with EOS; nothing is padded.
+    """B tokenised examples. Completions (targets, negatives) end with EOS; nothing is padded.
 
-    An example without target has an empty one, so ``target_ids`` of EOS alone; see :attr:`answered`.
+    An example without target has an empty one, so ``target_ids`` of EOS alone; see :attr:`with_target`.
     """
 
     examples: tuple[Example, ...]  # B
@@ -72,7 +75,7 @@ class PromptBatch:
         return cls((), (), (), ())
 
     @property
-    def answered(self) -> list[int]:
+    def with_target(self) -> list[int]:
         """Which of the B prompts have a target."""
         return [b for b, example in enumerate(self.examples) if example.target.strip()]
 
@@ -88,7 +91,14 @@ class PromptBatch:
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """B target texts."""
         return tuple(example.target for example in self.examples)
+
+    @property
+    def targets_by_prompt(self) -> list[list[Tensor]]:
+        """For each prompt its target's ids, or nothing where it has none."""
+        chosen = set(self.with_target)
+        return [[target] if b in chosen else [] for b, target in enumerate(self.target_ids)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
         """The same batch with its tensors on ``device`` (Lightning moves batches through this)."""
@@ -102,18 +112,18 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Rollout:
-    """K sampled answers for each of B prompts, exactly as they were sampled."""
+    """K sampled completions for each of B prompts, exactly as they were sampled."""
 
     ids: Tensor  # (N, T) token ids, pad after the end
     mask: Tensor  # (N, T) bool: True on sampled tokens, EOS included
     logprobs: Tensor  # (N, T) log-probability of each token at the sampling temperature, 0 where masked
     truncated: Tensor  # (N,) bool: stopped by the length limit, so without EOS
-    texts: tuple[str, ...]  # N decoded answers
-    k: int
+    texts: tuple[str, ...]  # N decoded completions
+    num_generations: int
 
     @classmethod
     def empty(cls, device: torch.device) -> Rollout:
-        """No answers, for a round that only learns from targets."""
+        """No completions, for a step that only learns from targets."""
         ids = torch.zeros(0, 0, dtype=torch.long, device=device)
         return cls(ids, ids.bool(), ids.float(), torch.zeros(0, dtype=torch.bool, device=device), (), 0)
 
@@ -122,49 +132,65 @@ class Rollout:
         return len(self.texts)
 
     def of(self, prompts: Sequence[int]) -> Rollout:
-        """The answers to the chosen prompts only, as wide as the longest of them."""
+        """The completions to the chosen prompts only, as wide as the longest of them."""
         rows = self.rows_of(prompts)
         index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
         width = int(self.mask[index].sum(-1).max())
         ids, mask, logprobs = (x[index, :width] for x in (self.ids, self.mask, self.logprobs))
-        return Rollout(ids, mask, logprobs, self.truncated[index], tuple(self.texts[n] for n in rows), self.k)
+        return Rollout(
+            ids, mask, logprobs, self.truncated[index], tuple(self.texts[n] for n in rows), self.num_generations
+        )
 
     def rows_of(self, prompts: Sequence[int]) -> list[int]:
-        """Which of the N answers belong to the chosen prompts."""
-        return [b * self.k + i for b in prompts for i in range(self.k)]
+        """Which of the N completions belong to the chosen prompts."""
+        return [b * self.num_generations + i for b in prompts for i in range(self.num_generations)]
 
-    @property
-    def answer_ids(self) -> tuple[Tensor, ...]:
+    @cached_property
+    def completion_ids(self) -> tuple[Tensor, ...]:
         """N tensors (T,) without padding."""
         lengths = self.mask.sum(-1).tolist()
         return tuple(row[:length] for row, length in zip(self.ids, lengths, strict=True))
 
+    def by_prompt(self, prompts: int) -> list[list[Tensor]]:
+        """The completions of each of B prompts, without padding; empty lists where nothing was sampled."""
+        return _grouped(self.completion_ids, self.num_generations, prompts)
+
+    def ended(self, prompts: int, eos: int) -> list[list[Tensor]]:
+        """:meth:`by_prompt` with all of them ending in ``eos``, so that the format gives nothing away."""
+        end = self.ids.new_tensor([eos])
+        cut_off = self.truncated.tolist()
+        completions = [
+            torch.cat([completion if cut else completion[:-1], end])
+            for completion, cut in zip(self.completion_ids, cut_off, strict=True)
+        ]
+        return _grouped(completions, self.num_generations, prompts)
+
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What a reward may look at besides the texts: the reference model's view of the answers."""
+    """What a reward may look at besides the texts: the reference model's view of the completions."""
 
-    k: int  # answers for each prompt: answer n belongs to batch.examples[n // k]
-    logprobs: Tensor  # (N, T) log-probability of each answer token under the base (adapters off), temperature 1
-    mask: Tensor  # (N, T) bool: True on answer tokens, EOS included
+    num_generations: int  # completions for each prompt: completion n belongs to batch.examples[n // num_generations]
+    logprobs: Tensor  # (N, T) log-probability of each completion token under the base (adapters off), temperature 1
+    mask: Tensor  # (N, T) bool: True on completion tokens, EOS included
 
 
 @dataclass(frozen=True)
 class Scores:
     """The rewards of a rollout and of the batch's targets."""
 
-    total: Tensor  # (N,) weighted sum of the parts
+    total: Tensor  # (N,) weighted sum of the parts, whatever the aggregation of the policy's reward is
     parts: Mapping[str, Tensor]  # name → (N,), each before its weight
     applies: Mapping[str, Tensor]  # name → (N,) bool, False where the reward says nothing
-    target_total: Tensor  # the same reward given to the targets of the answered prompts; (0,) where nobody asked
+    target_total: Tensor  # the reward of the targets, for the prompts that have one; (0,) where it is not needed
     target_parts: Mapping[str, Tensor]  # name → as target_total
     reference_logprobs: Tensor  # (N, T) under the KL reference, at the sampling temperature
     base_logprobs: Tensor  # (N, T) under the base, at temperature 1
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Answers of one player to a batch of an evaluation, one for each prompt, with their rewards."""
+class EvalOutput:
+    """Completions of one role to a batch of an evaluation, one for each prompt, with their rewards."""
 
     examples: tuple[Example, ...]  # B
     texts: tuple[str, ...]  # B
@@ -174,110 +200,116 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """What the discriminator is shown: prompts, their targets, and answers by kind. Answers end with EOS."""
+class DiscriminatorBatch:
+    """What the discriminator is shown: prompts, their targets, and completions by kind, which end with EOS.
+
+    The prompts of this step come first, replayed ones behind them.
+    """
 
     prompts: tuple[Tensor, ...]  # B tensors (P,)
     targets: tuple[Tensor, ...]  # B tensors (T,)
-    answers: Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prompt its answers, tensors (T,)
+    completions: Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prompt its completions, tensors (T,)
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)  # kind → (M,); kinds without rewards are left out
+    parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # kind → name of the reward → (M,)
+    fresh: int = 0  # prompts of this step
 
-    def is_target(self, answer: Tensor, prompt: int) -> bool:
-        """Whether the answer is the prompt's target, word for word; an empty one is nobody's."""
-        return len(answer) > 1 and torch.equal(answer, self.targets[prompt])
+    def is_target(self, completion: Tensor, prompt: int) -> bool:
+        """Whether the completion is the prompt's target, word for word; an empty one never is."""
+        return len(completion) > 1 and torch.equal(completion, self.targets[prompt])
 
     def prompt_of(self, kind: str) -> Tensor:
-        """(M,) which prompt each answer of the kind belongs to."""
-        rows = [b for b, answers in enumerate(self.answers[kind]) for _ in answers]
+        """(M,) which prompt each completion of the kind belongs to."""
+        rows = [b for b, completions in enumerate(self.completions[kind]) for _ in completions]
         return torch.tensor(rows, dtype=torch.long, device=self.prompts[0].device)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The discriminator's opinion of M answers of one kind, and what is known about them."""
+class DiscriminatorOutput:
+    """The discriminator's output for M completions of one kind, and what is known about them."""
 
     score: Tensor  # (M,)
     auxiliary: Tensor  # (M,) prediction of the auxiliary head
-    prompt: Tensor  # (M,) which prompt each answers
+    prompt: Tensor  # (M,) which prompt each belongs to
     length: Tensor  # (M,) in tokens
     is_target: Tensor  # (M,) bool: word for word the target
-    reward: Tensor | None = None  # (M,) what the rewards gave; None where nobody asked them
+    reward: Tensor | None = None  # (M,) the total reward; None where it was not computed
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # name → (M,)
 
-    def where(self, chosen: Tensor) -> Judged:
-        """The answers where ``chosen`` (M,) is True, without gradient."""
+    def where(self, chosen: Tensor) -> DiscriminatorOutput:
+        """The completions where ``chosen`` (M,) is True, without gradient."""
         fields = (self.score, self.auxiliary, self.prompt, self.length, self.is_target)
         score, auxiliary, prompt, length, is_target = (x.detach()[chosen] for x in fields)
         reward = None if self.reward is None else self.reward[chosen]
-        return Judged(
+        return DiscriminatorOutput(
             score, auxiliary, prompt, length, is_target, reward, {k: v[chosen] for k, v in self.parts.items()}
         )
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What the discriminator thought of the answers before it learned from them; detached."""
+class DiscriminatorScores:
+    """The discriminator's scores of a step's completions, from before it learned from them; detached."""
 
-    sampled: Tensor  # (N,) scores of the sampled answers
-    target: Tensor  # of the targets of the answered prompts; (0,) where it was not asked
-    opponent: Tensor  # (N,) of the opponent's answers; (0,) where there is none
-    k: int
+    sampled: Tensor  # (N,) scores of the sampled completions
+    target: Tensor  # of the targets, for the prompts that have one
+    opponent: Tensor  # (N,) of the opponent's completions; (0,) where there is none
+    num_generations: int
     metrics: Mapping[str, Tensor]  # scalars to log
 
     @property
     def per_prompt(self) -> Tensor:
-        """(B, K) scores of the sampled answers."""
-        return self.sampled.view(-1, self.k)
+        """(B, K) scores of the sampled completions."""
+        return self.sampled.view(-1, self.num_generations)
 
 
 @dataclass(frozen=True)
-class Earnings:
-    """What the policy was paid for each token, and what was to be expected."""
+class TokenRewards:
+    """The policy's rewards, token by token, and what they are compared with."""
 
-    rewards: Tensor  # (N, T): the answer's reward stands at its last token, penalties where they arise
-    predicted: Tensor  # (N,) the discriminator's scores
-    baseline: Tensor  # scalar, the module's knob
+    per_token: Tensor  # (N, T): the completion's reward stands at its last token, penalties where they arise
+    predicted: Tensor | None  # (N,) the discriminator's scores; None in a step without it
+    baseline: Tensor  # scalar, the coefficient of that name
     values: Tensor | None = None  # (N, T) of the value head, at each token before it was drawn
 
     @property
-    def per_answer(self) -> Tensor:
-        """(N,) the sum over each answer's tokens."""
-        return self.rewards.sum(-1)
+    def returns(self) -> Tensor:
+        """(N,) the sum over each completion's tokens."""
+        return self.per_token.sum(-1)
 
 
 @dataclass(frozen=True)
-class Credit:
-    """How much better each sampled token's answer was than expected; no gradient."""
+class Advantages:
+    """How much better each sampled token's completion was than expected; no gradient."""
 
     advantages: Tensor  # (N, T)
     metrics: Mapping[str, Tensor]
-    returns: Tensor | None = None  # (N, T) what the value head shall predict
+    returns: Tensor | None = None  # (N, T) the value head's targets
     values: Tensor | None = None  # (N, T) what it predicted
 
-    def of(self, rows: Sequence[int], width: int) -> Credit:
-        """The credit of the chosen answers' first ``width`` tokens only."""
+    def of(self, rows: Sequence[int], width: int) -> Advantages:
+        """The advantages of the chosen completions' first ``width`` tokens only."""
         index = torch.tensor(rows, dtype=torch.long, device=self.advantages.device)
         returns, values = (None if x is None else x[index, :width] for x in (self.returns, self.values))
-        return Credit(self.advantages[index, :width], self.metrics, returns, values)
+        return Advantages(self.advantages[index, :width], self.metrics, returns, values)
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A loss of one player, and what is worth logging about it."""
+    """A loss of one role, and metrics about it."""
 
     loss: Tensor  # scalar with gradient
     metrics: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What the generator learns from in one update: some prompts of the round, or all."""
+class Minibatch:
+    """What the generator learns from in one update: some prompts of the step, or all."""
 
     batch: PromptBatch
     rollout: Rollout
-    credit: Credit
+    advantages: Advantages
     reference_logprobs: Tensor  # (N, T)
 
-    def of(self, prompts: Sequence[int]) -> Lesson:
+    def of(self, prompts: Sequence[int]) -> Minibatch:
         """The chosen prompts only."""
         if list(prompts) == list(range(len(self.batch))):
             return self
@@ -286,11 +318,29 @@ class Lesson:
         rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
         width = rollout.ids.shape[1]
         reference = self.reference_logprobs[rows, :width]
-        return Lesson(self.batch.of(prompts), rollout, self.credit.of(rows, width), reference)
+        return Minibatch(self.batch.of(prompts), rollout, self.advantages.of(rows, width), reference)
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What the generator's update did."""
+class StepOutput:
+    """What one training step did; callbacks get it, and the library and evolution read it."""
 
-    metrics: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]  # scalars as they are logged, the mean over the processes
+    rollout: Rollout
+    scores: Scores | None  # None in a generation of evolution without refinement
+    discriminator: DiscriminatorScores | None  # None in a step without the discriminator
+    seconds: Mapping[str, float]  # by phase of the step
+
+
+Optimize = Callable[[Mapping[str, Tensor]], None]  # backward over the sum of the named terms of a loss, and a step
+
+# what callbacks look for in StepOutput.metrics
+REWARD = "reward/total"
+KL = "policy/kl"
+ENTROPY = "policy/entropy"
+MEAN_LENGTH = "completions/mean_length"
+ACCURACY = "discriminator/accuracy"
+
+
+def _grouped(completions: Sequence[Tensor], k: int, prompts: int) -> list[list[Tensor]]:
+    return [list(completions[b * k : (b + 1) * k]) for b in range(prompts)]

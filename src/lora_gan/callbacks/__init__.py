@@ -1,18 +1,18 @@
-"""Callbacks: they turn the module's knobs and watch the round; the module does not know them."""
+"""Callbacks: they turn the module's coefficients and watch the step; the module does not know them."""
 
+from lora_gan.baseline import MovingAverageBaseline
 from lora_gan.callbacks.adapters import AdapterCheckpoints
-from lora_gan.callbacks.baseline import MovingAverageBaseline
-from lora_gan.callbacks.choices import ChoiceAccuracy
 from lora_gan.callbacks.coefficients import AdaptiveEntropy, AdaptiveKL, KLSchedule
 from lora_gan.callbacks.collapse import CollapseMonitor
 from lora_gan.callbacks.control import AdaptiveAdversarialWeight, ConfidenceGate, DiscriminatorControl
 from lora_gan.callbacks.curriculum import Curriculum, EasyFirst, Phase
 from lora_gan.callbacks.evolution import FitnessPlot, FittestMembers
-from lora_gan.callbacks.last import LastCheckpoint
+from lora_gan.callbacks.last_checkpoint import LastCheckpoint
+from lora_gan.callbacks.multiple_choice import ChoiceAccuracy
 from lora_gan.callbacks.predictions import PredictionWriter
-from lora_gan.callbacks.progress import RoundProgressBar
+from lora_gan.callbacks.progress import StepProgressBar
 from lora_gan.callbacks.snapshot import Snapshot
-from lora_gan.callbacks.text import TextMetrics
+from lora_gan.callbacks.text_metrics import TextMetrics
 from lora_gan.callbacks.throughput import Throughput
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "MovingAverageBaseline",
     "Phase",
     "PredictionWriter",
-    "RoundProgressBar",
     "Snapshot",
+    "StepProgressBar",
     "TextMetrics",
     "Throughput",
 ]

@@ -9,46 +9,45 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lora_gan.adapters import PLAYERS, keep_newest, write_players
-from lora_gan.callbacks.last import run_folder
+from lora_gan.callbacks.last_checkpoint import run_folder
+from lora_gan.checkpointing.adapters import ROLES, keep_newest, write_roles
 from lora_gan.errors import LoraGANError
-from lora_gan.module import LoraGANModule
+from lora_gan.step_callback import StepCallback, StepModule, step_module
+from lora_gan.types import PromptBatch, StepOutput
 
 
-class AdapterCheckpoints(L.Callback):
-    """Writes ``checkpoints/step-<round>/{generator,discriminator}`` in the run's folder, each a PEFT adapter.
+class AdapterCheckpoints(StepCallback):
+    """Writes ``checkpoints/step-<step>/{generator,discriminator}`` in the run's folder, each a PEFT adapter.
 
     Beside ``adapter_config.json`` and ``adapter_model.safetensors`` stand ``optimizer.pt`` and the discriminator's
     ``head.pt``. Any of them can be the start of another run, by the module's ``generator_adapter`` and
     ``discriminator_adapter``.
 
     Args:
-        every_n_rounds: Rounds from one to the next.
+        every_n_steps: Steps from one to the next.
         keep_last: How many of them stay; 0 keeps all.
         monitor: A logged metric, ``text/rouge_l`` say: ``checkpoints/best`` holds the adapters of the validation at
             which it was best.
-        mode: Whether the metric shall be large ("max") or small ("min").
+        mode: Whether a good metric is large ("max") or small ("min").
     """
 
     def __init__(
-        self, every_n_rounds: int = 100, keep_last: int = 3, monitor: str | None = None, mode: str = "max"
+        self, every_n_steps: int = 100, keep_last: int = 3, monitor: str | None = None, mode: str = "max"
     ) -> None:
-        if every_n_rounds < 1 or keep_last < 0:
-            raise LoraGANError(f"need every_n_rounds >= 1 and keep_last >= 0, got {every_n_rounds} and {keep_last}")
+        if every_n_steps < 1 or keep_last < 0:
+            raise LoraGANError(f"need every_n_steps >= 1 and keep_last >= 0, got {every_n_steps} and {keep_last}")
         if mode not in ("max", "min"):
             raise LoraGANError(f"mode must be max or min, got {mode!r}")
-        self.every_n_rounds = every_n_rounds
+        self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self.monitor = monitor
         self.sign = 1.0 if mode == "max" else -1.0
         self.best = -math.inf
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step % self.every_n_rounds:
+    def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
+        if trainer.global_step % self.every_n_steps:
             return
-        folder = self._write(trainer, pl_module, f"step-{trainer.global_step}")
+        folder = self._write(trainer, module, f"step-{trainer.global_step}")
         if trainer.is_global_zero:
             keep_newest(folder.parent, "step-", self.keep_last)
 
@@ -58,18 +57,17 @@ class AdapterCheckpoints(L.Callback):
         if self.monitor not in trainer.callback_metrics:
             names = ", ".join(sorted(trainer.callback_metrics))
             raise LoraGANError(
-                f"AdapterCheckpoints shall watch {self.monitor!r}, which nobody logs; there are: {names}"
+                f"metric {self.monitor!r}, the monitor of AdapterCheckpoints, was not logged; available: {names}"
             )
         value = self.sign * float(trainer.callback_metrics[self.monitor])
         if value > self.best:
             self.best = value
-            self._write(trainer, pl_module, "best")
+            self._write(trainer, step_module(pl_module, self), "best")
 
-    def _write(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> Path:
-        assert isinstance(module, LoraGANModule)
+    def _write(self, trainer: L.Trainer, module: StepModule, name: str) -> Path:
         folder = run_folder(trainer) / "checkpoints" / name
         if trainer.is_global_zero:
-            write_players(module, folder, dict(zip(PLAYERS, trainer.optimizers, strict=True)))
+            write_roles(module, folder, dict(zip(ROLES, trainer.optimizers, strict=True)))
         return folder
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,80 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 
 from lora_gan.errors import LoraGANError
-from lora_gan.module import LoraGANModule
+from lora_gan.step_callback import StepCallback, StepModule
+from lora_gan.types import ENTROPY, KL, MEAN_LENGTH, PromptBatch, StepOutput
 
-KL_KNOBS = ("kl_coefficient", "kl_penalty")
+KL_COEFFICIENTS = ("kl", "kl_penalty")
 
 
-class KLSchedule(L.Callback):
-    """Moves a KL coefficient along a straight line from one round to another; before, it stays as it was given.
+class KLSchedule(StepCallback):
+    """Moves a KL coefficient along a straight line from one step to another; before, it stays as it was given.
 
     Args:
-        first: Coefficient in round ``start``.
-        last: Coefficient from round ``end`` on.
-        start: Round at which it begins to move.
-        end: Round at which it has arrived.
-        knob: "kl_coefficient" (in the loss) or "kl_penalty" (in the reward).
+        first: Coefficient in step ``start``.
+        last: Coefficient from step ``end`` on.
+        start: Step at which it begins to move.
+        end: Step at which it has arrived.
+        coefficient: "kl" (in the loss) or "kl_penalty" (in the reward).
     """
 
-    def __init__(self, first: float, last: float, start: int, end: int, knob: str = "kl_coefficient") -> None:
+    def __init__(self, first: float, last: float, start: int, end: int, coefficient: str = "kl") -> None:
         if min(first, last) < 0 or not 0 <= start < end:
             raise LoraGANError(
-                f"need coefficients >= 0 and 0 <= start < end; got {first} and {last}, rounds {start} to {end}"
+                f"need coefficients >= 0 and 0 <= start < end; got {first} and {last}, steps {start} to {end}"
             )
         self.first, self.last, self.start, self.end = first, last, start, end
-        self.knob = _kl_knob(knob)
+        self.coefficient = _kl_coefficient(coefficient)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LoraGANModule)
+    def before_step(self, trainer: L.Trainer, module: StepModule, batch: PromptBatch) -> None:
         if trainer.global_step < self.start:
             return
         share = min((trainer.global_step - self.start) / (self.end - self.start), 1.0)
-        pl_module.knobs.set(**{self.knob: self.first + share * (self.last - self.first)})
+        module.coefficients.set(**{self.coefficient: self.first + share * (self.last - self.first)})
 
 
-class AdaptiveKL(L.Callback):
+class AdaptiveKL(StepCallback):
     """Holds KL(generator‖reference) near a target: k ← k·(1 + clip(KL/target − 1, ±0.2)·n/horizon).
 
-    The controller of Ziegler et al. (arXiv 1909.08593), n the answers of a round. It acts in rounds that sampled, from
-    the coefficient that the module was given, which must not be 0.
+    The controller of Ziegler et al. (arXiv 1909.08593), n the completions of a step. It acts in steps that sampled,
+    from the coefficient that the module was given, which must not be 0.
 
     Args:
-        target: Wanted KL in nats an answer.
-        horizon: Answers in which the coefficient moves by a fifth at most.
-        knob: "kl_coefficient" (in the loss) or "kl_penalty" (in the reward).
+        target: Wanted KL in nats a completion.
+        horizon: Completions in which the coefficient moves by a fifth at most.
+        coefficient: "kl" (in the loss) or "kl_penalty" (in the reward).
     """
 
-    def __init__(self, target: float = 6.0, horizon: int = 10_000, knob: str = "kl_coefficient") -> None:
+    def __init__(self, target: float = 6.0, horizon: int = 10_000, coefficient: str = "kl") -> None:
         if target <= 0 or horizon < 1:
             raise LoraGANError(f"target must be > 0 and horizon at least 1, got {target} and {horizon}")
         self.target = target
         self.horizon = horizon
-        self.knob = _kl_knob(knob)
+        self.coefficient = _kl_coefficient(coefficient)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LoraGANModule)
-        if "policy/kl" not in outputs:
+    def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
+        if KL not in output.metrics:
             return
-        kl = float(outputs["policy/kl"] * outputs["policy/length"])
+        kl = float(output.metrics[KL] * output.metrics[MEAN_LENGTH])
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        factor = 1 + error * len(pl_module.rollout) / self.horizon
-        pl_module.knobs.set(**{self.knob: getattr(pl_module.knobs, self.knob) * factor})
+        factor = 1 + error * len(output.rollout) / self.horizon
+        module.coefficients.set(**{self.coefficient: getattr(module.coefficients, self.coefficient) * factor})
 
 
-class AdaptiveEntropy(L.Callback):
+class AdaptiveEntropy(StepCallback):
     """Holds the policy's entropy above a target: coefficient ← max(0, coefficient + rate·(target − entropy)).
 
-    The dual ascent of maximum-entropy methods (arXiv 1812.05905, section 5) on the knob ``entropy_coefficient``.
+    The dual ascent of maximum-entropy methods (arXiv 1812.05905, section 5) on the coefficient ``entropy``.
 
     Args:
         target: Wanted entropy in nats a token.
@@ -90,19 +83,14 @@ class AdaptiveEntropy(L.Callback):
         self.rate = rate
         self.largest = largest
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LoraGANModule)
-        if "policy/entropy" not in outputs:
+    def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
+        if ENTROPY not in output.metrics:
             return
-        moved = float(pl_module.knobs.entropy_coefficient) + self.rate * (
-            self.target - float(outputs["policy/entropy"])
-        )
-        pl_module.knobs.set(entropy_coefficient=min(max(moved, 0.0), self.largest))
+        moved = float(module.coefficients.entropy) + self.rate * (self.target - float(output.metrics[ENTROPY]))
+        module.coefficients.set(entropy=min(max(moved, 0.0), self.largest))
 
 
-def _kl_knob(name: str) -> str:
-    if name not in KL_KNOBS:
-        raise LoraGANError(f"knob must be one of {', '.join(KL_KNOBS)}, got {name!r}")
+def _kl_coefficient(name: str) -> str:
+    if name not in KL_COEFFICIENTS:
+        raise LoraGANError(f"coefficient must be one of {', '.join(KL_COEFFICIENTS)}, got {name!r}")
     return name

@@ -1,4 +1,4 @@
-"""A policy that has found something cheaper than good answers."""
+"""Detects mode collapse and reward hacking in the sampled completions."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from typing import Any
 
 import lightning as L
 
+from lora_gan.distributed import gathered
 from lora_gan.errors import LoraGANError
-from lora_gan.metrics import entropy, repetition, words
-from lora_gan.processes import gathered
 from lora_gan.rewards import references_of
-from lora_gan.types import PromptBatch, Rollout
+from lora_gan.step_callback import StepCallback, StepModule
+from lora_gan.text_metrics import entropy, repetition, words
+from lora_gan.types import PromptBatch, Rollout, StepOutput
 
 log = logging.getLogger("lora_gan")
 
-TEMPLATE = 4  # words of the phrase that answers may have in common
-PREFIX = 3  # words of an answer's beginning
+TEMPLATE = 4  # words of the phrase that completions may have in common
+PREFIX = 3  # words of a completion's beginning
 
 REMEDIES = {
-    "template": "the answers to different prompts have the same words in common; raise kl_coefficient, or lower the "
-    "weight of a reward that they all get",
-    "prefix_entropy": "the answers begin alike; raise kl_coefficient or the sampling temperature",
-    "repetition": "the answers repeat themselves; add lora_gan.rewards.RepetitionPenalty or raise kl_coefficient",
-    "length": "the answers have another length than the targets; add lora_gan.rewards.LengthReward",
-    "truncation": "the answers do not end; raise sampling.max_new_tokens, or add lora_gan.rewards.LengthReward",
+    "template": "the completions of different prompts have the same words in common; raise coefficients.kl, or lower "
+    "the weight of a reward that they all get",
+    "prefix_entropy": "the completions begin alike; raise coefficients.kl or the sampling temperature",
+    "repetition": "the completions repeat themselves; add lora_gan.rewards.RepetitionPenalty or raise coefficients.kl",
+    "length": "the completions have another length than the targets; add lora_gan.rewards.LengthReward",
+    "truncation": "the completions do not end; raise sampling.max_new_tokens, or add lora_gan.rewards.LengthReward",
 }
 
 
 @dataclass
 class Sample:
-    """Texts of a few rounds, with what their tokens tell."""
+    """Texts of a few steps, with what their tokens tell."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -46,29 +47,29 @@ class Sample:
         self.truncated += other.truncated
 
 
-class CollapseMonitor(L.Callback):
-    """Compares the sampled answers of every few rounds with their prompts' targets and warns of collapse, by name.
+class CollapseMonitor(StepCallback):
+    """Compares the sampled completions of every few steps with their prompts' targets and warns of collapse, by name.
 
     It logs ``collapse/<name>`` and, beside it, ``collapse/<name>_of_targets``. A warning is given once, until the value
-    has been in order again. Rounds without sampled answers do not count; prompts without targets are compared with the
-    others' targets, and where there is no target at all, length and prefix entropy are not judged.
+    has been in order again. Steps without sampled completions do not count; prompts without targets are compared with
+    the others' targets, and where there is no target at all, length and prefix entropy are not checked.
 
     Args:
-        every_n_rounds: Rounds whose answers are looked at together.
-        template: How much larger the share of answers that contain the commonest phrase of four words (or are it) may
-            be than that of the targets. It finds a policy that gives every prompt the same answer.
-        prefix_entropy: The smallest share of the targets' entropy (of the first three words, in nats) to be had.
-        repetition: How much more of an answer may repeat itself than of a target, see
+        every_n_steps: Steps whose completions are looked at together.
+        template: How much larger the share of completions that contain the commonest phrase of four words (or are it)
+            may be than that of the targets. It finds a policy that gives every prompt the same completion.
+        prefix_entropy: The smallest share of the targets' entropy (of the first three words, in nats) that is in order.
+        repetition: How much more of a completion may repeat itself than of a target, see
             ``lora_gan.rewards.RepetitionPenalty``.
         length: Factor by which the mean length in tokens may differ from the targets', either way.
-        truncation: How much larger the share of answers cut off by the length limit may be than that of targets that
-            are longer than it.
+        truncation: How much larger the share of completions cut off by the length limit may be than that of targets
+            that are longer than it.
         stop: End the run after a warning.
     """
 
     def __init__(
         self,
-        every_n_rounds: int = 10,
+        every_n_steps: int = 10,
         template: float = 0.3,
         prefix_entropy: float = 0.5,
         repetition: float = 0.15,
@@ -76,11 +77,11 @@ class CollapseMonitor(L.Callback):
         truncation: float = 0.3,
         stop: bool = False,
     ) -> None:
-        if every_n_rounds < 1:
-            raise LoraGANError(f"every_n_rounds must be at least 1, got {every_n_rounds}")
+        if every_n_steps < 1:
+            raise LoraGANError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if length <= 1:
             raise LoraGANError(f"length must be > 1, a factor, got {length}")
-        self.every_n_rounds = every_n_rounds
+        self.every_n_steps = every_n_steps
         self.stop = stop
         self.collapsed: dict[str, Callable[[float, float], bool]] = {
             "template": lambda ours, theirs: ours > theirs + template,
@@ -89,41 +90,38 @@ class CollapseMonitor(L.Callback):
             "length": lambda ours, theirs: not theirs / length <= ours <= theirs * length,
             "truncation": lambda ours, theirs: ours > theirs + truncation,
         }
-        self.rounds = 0
-        self.answers = Sample()
+        self.steps = 0
+        self.completions = Sample()
         self.targets = Sample()
         self.warned: set[str] = set()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
-    ) -> None:
-        rollout = last_rollout(pl_module, type(self).__name__)
-        if len(rollout) == 0:
+    def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
+        if len(output.rollout) == 0:
             return
-        self._collect(rollout, batch)
-        if self.rounds >= self.every_n_rounds:
-            self._judge(trainer, pl_module)
+        self._collect(output.rollout, batch)
+        if self.steps >= self.every_n_steps:
+            self._check(trainer, module)
             self._forget()
 
     def _collect(self, rollout: Rollout, batch: PromptBatch) -> None:
-        """Add the answers and targets of all processes."""
+        """Add the completions and targets of all processes."""
         lengths = rollout.mask.sum(-1)
         limit = int(lengths[rollout.truncated].max()) if rollout.truncated.any() else None
-        answers = Sample([*rollout.texts], lengths.tolist(), rollout.truncated.tolist())
+        completions = Sample([*rollout.texts], lengths.tolist(), rollout.truncated.tolist())
         targets = Sample()
         for example, ids in zip(batch.examples, batch.target_ids, strict=True):
             if references_of(example):
                 cut_off = limit is not None and len(ids) > limit
                 targets.add(Sample([references_of(example)[0]], [len(ids)], [cut_off]))
-        for sampled, wanted in gathered((answers, targets)):
-            self.answers.add(sampled)
+        for sampled, wanted in gathered((completions, targets)):
+            self.completions.add(sampled)
             self.targets.add(wanted)
-        self.rounds += 1
+        self.steps += 1
 
-    def _judge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        ours = signs(self.answers)
+    def _check(self, trainer: L.Trainer, module: StepModule) -> None:
+        ours = signs(self.completions)
         theirs = signs(self.targets) if self.targets.texts else {"template": 0.0, "repetition": 0.0, "truncation": 0.0}
-        pl_module.log_dict(
+        module.log_dict(
             {f"collapse/{name}": value for name, value in ours.items()}
             | {f"collapse/{name}_of_targets": value for name, value in theirs.items()},
             batch_size=1,
@@ -137,10 +135,10 @@ class CollapseMonitor(L.Callback):
 
     def _warn(self, trainer: L.Trainer, name: str, ours: Mapping[str, float], theirs: Mapping[str, float]) -> None:
         log.warning(
-            "collapse: %s %.3g in the %d rounds to round %d, of the targets %.3g: %s%s",
+            "collapse: %s %.3g in the %d steps to step %d, of the targets %.3g: %s%s",
             name,
             ours[name],
-            self.rounds,
+            self.steps,
             trainer.global_step,
             theirs[name],
             REMEDIES[name],
@@ -148,19 +146,19 @@ class CollapseMonitor(L.Callback):
         )
 
     def _forget(self) -> None:
-        self.rounds, self.answers, self.targets = 0, Sample(), Sample()
+        self.steps, self.completions, self.targets = 0, Sample(), Sample()
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "rounds": self.rounds,
-            "answers": asdict(self.answers),
+            "steps": self.steps,
+            "completions": asdict(self.completions),
             "targets": asdict(self.targets),
             "warned": sorted(self.warned),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rounds = state_dict["rounds"]
-        self.answers = Sample(**state_dict["answers"])
+        self.steps = state_dict["steps"]
+        self.completions = Sample(**state_dict["completions"])
         self.targets = Sample(**state_dict["targets"])
         self.warned = set(state_dict["warned"])
 
@@ -185,11 +183,3 @@ def template_share(texts: Sequence[str]) -> float:
 
 def _phrases(read: Sequence[str]) -> set[tuple[str, ...]]:
     return {tuple(read[i : i + TEMPLATE]) for i in range(max(len(read) - TEMPLATE, 0) + 1)}
-
-
-def last_rollout(module: L.LightningModule, callback: str) -> Rollout:
-    """The answers that the module sampled in its latest round."""
-    rollout = getattr(module, "rollout", None)
-    if not isinstance(rollout, Rollout):
-        raise LoraGANError(f"{callback} needs a module that keeps its latest round's answers in rollout")
-    return rollout

@@ -1,17 +1,19 @@
-"""Keeping the two players in balance: when the discriminator learns, and how far it is believed."""
+"""Balance of generator and discriminator: when the discriminator learns, and how much its score counts."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
 
 from lora_gan.errors import LoraGANError
-from lora_gan.module import LoraGANModule
+from lora_gan.step_callback import StepCallback, StepModule, step_module
+from lora_gan.types import ACCURACY, PromptBatch, StepOutput
 
 
-class _WatchesAccuracy(L.Callback):
-    """Keeps a moving average of the discriminator's accuracy on fresh answers, before its updates.
+class _WatchesAccuracy(StepCallback, ABC):
+    """Keeps a moving average of the discriminator's accuracy on fresh completions, before its updates.
 
     Args:
         decay: How slowly the average forgets, in [0, 1).
@@ -23,17 +25,15 @@ class _WatchesAccuracy(L.Callback):
         self.decay = decay
         self.accuracy: float | None = None
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LoraGANModule)
-        if "judge/accuracy" in outputs:
-            now = float(outputs["judge/accuracy"])
+    def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
+        if ACCURACY in output.metrics:
+            now = float(output.metrics[ACCURACY])
             self.accuracy = now if self.accuracy is None else self.decay * self.accuracy + (1 - self.decay) * now
-            self.react(pl_module, self.accuracy)
+            self.react(module, self.accuracy)
 
-    def react(self, module: LoraGANModule, accuracy: float) -> None:
-        """Turn a knob."""
+    @abstractmethod
+    def react(self, module: StepModule, accuracy: float) -> None:
+        """Set a coefficient by the average accuracy."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy}
@@ -43,13 +43,13 @@ class _WatchesAccuracy(L.Callback):
 
 
 class DiscriminatorControl(_WatchesAccuracy):
-    """Lets the discriminator learn in every n-th round only, and stops it while it is too good.
+    """Lets the discriminator learn in every n-th step only, and stops it while it is too good.
 
-    It judges in every round. How often it updates in a round in which it learns is the module's
+    It scores completions in every step. How often it updates in a step in which it learns is the module's
     ``discriminator_updates``; a curriculum may turn that.
 
     Args:
-        every_n_rounds: Rounds from one in which it learns to the next.
+        every_n_steps: Steps from one in which it learns to the next.
         freeze_above: Average accuracy from which it stops learning; null never stops it.
         train_below: Average accuracy below which it learns again; ``freeze_above`` if not given.
         decay: How slowly the average forgets, in [0, 1).
@@ -57,29 +57,26 @@ class DiscriminatorControl(_WatchesAccuracy):
 
     def __init__(
         self,
-        every_n_rounds: int = 1,
+        every_n_steps: int = 1,
         freeze_above: float | None = None,
         train_below: float | None = None,
         decay: float = 0.9,
     ) -> None:
         super().__init__(decay)
-        if every_n_rounds < 1:
-            raise LoraGANError(f"every_n_rounds must be at least 1, got {every_n_rounds}")
-        self.every_n_rounds = every_n_rounds
+        if every_n_steps < 1:
+            raise LoraGANError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
         self.freeze_above = 1.1 if freeze_above is None else freeze_above
         self.train_below = self.freeze_above if train_below is None else train_below
         if self.train_below > self.freeze_above:
             raise LoraGANError(f"train_below {train_below} must not be above freeze_above {freeze_above}")
         self.frozen = False
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LoraGANModule)
-        learns = not self.frozen and trainer.global_step % self.every_n_rounds == 0
-        pl_module.knobs.set(discriminator_gate=float(learns))
+    def before_step(self, trainer: L.Trainer, module: StepModule, batch: PromptBatch) -> None:
+        learns = not self.frozen and trainer.global_step % self.every_n_steps == 0
+        module.coefficients.set(discriminator_gate=float(learns))
 
-    def react(self, module: LoraGANModule, accuracy: float) -> None:
+    def react(self, module: StepModule, accuracy: float) -> None:
         self.frozen = accuracy >= (self.train_below if self.frozen else self.freeze_above)
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,10 +88,10 @@ class DiscriminatorControl(_WatchesAccuracy):
 
 
 class ConfidenceGate(_WatchesAccuracy):
-    """Shuts the payoff off while the discriminator is always right, and so tells the generator nothing.
+    """Shuts the adversarial reward off while the discriminator is always right, and so tells the generator nothing.
 
     Args:
-        close_above: Average accuracy from which the payoff does not count.
+        close_above: Average accuracy from which the adversarial reward does not count.
         open_below: Average accuracy below which it counts again; ``close_above`` if not given.
         decay: How slowly the average forgets, in [0, 1).
     """
@@ -106,19 +103,19 @@ class ConfidenceGate(_WatchesAccuracy):
         if self.open_below > close_above:
             raise LoraGANError(f"open_below {open_below} must not be above close_above {close_above}")
 
-    def react(self, module: LoraGANModule, accuracy: float) -> None:
-        border = self.close_above if module.knobs.adversarial_gate else self.open_below
-        module.knobs.set(adversarial_gate=float(accuracy < border))
+    def react(self, module: StepModule, accuracy: float) -> None:
+        border = self.close_above if module.coefficients.adversarial_gate else self.open_below
+        module.coefficients.set(adversarial_gate=float(accuracy < border))
 
 
 class AdaptiveAdversarialWeight(_WatchesAccuracy):
-    """Adaptive λ: the payoff counts the more, the surer the discriminator is.
+    """Adaptive λ: the weight of the adversarial reward grows with the discriminator's accuracy.
 
-    The knob ``adversarial_scale``, which multiplies ``adversarial_weight``, follows the average accuracy: 0 at ``low``,
-    1 from ``high`` on, a straight line between.
+    The coefficient ``adversarial_scale``, which multiplies ``adversarial``, follows the average accuracy: 0 at
+    ``low``, 1 from ``high`` on, a straight line between.
 
     Args:
-        low: Accuracy at which the payoff does not count; 0.5 is guessing.
+        low: Accuracy at which the adversarial reward does not count; 0.5 is guessing.
         high: Accuracy from which it counts in full.
         decay: How slowly the average forgets, in [0, 1).
     """
@@ -131,10 +128,9 @@ class AdaptiveAdversarialWeight(_WatchesAccuracy):
         self.high = high
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, LoraGANModule)
         if self.accuracy is None:
-            pl_module.knobs.set(adversarial_scale=0.0)
+            step_module(pl_module, self).coefficients.set(adversarial_scale=0.0)
 
-    def react(self, module: LoraGANModule, accuracy: float) -> None:
+    def react(self, module: StepModule, accuracy: float) -> None:
         share = (accuracy - self.low) / (self.high - self.low)
-        module.knobs.set(adversarial_scale=min(max(share, 0.0), 1.0))
+        module.coefficients.set(adversarial_scale=min(max(share, 0.0), 1.0))

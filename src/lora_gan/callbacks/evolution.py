@@ -1,4 +1,4 @@
-"""What evolution leaves behind while it goes on: adapters of the fittest, and a picture."""
+"""Evolution callbacks: adapters of the fittest members, and a plot of fitness and diversity."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lora_gan.adapters import keep_newest, save_adapter, whole_folder
 from lora_gan.backbone import GENERATOR
-from lora_gan.callbacks.last import run_folder
+from lora_gan.callbacks.last_checkpoint import run_folder
+from lora_gan.checkpointing.adapters import keep_newest, save_adapter, whole_folder
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution import EvolutionModule
-from lora_gan.evolution.population import CROSSED, MUTATED, REFINED, START, embodied, positions
+from lora_gan.evolution.population import CROSSED, MUTATED, REFINED, START, member_loaded, positions
+from lora_gan.step_callback import StepCallback, StepModule
+from lora_gan.types import PromptBatch, StepOutput
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,16 +28,16 @@ if TYPE_CHECKING:
 COLOURS = {START: "grey", MUTATED: "tab:blue", CROSSED: "tab:green", REFINED: "tab:red", "elite": "black"}
 
 
-class FittestMembers(L.Callback):
-    """Writes ``checkpoints/gen-<generations>/<place>`` in the run's folder: the fittest as PEFT adapters.
+class FittestMembers(StepCallback):
+    """Saves the fittest members as PEFT adapters in ``checkpoints/gen-<generation>/<rank>`` of the run's folder.
 
-    ``member.json`` beside an adapter tells its fitness and how it came into being. The folders can be the ``start`` of
-    another run (:class:`~lora_gan.evolution.SavedAdapters`).
+    ``member.json`` in an adapter's folder holds its fitness, origin and id. The folders can be the ``start`` of another
+    run (:class:`~lora_gan.evolution.SavedAdapters`).
 
     Args:
-        every_n_generations: Generations from one to the next.
-        members: How many of the fittest are written.
-        keep_last: Generations that stay; 0 keeps all.
+        every_n_generations: Generations between two saves.
+        members: Number of fittest members to save.
+        keep_last: Generations to keep; 0 keeps all.
     """
 
     def __init__(self, every_n_generations: int = 5, members: int = 1, keep_last: int = 3) -> None:
@@ -48,42 +50,40 @@ class FittestMembers(L.Callback):
         self.members = members
         self.keep_last = keep_last
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
         if trainer.global_step % self.every_n_generations:
             return
-        module = _evolving(pl_module, self)
+        evolution = _evolution_module(module, self)
         folder = run_folder(trainer) / "checkpoints" / f"gen-{trainer.global_step}"
         with whole_folder(folder) as fresh:
-            for place, member in enumerate(module.ranked[: self.members], start=1):
-                with embodied(module.backbone, member.weights):
-                    save_adapter(module.backbone, GENERATOR, fresh / str(place))
-                told = {"fitness": member.fitness, "came_by": member.kind, "number": member.number}
-                (fresh / str(place) / "member.json").write_text(json.dumps(told), encoding="utf-8")
+            for rank, member in enumerate(evolution.ranked[: self.members], start=1):
+                with member_loaded(module.backbone, member.weights):
+                    save_adapter(module.backbone, GENERATOR, fresh / str(rank))
+                record = {"fitness": member.fitness, "origin": member.kind, "id": member.id}
+                (fresh / str(rank) / "member.json").write_text(json.dumps(record), encoding="utf-8")
         keep_newest(folder.parent, "gen-", self.keep_last)
 
 
 @dataclass
 class Generation:
-    """What the picture shows of one generation."""
+    """Data of one generation for the plot."""
 
     number: int
     fitness: list[float]  # of each member
-    kinds: list[str]  # how each came into being
+    kinds: list[str]  # origin of each, or "elite"
     diversity: float
-    held_out: float | None = None  # the best member's fitness on held-out prompts, where it was validated
+    held_out: float | None = None  # fitness of the best member on held-out prompts, if validated
 
     @property
     def mean(self) -> float:
         return sum(self.fitness) / len(self.fitness)
 
 
-class FitnessPlot(L.Callback):
-    """Draws fitness over generations and the population's spread: ``fitness.png`` in the run's folder, TensorBoard.
+class FitnessPlot(StepCallback):
+    """Plots fitness and diversity over generations to ``fitness.png`` in the run's folder and to TensorBoard.
 
     Args:
-        every_n_generations: Generations from one drawing to the next; after the last there always is one.
+        every_n_generations: Generations between two plots; the last generation is always plotted.
     """
 
     def __init__(self, every_n_generations: int = 5) -> None:
@@ -92,16 +92,14 @@ class FitnessPlot(L.Callback):
         self.every_n_generations = every_n_generations
         self.history: list[Generation] = []
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        members = _evolving(pl_module, self).ranked
+    def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
+        members = _evolution_module(module, self).ranked
         self.history.append(
             Generation(
                 trainer.global_step,
                 [member.fitness for member in members],
                 [member.kind for member in members],
-                float(outputs["population/diversity"]),
+                float(output.metrics["population/diversity"]),
             )
         )
 
@@ -118,7 +116,7 @@ class FitnessPlot(L.Callback):
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        figure = picture(self.history, _evolving(module, self))
+        figure = draw_figure(self.history, _evolution_module(module, self))
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / "fitness.png", dpi=120)
@@ -133,16 +131,16 @@ class FitnessPlot(L.Callback):
         self.history = [Generation(**generation) for generation in state_dict["history"]]
 
 
-def picture(history: list[Generation], module: EvolutionModule) -> Figure:
-    """Fitness over generations, the spread over generations, and where the members of the last one stand."""
+def draw_figure(history: list[Generation], module: EvolutionModule) -> Figure:
+    """Fitness and diversity over generations, and the positions of the last generation's members."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4), layout="constrained")
-    fitness, spread, places = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    fitness, spread, plane = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     _draw_fitness(fitness, history)
     spread.plot([g.number for g in history], [g.diversity for g in history], color="black", marker=".")
     spread.set(xlabel="generation", ylabel="mean distance of two members (rms of ΔW)", ylim=(0, None))
-    _draw_places(places, module)
+    _draw_positions(plane, module)
     for axes in (fitness, spread):
         axes.locator_params(axis="x", integer=True)
     return figure
@@ -168,20 +166,21 @@ def _draw_fitness(axes: Axes, history: list[Generation]) -> None:
     axes.legend(fontsize="small", ncols=2)
 
 
-def _draw_places(axes: Axes, module: EvolutionModule) -> None:
+def _draw_positions(axes: Axes, module: EvolutionModule) -> None:
     x, y = positions(module.ranked).unbind(1)
     fitness = torch.tensor([member.fitness for member in module.ranked])
     dots = axes.scatter(x.tolist(), y.tolist(), c=fitness.tolist())
     axes.figure.colorbar(dots, label="fitness")
-    axes.set(xlabel="the members' ΔW in a plane")
+    axes.set(xlabel="positions of the members' ΔW in a plane")
     axes.ticklabel_format(scilimits=(0, 0))
     axes.locator_params(nbins=4)
     axes.set_aspect("equal", adjustable="datalim")
 
 
-def _evolving(module: L.LightningModule, asking: L.Callback) -> EvolutionModule:
+def _evolution_module(module: L.LightningModule, callback: L.Callback) -> EvolutionModule:
     if not isinstance(module, EvolutionModule):
         raise LoraGANError(
-            f"{type(asking).__name__} belongs to lora_gan.evolution.EvolutionModule; this is {type(module).__name__}"
+            f"{type(callback).__name__} needs a lora_gan.evolution.EvolutionModule, got a {type(module).__name__}: "
+            "remove the callback or change the model"
         )
     return module

@@ -11,13 +11,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from lora_gan.processes import in_order
+from lora_gan.distributed import in_order
 
 logger = logging.getLogger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes the answers of ``predict`` as JSON lines: prompt, answer, target, reward.
+    """Writes the completions of ``predict`` as JSON lines: prompt, completion, target, reward.
 
     Args:
         file: Name of the file in the run's folder.
@@ -42,4 +42,4 @@ class PredictionWriter(BasePredictionWriter):
         with path.open("w", encoding="utf-8") as stream:
             for record in records:
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        logger.info("answers written to %s", path)
+        logger.info("completions written to %s", path)

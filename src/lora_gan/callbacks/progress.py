@@ -1,4 +1,4 @@
-"""A progress bar that counts rounds."""
+"""A progress bar that counts steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
-class RoundProgressBar(TQDMProgressBar):
-    """One bar over all rounds of a fit, not one an epoch, with reward and losses beside it."""
+class StepProgressBar(TQDMProgressBar):
+    """One bar over all steps of a fit, not one an epoch, with reward and losses beside it."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -33,4 +33,4 @@ class RoundProgressBar(TQDMProgressBar):
         bar: Tqdm = self.train_progress_bar
         bar.total = trainer.max_steps if trainer.max_steps > 0 else None
         bar.initial = bar.n = trainer.global_step
-        bar.set_description("rounds")
+        bar.set_description("steps")

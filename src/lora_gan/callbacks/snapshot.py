@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 
 from lora_gan.errors import LoraGANError
-from lora_gan.module import LoraGANModule
+from lora_gan.step_callback import StepCallback, StepModule
+from lora_gan.types import PromptBatch
 
 
-class Snapshot(L.Callback):
-    """Takes a snapshot of the generator every few rounds, in place of the last one.
+class Snapshot(StepCallback):
+    """Takes a snapshot of the generator every few steps, in place of the last one.
 
     Args:
-        every_n_rounds: Rounds from one snapshot to the next.
-        start: Round of the first one, taken before the round is played.
+        every_n_steps: Steps from one snapshot to the next.
+        start: Step of the first one, taken before the step is played.
     """
 
-    def __init__(self, every_n_rounds: int = 50, start: int = 0) -> None:
-        if every_n_rounds < 1 or start < 0:
-            raise LoraGANError(f"need every_n_rounds >= 1 and start >= 0, got {every_n_rounds} and {start}")
-        self.every_n_rounds = every_n_rounds
+    def __init__(self, every_n_steps: int = 50, start: int = 0) -> None:
+        if every_n_steps < 1 or start < 0:
+            raise LoraGANError(f"need every_n_steps >= 1 and start >= 0, got {every_n_steps} and {start}")
+        self.every_n_steps = every_n_steps
         self.start = start
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, LoraGANModule)
+    def before_step(self, trainer: L.Trainer, module: StepModule, batch: PromptBatch) -> None:
         since = trainer.global_step - self.start
-        if since >= 0 and since % self.every_n_rounds == 0:
-            pl_module.backbone.take_snapshot()
+        if since >= 0 and since % self.every_n_steps == 0:
+            module.backbone.take_snapshot()

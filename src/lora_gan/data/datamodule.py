@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lora_gan.data.alpaca import Alpaca
-from lora_gan.data.builtin import BuiltinWorld
-from lora_gan.data.fitting import Fitter, Room
-from lora_gan.data.sampler import BucketSampler, Place
+from lora_gan.data.fitting import LengthFilter, LengthLimits
+from lora_gan.data.sampler import BucketSampler, EpochPosition
 from lora_gan.data.source import Source
-from lora_gan.data.splits import SPLITS, Placed, digest, one_wording_each, place
+from lora_gan.data.sources.alpaca import Alpaca
+from lora_gan.data.sources.builtin import BuiltinWorld
+from lora_gan.data.splits import SPLITS, SplitExamples, assign_splits, digest, one_wording_each
 from lora_gan.data.tokenizer import Encoded, Ids, encode, load_tokenizer
 from lora_gan.errors import DataError, LoraGANError
+from lora_gan.lightning_compat import share_of_process
 from lora_gan.types import Example, PromptBatch
 
 if TYPE_CHECKING:
@@ -68,11 +69,11 @@ class InstructionDataModule(L.LightningDataModule):
             source: Where the examples come from; left out, it is the built-in world (or Alpaca where path is given).
             path: A local file or hub id that the source reads instead of its own.
             tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
-            batch_size: Prompts in a round of training.
+            batch_size: Prompts in a step of training.
             eval_batch_size: Prompts in a batch of validation, test and prediction.
             max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
             max_target_tokens: Longer targets (EOS included) are dropped and counted.
-            max_tokens: The most that prompt and answer may hold together; left out, what the tokenizer says.
+            max_tokens: The most that prompt and completion may hold together; left out, what the tokenizer says.
             chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
             system: What the system says in a chat; left out, what the source says, if anything.
             validation: Share of the groups held out for validation, where the source has no official split.
@@ -113,12 +114,12 @@ class InstructionDataModule(L.LightningDataModule):
         self.chat = chat
         self.system = system
         self.fractions = {"validation": validation, "test": test}
-        self.limits = {"validation": max_validation, "test": max_test}
+        self.largest = {"validation": max_validation, "test": max_test}
         self.bucket_batches = bucket_batches
         self.seed = seed
         self.num_workers = num_workers
         self.splits: dict[str, Split] = {}
-        self.trained = Place()
+        self.trained = EpochPosition()
         self.trained_order: dict[str, int | str] = {}
 
     @cached_property
@@ -127,13 +128,13 @@ class InstructionDataModule(L.LightningDataModule):
 
     @property
     def context(self) -> int:
-        """The most tokens that a prompt and its answer may hold together."""
-        return self.room.together
+        """The most tokens that a prompt and its completion may hold together."""
+        return self.limits.total
 
     @property
-    def room(self) -> Room:
-        """The most tokens of prompts and answers."""
-        return Room.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
+    def limits(self) -> LengthLimits:
+        """The most tokens of prompts and completions."""
+        return LengthLimits.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the source once, for all stages."""
@@ -141,8 +142,10 @@ class InstructionDataModule(L.LightningDataModule):
             return
         examples = list(self.source.rows())
         if not examples:
-            raise DataError(f"{self.origin} gives no usable row (dropped: {told(self.source.dropped)}); mend the rows")
-        split = {name: self._fit(placed) for name, placed in place(examples, self.fractions, self.seed).items()}
+            raise DataError(
+                f"{self.origin} gives no usable row (dropped: {format_counts(self.source.dropped)}); fix the rows"
+            )
+        split = {name: self._fit(placed) for name, placed in assign_splits(examples, self.fractions, self.seed).items()}
         held_out = {name: self._thin(name, split[name]) for name in SPLITS[1:]}
         self.splits = split | held_out
         self._report()
@@ -150,12 +153,12 @@ class InstructionDataModule(L.LightningDataModule):
             raise self._nothing_fits(examples)
 
     def train_dataloader(self) -> DataLoader[Encoded]:
-        """A new order each epoch, dealt out to the processes; what does not fill a round is left out."""
+        """A new order each epoch, dealt out to the processes; what does not fill a step is left out."""
         items = self._items("train")
         sampler = self._sampler(items)
         if len(sampler) < self.batch_size:
             log.warning(
-                "only %d training examples for data.init_args.batch_size=%d in each process: a round takes all of them",
+                "only %d training examples for data.init_args.batch_size=%d in each process: a step takes all of them",
                 len(items),
                 self.batch_size,
             )
@@ -179,7 +182,7 @@ class InstructionDataModule(L.LightningDataModule):
         return {"epoch": self.trained.epoch, "batches": self.trained.batches, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.trained = Place(state_dict["epoch"], state_dict["batches"])
+        self.trained = EpochPosition(state_dict["epoch"], state_dict["batches"])
         self.trained_order = state_dict["order"]
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the sampler is
 
@@ -191,22 +194,21 @@ class InstructionDataModule(L.LightningDataModule):
                 "not as in the checkpoint: data.init_args.%s; the epoch starts anew, so some prompts come twice in it",
                 ", ".join(changed),
             )
-            self.trained = Place()
+            self.trained = EpochPosition()
         if len(items) < processes:
             raise DataError(
                 f"{len(items)} training examples cannot be dealt out to {processes} processes; "
                 "give more rows or lower trainer.devices"
             )
         batches = max(len(items) // (self.batch_size * processes), 1)
-        start = self.trained if self.trained.batches < batches else Place(self.trained.epoch + 1)
+        start = self.trained if self.trained.batches < batches else EpochPosition(self.trained.epoch + 1)
         lengths = [len(item.prompt_ids) for item in items]
         return BucketSampler(lengths, self.seed, self.batch_size, self.bucket_batches, start, **self._share)
 
     @property
     def _share(self) -> dict[str, int]:
-        """How many processes there are and which of them this is, as a sampler is told."""
-        told = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return told or {"num_replicas": 1, "rank": 0}
+        """How many processes there are and which of them this is, as a sampler takes it."""
+        return share_of_process(self.trainer)
 
     def _order(self) -> dict[str, int | str]:
         """What the order of training depends on, by the names of the settings."""
@@ -242,23 +244,23 @@ class InstructionDataModule(L.LightningDataModule):
             log.warning("no validation examples: validation is skipped; raise data.init_args.validation to get some")
         elif not items:
             raise DataError(
-                f"{self.origin} leaves no {name} examples (dropped: {told(self.splits[name].dropped)}); "
+                f"{self.origin} leaves no {name} examples (dropped: {format_counts(self.splits[name].dropped)}); "
                 "give more rows, or change data.init_args.validation and data.init_args.test"
                 + f" ({self.source.note})"
                 * bool(self.source.note)
             )
         return items
 
-    def _fit(self, placed: Placed) -> Split:
+    def _fit(self, placed: SplitExamples) -> Split:
         """Tokenises and leaves out what is too long: examples, or single negatives."""
-        fitter = Fitter(self.tokenizer, self.room, self.chat, self.system)
+        fitter = LengthFilter(self.tokenizer, self.limits, self.chat, self.system)
         items = tuple(fitter.fit(placed.examples))
         return Split(items, placed.dropped + fitter.dropped, fitter.repaired)
 
     def _thin(self, name: str, split: Split) -> Split:
         """A held-out split asks each item in one wording, and no more of them than its limit."""
         chosen = one_wording_each([item.example for item in split.items], self.seed)
-        kept = sorted(chosen[: self.limits[name]])
+        kept = sorted(chosen[: self.largest[name]])
         left_out = Counter(other_wording=len(split.items) - len(chosen), over_the_limit=len(chosen) - len(kept))
         return Split(tuple(split.items[i] for i in kept), split.dropped + left_out, split.repaired)
 
@@ -279,13 +281,13 @@ class InstructionDataModule(L.LightningDataModule):
         return f"{self.source.name} ({self.source.path})" if self.source.path else self.source.name
 
     def _report(self) -> None:
-        lines = [f"data: {self.origin}, rows dropped: {told(self.source.dropped)}"]
-        lines.append(f"  rows repaired: {told(self.source.repaired)}")
+        lines = [f"data: {self.origin}, rows dropped: {format_counts(self.source.dropped)}"]
+        lines.append(f"  rows repaired: {format_counts(self.source.repaired)}")
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
             cut = f" (prompts cut: {split.repaired['prompt_cut']:,})" if split.repaired["prompt_cut"] else ""
-            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {told(split.dropped)}{cut}")
+            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {format_counts(split.dropped)}{cut}")
         if self.source.note:
             lines.append(f"  note: {self.source.note}")
         log.info("\n".join(lines))
@@ -305,7 +307,7 @@ def _tensor(ids: Ids) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def told(counts: Counter[str]) -> str:
+def format_counts(counts: Counter[str]) -> str:
     """The counts by reason, in one line."""
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
 

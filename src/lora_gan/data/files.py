@@ -53,7 +53,7 @@ class Row:
             raise DataError(f"{self.where}: the field {field!r} is missing (fields found: {found}); add or rename it")
         if not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
-            raise DataError(f"{self.where}: the field {field!r} is {kind}, not text; mend or delete the row")
+            raise DataError(f"{self.where}: the field {field!r} is {kind}, not text; fix or delete the row")
         return clean(value)
 
     def texts(self, field: str) -> list[str]:
@@ -65,7 +65,7 @@ def strings(value: object, field: str, where: str) -> list[str]:
     """``value`` as a list of cleaned texts."""
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         kind = "missing or null" if value is None else f"{type(value).__name__}, not a list of texts"
-        raise DataError(f"{where}: the field {field!r} is {kind}; mend or delete the row")
+        raise DataError(f"{where}: the field {field!r} is {kind}; fix or delete the row")
     return [clean(text) for text in value]
 
 
@@ -83,7 +83,7 @@ def refuse(error: DataError) -> NoReturn:
 def read_rows(path: str, split: str = "train", bad: OnBadRow = refuse, config: str | None = None) -> Iterator[Row]:
     """The rows of a local file or, where no file has this name, of ``split`` of a data set on the hub.
 
-    ``bad`` is told of each single row that cannot be read; where it returns, the row is left out. ``config`` chooses
+    ``bad`` is called for each row that cannot be read; if it returns, the row is left out. ``config`` chooses
     among the parts of a data set on the hub.
     """
     return _read_hub(path, split, config) if is_hub_id(path) else _read_file(Path(path).expanduser(), bad)
@@ -153,10 +153,10 @@ def _json_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise DataError(
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
-            "mend it, or call the file .jsonl if each line is an object of its own"
+            "fix it, or call the file .jsonl if each line is an object of its own"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: JSON that cannot be read ({error}); mend the file") from error
+        raise DataError(f"{file}: JSON that cannot be read ({error}); fix the file") from error
     if not isinstance(rows, list):
         raise DataError(f"{file} holds a JSON {type(rows).__name__}, not a list; give a list of objects")
     for number, row in enumerate(rows, start=1):
@@ -181,10 +181,10 @@ def line_row(line: str, where: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}, column {error.colno}: not valid JSON ({error.msg}); the line may be cut short, mend or delete it"
+            f"{where}, column {error.colno}: not valid JSON ({error.msg}); the line may be cut short, fix or delete it"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: JSON that cannot be read ({error}); mend or delete the line") from error
+        raise DataError(f"{where}: JSON that cannot be read ({error}); fix or delete the line") from error
     return _object_row(row, where)
 
 
@@ -211,7 +211,7 @@ def _csv_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
                 )
             )
     except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: not valid CSV ({error}); mend the quotes") from error
+        raise DataError(f"{file}, line {reader.line_num}: not valid CSV ({error}); fix the quotes") from error
 
 
 def _parquet_rows(file: Path, content: bytes) -> Iterator[Row]:

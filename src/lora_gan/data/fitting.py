@@ -16,40 +16,40 @@ from lora_gan.types import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHORTEST_ANSWER = 2  # a token and EOS
+SHORTEST_TARGET = 2  # a token and EOS
 UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
 
 
 @dataclass(frozen=True)
-class Room:
-    """The most tokens that a prompt, an answer with its EOS, and both together may hold."""
+class LengthLimits:
+    """The most tokens that a prompt, a completion with its EOS, and both together may hold."""
 
     prompt: int
-    answer: int
-    together: int
+    target: int
+    total: int
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: int, answer: int, together: int | None) -> Room:
-        """``together`` left out is what the tokenizer says."""
-        together = together or min(int(tokenizer.model_max_length), UNLIMITED)
-        return cls(min(prompt, together - SHORTEST_ANSWER), answer, together)
+    def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: int, target: int, total: int | None) -> LengthLimits:
+        """``total`` left out is what the tokenizer says."""
+        total = total or min(int(tokenizer.model_max_length), UNLIMITED)
+        return cls(min(prompt, total - SHORTEST_TARGET), target, total)
 
-    def has(self, prompt: int, answer: int) -> bool:
-        """Whether an answer of this length fits behind a prompt of that length."""
-        return answer <= min(self.answer, self.together - prompt)
+    def fits(self, prompt: int, target: int) -> bool:
+        """Whether a completion of this length fits behind a prompt of that length."""
+        return target <= min(self.target, self.total - prompt)
 
 
-class Fitter:
-    """Examples as ids, as far as there is room.
+class LengthFilter:
+    """Examples as ids, as far as they fit.
 
     ``dropped`` and ``repaired`` count by reason what was left out and what was cut.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, room: Room, chat: bool = False, system: str | None = None
+        self, tokenizer: PreTrainedTokenizerBase, limits: LengthLimits, chat: bool = False, system: str | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self.room = room
+        self.limits = limits
         self.chat = chat
         self.system = system
         self.dropped: Counter[str] = Counter()
@@ -68,8 +68,8 @@ class Fitter:
                 yield self._with_fitting_negatives(shortened)
 
     def _shortened(self, item: Encoded) -> Encoded:
-        limit = min(self.room.prompt, self.room.together - len(item.target_ids))
-        if len(item.prompt_ids) <= limit or len(item.target_ids) > self.room.answer:
+        limit = min(self.limits.prompt, self.limits.total - len(item.target_ids))
+        if len(item.prompt_ids) <= limit or len(item.target_ids) > self.limits.target:
             return item
         example = shorten(item.example, limit, lambda text: len(prompt_ids(self.tokenizer, text)))
         if example is None:
@@ -78,13 +78,13 @@ class Fitter:
         return replace(item, example=example, prompt_ids=prompt_ids(self.tokenizer, example.prompt))
 
     def _fault(self, item: Encoded) -> str:
-        if len(item.prompt_ids) > self.room.prompt:
+        if len(item.prompt_ids) > self.limits.prompt:
             return "prompt_too_long"
-        return "" if self.room.has(len(item.prompt_ids), len(item.target_ids)) else "target_too_long"
+        return "" if self.limits.fits(len(item.prompt_ids), len(item.target_ids)) else "target_too_long"
 
     def _with_fitting_negatives(self, item: Encoded) -> Encoded:
         pairs = zip(item.example.negatives, item.negative_ids, strict=True)
-        fitting = [(negative, ids) for negative, ids in pairs if self.room.has(len(item.prompt_ids), len(ids))]
+        fitting = [(negative, ids) for negative, ids in pairs if self.limits.fits(len(item.prompt_ids), len(ids))]
         left_out = len(item.negative_ids) - len(fitting)
         if not left_out:
             return item

@@ -39,8 +39,8 @@ def report(data: L.LightningDataModule, examples: int = 3) -> str:
 def _title(name: str, data: InstructionDataModule) -> str:
     lines = [
         f"{name}: {data.origin}",
-        f"tokenizer {data.tokenizer_name}; room for {data.room.prompt:,} tokens of prompt, {data.room.answer:,} of "
-        f"answer, {data.room.together:,} together",
+        f"tokenizer {data.tokenizer_name}; room for {data.limits.prompt:,} tokens of prompt, {data.limits.target:,} of "
+        f"target, {data.limits.total:,} together",
         f"fits: {_share_that_fits(data.splits.values()):.1%} of the examples",
     ]
     return "\n".join(lines + [f"note: {data.source.note}"] * bool(data.source.note))

@@ -13,23 +13,23 @@ from lora_gan.data.splits import digest
 
 
 @dataclass(frozen=True)
-class Place:
+class EpochPosition:
     """So many batches of an epoch have been trained on."""
 
     epoch: int = 0
     batches: int = 0
 
-    def after_batch(self, epoch: int) -> Place:
+    def after_batch(self, epoch: int) -> EpochPosition:
         """The place when one more batch, of ``epoch``, is trained on."""
-        return Place(epoch, self.batches + 1 if epoch == self.epoch else 1)
+        return EpochPosition(epoch, self.batches + 1 if epoch == self.epoch else 1)
 
 
 class BucketSampler(DistributedSampler[int]):
     """Each index once, in an order that (seed, epoch) decides. Lightning calls :meth:`set_epoch`.
 
-    A round takes a batch in each process: together they go through the order of one process whose batches are as large
-    as all of theirs, and what cannot be dealt out evenly is left out. Of each ``bucket_batches`` rounds those of like
-    length come into one round; what does not fill a round comes last. In the epoch of ``start`` the batches before it
+    A step takes a batch in each process: together they go through the order of one process whose batches are as large
+    as all of theirs, and what cannot be dealt out evenly is left out. Of each ``bucket_batches`` steps those of like
+    length come into one step; what does not fill a step comes last. In the epoch of ``start`` the batches before it
     are left out; the length is that of a whole epoch, since Lightning adds the batches before.
 
     It is a DistributedSampler so that Lightning takes it as it is: any other is dealt out anew, from its beginning.
@@ -38,7 +38,7 @@ class BucketSampler(DistributedSampler[int]):
         lengths: Tokens of each prompt.
         seed: Decides the order.
         batch_size: Indices in a batch.
-        bucket_batches: Rounds that are sorted together; 1 leaves all to chance.
+        bucket_batches: Steps that are sorted together; 1 leaves all to chance.
         start: Where to begin.
         num_replicas: How many processes there are.
         rank: Which of them this is.
@@ -50,7 +50,7 @@ class BucketSampler(DistributedSampler[int]):
         seed: int,
         batch_size: int = 1,
         bucket_batches: int = 1,
-        start: Place | None = None,
+        start: EpochPosition | None = None,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
@@ -58,7 +58,7 @@ class BucketSampler(DistributedSampler[int]):
         self.lengths = lengths
         self.round_size = batch_size * num_replicas
         self.bucket_batches = bucket_batches
-        self.start = start or Place()
+        self.start = start or EpochPosition()
         self.epoch = self.start.epoch  # Lightning makes the first iterator before it sets the epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -77,6 +77,6 @@ class BucketSampler(DistributedSampler[int]):
             for start in range(0, whole, size)
             for index in sorted(order[start : min(start + size, whole)], key=self.lengths.__getitem__)
         ]
-        rounds = [alike[start : start + self.round_size] for start in range(0, whole, self.round_size)]
-        shuffled = torch.randperm(len(rounds), generator=generator).tolist()
-        return [index for number in shuffled for index in rounds[number]] + order[whole:]
+        steps = [alike[start : start + self.round_size] for start in range(0, whole, self.round_size)]
+        shuffled = torch.randperm(len(steps), generator=generator).tolist()
+        return [index for number in shuffled for index in steps[number]] + order[whole:]

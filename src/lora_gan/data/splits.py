@@ -15,21 +15,21 @@ BUCKETS = 10_000
 
 
 @dataclass(frozen=True)
-class Placed:
+class SplitExamples:
     """The examples of one split, and how many were left out of it for what reason."""
 
     examples: list[Example] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def place(examples: Iterable[Example], fractions: Mapping[str, float], seed: int) -> dict[str, Placed]:
+def assign_splits(examples: Iterable[Example], fractions: Mapping[str, float], seed: int) -> dict[str, SplitExamples]:
     """The examples by split. A group that official splits spread over several stays in the most strictly held out."""
     grouped = [example if example.group else replace(example, group=example.prompt) for example in examples]
     wanted = [_official_split(example) or split_of(example.group, fractions, seed) for example in grouped]
     strictest: dict[str, int] = {}
     for example, name in zip(grouped, wanted, strict=True):
         strictest[example.group] = max(strictest.get(example.group, 0), SPLITS.index(name))
-    placed = {name: Placed() for name in SPLITS}
+    placed = {name: SplitExamples() for name in SPLITS}
     for example, name in zip(grouped, wanted, strict=True):
         owner = SPLITS[strictest[example.group]]
         if owner == name:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lora_gan.data.alpaca import Alpaca
-from lora_gan.data.datamodule import collate, told
+from lora_gan.data.datamodule import collate, format_counts
 from lora_gan.data.files import line_row
-from lora_gan.data.fitting import Fitter, Room
+from lora_gan.data.fitting import LengthFilter, LengthLimits
 from lora_gan.data.source import RowSource
+from lora_gan.data.sources.alpaca import Alpaca
 from lora_gan.data.tail import Line, Position, Tail
 from lora_gan.data.tokenizer import Encoded, load_tokenizer
 from lora_gan.errors import DataError, LoraGANError
@@ -59,11 +59,11 @@ class StreamDataModule(L.LightningDataModule):
             path: A .jsonl file that may grow while it is read, a named pipe, or "-" for stdin.
             source: How a row becomes an example (its own path is not read); left out, Alpaca's fields and template.
             tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
-            batch_size: Prompts in a round of training.
+            batch_size: Prompts in a step of training.
             eval_batch_size: Prompts in a batch of validation.
             max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
             max_target_tokens: Longer targets (EOS included) are dropped and counted.
-            max_tokens: The most that prompt and answer may hold together; left out, what the tokenizer says.
+            max_tokens: The most that prompt and completion may hold together; left out, what the tokenizer says.
             chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
             system: What the system says in a chat; left out, what the source says, if anything.
             validation_path: A file to validate on, in the format of the stream; it is read whole.
@@ -120,9 +120,9 @@ class StreamDataModule(L.LightningDataModule):
         return Tail(self.path, self.poll_seconds, self.stop_after_seconds)
 
     @cached_property
-    def fitter(self) -> Fitter:
-        room = Room.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
-        return Fitter(self.tokenizer, room, self.chat, self.system)
+    def fitter(self) -> LengthFilter:
+        limits = LengthLimits.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
+        return LengthFilter(self.tokenizer, limits, self.chat, self.system)
 
     def setup(self, stage: str | None = None) -> None:
         """Takes the rows of validation, once."""
@@ -165,7 +165,7 @@ class StreamDataModule(L.LightningDataModule):
     def training_rows(self) -> Iterator[Encoded]:
         """Every row; at the end of the stream training ends, too."""
         yield from self.rows()
-        log.info("the stream %s has ended; rows dropped: %s", self.path, told(self.dropped))
+        log.info("the stream %s has ended; rows dropped: %s", self.path, format_counts(self.dropped))
         self.ended = True
         self._stop_at_the_end()
 

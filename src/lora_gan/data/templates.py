@@ -83,8 +83,8 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, example: Example, system: str | 
     messages = example.messages
     if system is not None:
         messages = (Message("system", system), *(message for message in messages if message.role != "system"))
-    told = [{"role": message.role, "content": _marked(message)} for message in messages]
-    made = unmark(str(tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)))
+    turns = [{"role": message.role, "content": _marked(message)} for message in messages]
+    made = unmark(str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)))
     return replace(example, prompt=made.text, cuttable=made.cuttable)
 
 

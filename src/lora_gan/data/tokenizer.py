@@ -19,7 +19,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example and its ids. Answers end with EOS; ``negative_ids`` are in the order of ``example.negatives``."""
+    """An example and its ids. Completions end with EOS; ``negative_ids`` are in the order of ``example.negatives``."""
 
     example: Example
     prompt_ids: Ids
@@ -42,17 +42,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.eos_token_id is None:
         raise LoraGANError(
-            f"the tokenizer {name!r} has no EOS token, so no answer could end; "
+            f"the tokenizer {name!r} has no EOS token, so no completion could end; "
             "set eos_token in its tokenizer_config.json to a token of its vocabulary"
         )
     return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Encoded]:
-    """Ids of the examples, prompt and answers apart, so that they meet at the same border as in generation."""
+    """Ids of the examples, prompt and completions apart, so that they meet at the same border as in generation."""
     prompts = _ids(tokenizer, [example.prompt for example in examples])
-    targets = encode_answers(tokenizer, [example.target for example in examples])
-    negatives = iter(encode_answers(tokenizer, [n.text for example in examples for n in example.negatives]))
+    targets = encode_completions(tokenizer, [example.target for example in examples])
+    negatives = iter(encode_completions(tokenizer, [n.text for example in examples for n in example.negatives]))
     start = _start(tokenizer)
     return [
         Encoded(example, _started(start, prompt), target, tuple(next(negatives) for _ in example.negatives))
@@ -60,8 +60,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> l
     ]
 
 
-def encode_answers(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
-    """Ids of answers: no BOS, special tokens spelled out, EOS at the end."""
+def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
+    """Ids of completions: no BOS, special tokens spelled out, EOS at the end."""
     return [(*ids, int(tokenizer.eos_token_id)) for ids in _ids(tokenizer, list(texts), literal=True)]
 
 
@@ -76,7 +76,7 @@ def _started(start: Ids, prompt: Ids) -> Ids:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = False) -> list[Ids]:
-    """``literal`` spells special tokens out, so that an answer that quotes "<|endoftext|>" does not end there."""
+    """``literal`` spells special tokens out, so that a completion that quotes "<|endoftext|>" does not end there."""
     if not texts:
         return []
     encoded = tokenizer(

@@ -1,4 +1,4 @@
-"""From the members of one generation to the new ones of the next."""
+"""Breeding: selection, crossover and mutation make the offspring of a generation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_gan.evolution.selection import Selection
 
 @dataclass(frozen=True)
 class Breeding:
-    """Some children have several parents, the others one; all are mutated."""
+    """Makes children of one or several parents; all children are mutated."""
 
     selection: Selection
     crossover: Crossover
@@ -31,14 +31,14 @@ class Breeding:
     def __call__(
         self, population: Sequence[Member], starts: Sequence[Weights], generation: int, count: int, rng: torch.Generator
     ) -> list[Member]:
-        """``count`` new members, not yet numbered.
+        """``count`` new members, without an id yet.
 
         Args:
             population: The evaluated members.
-            starts: Where each line began.
+            starts: Weights at the start of each lineage.
             generation: Number of the generation.
-            count: How many are wanted.
-            rng: Source of chance.
+            count: Number of children.
+            rng: Source of random numbers.
         """
         children: list[Member] = []
         fitness = fitness_of(population)
@@ -47,13 +47,13 @@ class Breeding:
             chosen = self._parents(fitness, self.crossover.parents if crossed else 1, rng)
             parents = [population[i] for i in chosen]
             weights = self.crossover([p.weights for p in parents], rng) if crossed else parents[0].weights
-            born, numbers, line = CROSSED if crossed else MUTATED, tuple(p.number for p in parents), parents[0].line
-            moved = self.mutation(weights, starts[line], generation, rng)
-            children += [Member(child, born, parents=numbers, line=line) for child in moved]
+            origin, ids, lineage = CROSSED if crossed else MUTATED, tuple(p.id for p in parents), parents[0].lineage
+            moved = self.mutation(weights, starts[lineage], generation, rng)
+            children += [Member(child, origin, parents=ids, lineage=lineage) for child in moved]
         return children[:count]
 
     def _parents(self, fitness: Tensor, count: int, rng: torch.Generator) -> list[int]:
-        """Different members, as far as there are enough."""
+        """Indices of parents, distinct while the population is large enough."""
         pool, chosen = list(range(len(fitness))), []
         for _ in range(count):
             chosen.append(pool[self.selection(fitness[pool], 1, rng)[0]])

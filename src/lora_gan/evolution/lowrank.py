@@ -1,7 +1,7 @@
-"""Algebra of low-rank updates: sums, products and norms of ΔW = scale·B·A without ever forming ΔW.
+"""Low-rank algebra: sums, products and norms of ΔW = scale·B·A without forming ΔW.
 
-What an adapter does is the product, and many pairs (A, B) have the same one. So members are compared, mixed and mutated
-by their products. r is the rank, R that of a sum before it is cut to r again.
+An adapter acts through the product, and many pairs (A, B) have the same product. So members are compared, mixed and
+mutated by their products. r is the rank, R the rank of a sum before it is cut to r again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Factors:
 
     @property
     def delta(self) -> Tensor:
-        """(out, in) the update itself."""
+        """(out, in) the full update."""
         return self.scale * self.b @ self.a
 
     @property
@@ -33,11 +33,11 @@ class Factors:
 
     @property
     def size(self) -> int:
-        """Numbers in ΔW."""
+        """Number of elements of ΔW."""
         return self.b.shape[0] * self.a.shape[1]
 
 
-Weights = Mapping[str, Factors]  # by module: what a member is
+Weights = Mapping[str, Factors]  # of a member, by module
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Singular:
     vh: Tensor  # (R, in)
 
     def factors(self, like: Factors) -> Factors:
-        """The largest ``like.rank`` parts as (A, B); what is lost is the best that can be had (Eckart, Young 1936).
+        """The largest ``like.rank`` components as (A, B), the best approximation of that rank (Eckart, Young 1936).
 
-        A has orthonormal rows and B carries the size, much as where LoRA begins: a part of size 0 still learns.
+        A has orthonormal rows and B carries the size, as at LoRA's initialisation: a component of size 0 still learns.
         """
         r = like.rank
         b = self.u[:, :r] * self.values[:r] / like.scale
@@ -70,26 +70,26 @@ def norm(x: Factors) -> float:
 
 
 def total(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """Σ cᵢ·ΔWᵢ exactly, with the rank of all together."""
+    """Σ cᵢ·ΔWᵢ exactly; its rank is the sum of the ranks."""
     scale = updates[0].scale
     b = [c * x.scale / scale * x.b for x, c in zip(updates, coefficients, strict=True)]
     return Factors(torch.cat([x.a for x in updates]), torch.cat(b, 1), scale)
 
 
 def singular(x: Factors) -> Singular:
-    """Singular values and vectors of ΔW by way of two QR decompositions, in float64."""
+    """Singular values and vectors of ΔW by two QR decompositions, in float64."""
     left, right = torch.linalg.qr(x.b.double()), torch.linalg.qr(x.a.double().T)
     core = torch.linalg.svd(x.scale * left.R @ right.R.T)
     return Singular(left.Q @ core.U, core.S, core.Vh @ right.Q.T)
 
 
 def mix(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """Σ cᵢ·ΔWᵢ with the rank of the first: exact where that suffices, else the nearest."""
+    """Σ cᵢ·ΔWᵢ with the rank of the first: exact if that rank suffices, else the best approximation."""
     return singular(total(updates, coefficients)).factors(updates[0])
 
 
 def lost(updates: Sequence[Factors], coefficients: Sequence[float]) -> float:
-    """Which share of the norm of Σ cᵢ·ΔWᵢ :func:`mix` leaves out."""
+    """Share of the norm of Σ cᵢ·ΔWᵢ that :func:`mix` drops."""
     squares = singular(total(updates, coefficients)).values.square()
     return math.sqrt(float(squares[updates[0].rank :].sum() / squares.sum().clamp(min=1e-300)))
 
@@ -105,7 +105,7 @@ def moved_a(x: Factors, by: Tensor) -> Factors:
 
 
 def distances(population: Sequence[Weights]) -> Tensor:
-    """(P, P) root mean square of ΔW_i − ΔW_j for all pairs at once, by ‖x − y‖² = ‖x‖² + ‖y‖² − 2⟨x, y⟩."""
+    """(P, P) root mean square of ΔW_i − ΔW_j for all pairs, by ‖x − y‖² = ‖x‖² + ‖y‖² − 2⟨x, y⟩."""
     p = len(population)
     gram = torch.zeros(p, p, dtype=torch.float64)
     for name in population[0]:

@@ -17,51 +17,48 @@ from lora_gan.data.splits import digest
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.breeding import Breeding
 from lora_gan.evolution.lowrank import Weights
-from lora_gan.evolution.members import MemberModule, Refine, Refined, TryOut
 from lora_gan.evolution.operators import Crossover, GaussianMutation, Mutation, SwapModules
-from lora_gan.evolution.population import (
-    Member,
-    diversity,
-    fitness_of,
-    survival,
-    write_weights,
-)
+from lora_gan.evolution.population import Member, diversity, fitness_of, survival, write_weights
 from lora_gan.evolution.selection import Selection, Tournament, ranking
 from lora_gan.evolution.start import AsItIs, Start
-from lora_gan.evolution.workers import EndOfWork, Here, Workers
+from lora_gan.evolution.tasks import EvaluateTask, Evaluation, MemberModule, Refinement, RefineTask
+from lora_gan.evolution.workers import CloseWorkers, InProcess, Workers
+from lora_gan.lightning_compat import is_fitting
 from lora_gan.sampling import Sampling, draw_uniform, sample
-from lora_gan.types import Answered, PromptBatch, Rollout
+from lora_gan.step_callback import OUTPUT
+from lora_gan.types import EvalOutput, PromptBatch, Rollout, StepOutput
 
 
 class EvolutionModule(MemberModule):
-    """A genetic algorithm over the generator's LoRA, with policy gradients on the best of each generation.
+    """Genetic algorithm over the generator's LoRA weights, with policy gradients on the best of each generation.
 
-    A generation is one step of training. All members answer its prompts with the same random numbers, and the mean
-    reward is their fitness. The next generation consists of elites (the best, as they are), of refined members (the
-    best after some rounds of :class:`LoraGANModule`, with an optimizer of their own whose state stays with the line),
-    and of offspring. Refined weights go back into the population, as in CEM-RL (arXiv 1810.01222). Elites compete again
-    on the prompts of the next generation, so that luck does not last.
+    A generation is one training step. All members complete its prompts with the same random numbers; a member's fitness
+    is its mean reward. The next generation consists of elites (the best, unchanged), of refined members (the best after
+    some steps of :class:`LoraGANModule`, each with its own optimizer, whose state stays with the lineage), and of
+    offspring. Refined weights go back into the population, as in CEM-RL (arXiv 1810.01222). Elites are evaluated again
+    on the prompts of the next generation, so that a lucky evaluation does not last.
 
-    The generator that is validated, saved and exported is the best that was evaluated; without elites it is what
-    refinement made of it. ``population: 1, elites: 0, refined: 1`` is the plain run of :class:`LoraGANModule`.
+    The generator that is validated, saved and exported is the best evaluated member; without elites it is the refined
+    best member. ``population: 1, elites: 0, refined: 1`` is the plain run of :class:`LoraGANModule`.
 
     Args:
-        population: Members.
-        elites: The best so many go on as they are.
-        refined: The best so many go on refined by policy gradients, beside the elites; 0 is evolution alone.
-        refinement_rounds: Rounds of each refinement; the prompts of the generation are dealt out to them.
-        start: The first members; by default the generator as it is, and mutations of it.
-        selection: Who has children; by default tournaments of three.
-        crossover: How a child of several parents is made; by default whole modules of either.
-        crossover_rate: Chance that a child has several parents.
-        mutation: How all children differ; by default Gaussian noise that moves ΔW by 0.001.
-        evaluation: How answers are drawn for the fitness; by default as in training.
-        evaluation_answers: Answers of each member to each prompt by which its fitness is measured.
-        evaluation_prompts: Fitness is measured on so many prompts of the generation; by default on all.
-        members_at_once: Members that answer in one decode; by default all.
-        workers: Who evaluates and refines; by default this process.
-        evolution_seed: Decides selection, crossover, mutation and the random numbers of the evaluation.
-        **settings: Those of LoraGANModule: rewards, losses and so on, for fitness and refinement.
+        population: Number of members.
+        elites: Number of best members that are kept unchanged.
+        refined: Number of best members that are refined by policy gradients, in addition to the elites; 0 is evolution
+            alone.
+        refinement_steps: Steps of each refinement; the prompts of the generation are split among them.
+        start: The initial members; by default the generator as it is, and mutations of it.
+        selection: Parent selection; by default tournaments of three.
+        crossover: How a child of several parents is made; by default each module comes from one of the parents.
+        crossover_rate: Probability that a child has several parents.
+        mutation: How children are mutated; by default Gaussian noise that changes ΔW by 0.001.
+        evaluation: How completions are sampled for the fitness; by default as in training.
+        evaluation_num_generations: Completions of each prompt by which a member's fitness is measured.
+        evaluation_prompts: Prompts of the generation on which fitness is measured; by default all.
+        members_at_once: Members in one decode; by default all.
+        workers: Where evaluation and refinement run; by default in this process.
+        evolution_seed: Seed of selection, crossover, mutation and the random numbers of the evaluation.
+        **settings: Settings of LoraGANModule, such as rewards and losses, for fitness and refinement.
     """
 
     def __init__(
@@ -69,14 +66,14 @@ class EvolutionModule(MemberModule):
         population: int = 8,
         elites: int = 2,
         refined: int = 2,
-        refinement_rounds: int = 1,
+        refinement_steps: int = 1,
         start: Start | None = None,
         selection: Selection | None = None,
         crossover: Crossover | None = None,
         crossover_rate: float = 0.5,
         mutation: Mutation | None = None,
         evaluation: Sampling | None = None,
-        evaluation_answers: int = 1,
+        evaluation_num_generations: int = 1,
         evaluation_prompts: int | None = None,
         members_at_once: int | None = None,
         workers: Workers | None = None,
@@ -87,28 +84,28 @@ class EvolutionModule(MemberModule):
         self.size = population
         self.elites = elites
         self.refined = refined
-        self.refinement_rounds = refinement_rounds
+        self.refinement_steps = refinement_steps
         self.start = start or AsItIs()
         self.breeding = Breeding(
             selection or Tournament(), crossover or SwapModules(), mutation or GaussianMutation(), crossover_rate
         )
         self.evaluation = evaluation or self.sampling
-        self.evaluation_answers = evaluation_answers
+        self.evaluation_num_generations = evaluation_num_generations
         self.evaluation_prompts = evaluation_prompts
         self.members_at_once = members_at_once
-        self.workers = workers or Here()
+        self.workers = workers or InProcess()
         self.evolution_seed = evolution_seed
         self.population: list[Member] = []
-        self.ranked: list[Member] = []  # those of the last generation, the fittest first; for callbacks
-        self.starts: list[Weights] = []
+        self.ranked: list[Member] = []  # members of the last generation, the fittest first; for callbacks
+        self.starts: list[Weights] = []  # initial weights of each lineage
         self.generation = 0
         self.resumed: dict[str, Any] = {}
-        self._numbers = count()
+        self._ids = count()
         self._check_sizes()
 
     def _check_sizes(self) -> None:
         least = {"population": (self.size, 1), "elites": (self.elites, 0), "refined": (self.refined, 0)}
-        least |= {name: (getattr(self, name), 1) for name in ("refinement_rounds", "evaluation_answers")}
+        least |= {name: (getattr(self, name), 1) for name in ("refinement_steps", "evaluation_num_generations")}
         for name in ("evaluation_prompts", "members_at_once"):
             given = getattr(self, name)
             least[name] = (1 if given is None else given, 1)
@@ -117,95 +114,102 @@ class EvolutionModule(MemberModule):
                 raise LoraGANError(f"{name} must be at least {bound}, got {value}")
         if self.size == 1 and (self.elites, self.refined) != (0, 1):
             raise LoraGANError(
-                "a population of 1 can only be refined: set elites: 0 and refined: 1, or population to 2 or more"
+                f"population: 1 needs elites: 0 and refined: 1, got elites: {self.elites} and refined: {self.refined}; "
+                "set these, or population to 2 or more"
             )
         if self.size > 1 and self.elites >= self.size:
             raise LoraGANError(
-                f"{self.elites} elites leave nobody to evolve in a population of {self.size}: lower them"
+                f"elites must be smaller than population, got elites: {self.elites} and population: {self.size}"
             )
         if self.elites + self.refined > self.size:
             raise LoraGANError(
-                f"{self.elites} elites and {self.refined} refined members are more than the population of {self.size}"
+                f"elites: {self.elites} and refined: {self.refined} are more than the population of {self.size}: "
+                "lower one of them, or raise population"
             )
-        if self.accumulate_rounds > 1:
-            raise LoraGANError("accumulate_rounds must be 1 here: a refined member keeps the steps of its own rounds")
+        if self.optimization.settings.gradient_accumulation_steps > 1:
+            raise LoraGANError(
+                "evolution needs gradient_accumulation_steps: 1, because refinement steps the optimizer in each step; "
+                f"got {self.optimization.settings.gradient_accumulation_steps}"
+            )
         if self.evaluation.num_beams > 1:
-            raise LoraGANError("fitness cannot be measured by beam search: give evaluation: {num_beams: 1, …}")
+            raise LoraGANError(
+                "fitness cannot be measured by beam search, got num_beams: "
+                f"{self.evaluation.num_beams}; set evaluation: {{num_beams: 1}}"
+            )
 
     # the generation
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One generation: evaluate, select, cross and mutate, refine."""
-        self.seed_round()
-        with self._counted_round():
+        self.seed_step()
+        with self.optimization.counted():
             with self._timed("evaluate"):
-                members = self.evaluate(batch)
-            metrics = self.census(members)
-            self.ranked = ranked = [members[i] for i in ranking(fitness_of(members))]
+                evaluations = self.evaluate(batch)
+            members = [replace(m, fitness=one.fitness) for m, one in zip(self.population, evaluations, strict=True)]
+            order = ranking(fitness_of(members))
+            self.ranked = ranked = [members[i] for i in order]
             with self._timed("breed"):
                 elites = [member.survived() for member in ranked[: self.elites]]
                 children = self.breed(members)
             with self._timed("refine"):
-                refined = self.refine(ranked[: self.refined], batch, batch_idx)
-            grown = [one.member for one in refined]
-            best = grown[0] if grown and not elites else ranked[0]
+                refined = self.refine(ranked[: self.refined], batch)
+            improved = [one.member for one in refined]
+            best = improved[0] if improved and not elites else ranked[0]
             write_weights(self.backbone, best.weights)
-            self.population = [*elites, *(replace(m, number=next(self._numbers)) for m in (*grown, *children))]
+            self.population = [*elites, *(replace(m, id=next(self._ids)) for m in (*improved, *children))]
             self.generation += 1
-            if refined:
-                self.log_round(refined[0].report)
+            last = refined[0].output if refined else StepOutput({}, evaluations[order[0]].rollout, None, None, {})
+            self.log_step(last.metrics)
+            metrics = self.population_metrics(members)
             self.log("fitness/best", metrics["fitness/best"], prog_bar=True, batch_size=1)
             self.log_dict({k: v for k, v in metrics.items() if k != "fitness/best"}, batch_size=1)
-            return {**(refined[0].report if refined else {}), **metrics}
+            return {OUTPUT: replace(last, metrics={**last.metrics, **metrics}, seconds=dict(self._seconds))}
 
-    def evaluate(self, batch: PromptBatch) -> list[Member]:
-        """Every member answers the same prompts with the same random numbers; fitness is its mean reward."""
+    def evaluate(self, batch: PromptBatch) -> list[Evaluation]:
+        """Evaluate all members on the same prompts with the same random numbers; fitness is the mean reward."""
         batch = batch.of(range(len(batch))[: self.evaluation_prompts])
-        k, how = self.evaluation_answers, self.evaluation
+        k, how = self.evaluation_num_generations, self.evaluation
         uniform = draw_uniform(len(batch) * k, how, self.device, self._rng("evaluate", self.generation))
         at_once = self.members_at_once or self.size
         weights = [member.weights for member in self.population]
         parts = [weights[i : i + at_once] for i in range(0, self.size, at_once)]
-        done = self.workers.run(self, [TryOut(part, batch, k, how, uniform) for part in parts])
-        tried = [one for part in done for one in part]
+        done = self.workers.run(self, [EvaluateTask(part, batch, k, how, uniform) for part in parts])
+        evaluations = [one for part in done for one in part]
         if self.generation == 0:
-            self._check_rewards(batch, tried[0].rollout)
-        evaluated = [replace(m, fitness=one.fitness) for m, one in zip(self.population, tried, strict=True)]
-        self.rollout = tried[ranking(fitness_of(evaluated))[0]].rollout
-        return evaluated
+            self._check_rewards(batch, evaluations[0].rollout)
+        return evaluations
 
     def breed(self, members: Sequence[Member]) -> list[Member]:
-        """The offspring that fill the places which elites and refined members leave."""
-        wanted = self.size - self.elites - self.refined
-        return self.breeding(members, self.starts, self.generation, wanted, self._rng("breed", self.generation))
+        """The offspring, which fill the places left by elites and refined members."""
+        missing = self.size - self.elites - self.refined
+        return self.breeding(members, self.starts, self.generation, missing, self._rng("breed", self.generation))
 
-    def refine(self, members: Sequence[Member], batch: PromptBatch, batch_idx: int) -> list[Refined]:
-        """The members after some rounds of policy gradient, each beside the same company; that of the first goes on."""
-        if self.knobs.policy_weight:
-            self._check_baseline()
-        parts = torch.arange(len(batch)).tensor_split(min(self.refinement_rounds, len(batch)))
-        rounds = [batch.of(part.tolist()) for part in parts]
-        company = self.company()
-        errands = [
-            Refine(member, company, rounds, batch_idx, self.round_seed + ((place,) if place else ()))
+    def refine(self, members: Sequence[Member], batch: PromptBatch) -> list[Refinement]:
+        """Refine the members by some policy-gradient steps.
+
+        All refinements start from the same shared state; the one of the best member is kept.
+        """
+        parts = torch.arange(len(batch)).tensor_split(min(self.refinement_steps, len(batch)))
+        steps = [batch.of(part.tolist()) for part in parts]
+        shared_state = self.shared_state()
+        tasks = [
+            RefineTask(member, shared_state, steps, self.step_seed + ((place,) if place else ()))
             for place, member in enumerate(members)
         ]
-        refined = self.workers.run(self, errands)
+        refined = self.workers.run(self, tasks)
         if refined:
-            first = refined[0]
-            self.keep_company(first.company)
-            self.take_up(GENERATOR, first.member.learning)
-            self.rollout, self.scores, self.judgement = first.rollout, first.scores, first.judgement
+            self.load_shared_state(refined[0].shared_state)
+            self.load_optimizer_state(GENERATOR, refined[0].member.optimizer_state)
         return refined
 
-    def census(self, members: Sequence[Member]) -> dict[str, Tensor]:
-        """What is worth logging about an evaluated population."""
+    def population_metrics(self, members: Sequence[Member]) -> dict[str, Tensor]:
+        """Metrics of an evaluated population."""
         fitness = fitness_of(members)
-        told = {"best": fitness.max(), "mean": fitness.mean(), "worst": fitness.min()}
+        values = {"best": fitness.max(), "mean": fitness.mean(), "worst": fitness.min()}
         old = torch.tensor([member.age > 0 for member in members])
         if old.any():
-            told["elites"] = fitness[old].mean()
-        metrics = {f"fitness/{name}": value.float() for name, value in told.items()}
+            values["elites"] = fitness[old].mean()
+        metrics = {f"fitness/{name}": value.float() for name, value in values.items()}
         metrics["population/diversity"] = torch.tensor(diversity(members))
         if survivors := ranking(fitness)[: max(self.elites, self.refined)]:
             shares = survival(members, survivors)
@@ -213,48 +217,50 @@ class EvolutionModule(MemberModule):
         return metrics
 
     def _rng(self, *purpose: object) -> torch.Generator:
-        """Chance that depends on the seed and the purpose alone, so that a resumed run has the same."""
+        """Random numbers that depend on the seed and the purpose alone, so a resumed run draws the same."""
         return torch.Generator().manual_seed(int(digest(self.evolution_seed, *purpose)[:15], 16))
 
     def _check_rewards(self, batch: PromptBatch, rollout: Rollout) -> None:
-        """Members are compared by the same answers' scores: a reward that scores by chance would choose by chance."""
+        """Refuse random rewards: they would make selection random, because fitness compares members by them."""
         first, second = (self.score(rollout, batch, with_targets=False).parts for _ in range(2))
         for name, part in first.items():
             if not torch.allclose(part, second[name], atol=1e-4):
                 raise LoraGANError(
-                    f"reward {name!r} gives the same answers other scores when it is asked again; fitness needs "
-                    "deterministic rewards: fix its seed or leave it out"
+                    f"reward {name!r} scored the same completions differently the second time; fitness needs "
+                    "deterministic rewards: fix its seed or remove it"
                 )
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Answered]:
-        """The best member answers greedily and, for ``fitness/held_out``, as in an evaluation."""
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
+        """Validate the best member with greedy completions and, for ``fitness/held_out``, as in an evaluation."""
         rng = self._rng("validate", batch_idx)
-        uniform = draw_uniform(len(batch) * self.evaluation_answers, self.evaluation, self.device, rng)
+        uniform = draw_uniform(len(batch) * self.evaluation_num_generations, self.evaluation, self.device, rng)
         with self.backbone.generator():
-            rollout = sample(self.backbone, batch.prompt_ids, self.evaluation_answers, self.evaluation, uniform)
+            rollout = sample(self.backbone, batch.prompt_ids, self.evaluation_num_generations, self.evaluation, uniform)
         self.log("fitness/held_out", self.fitness(rollout, batch), batch_size=len(batch))
         return super().validation_step(batch, batch_idx)
 
-    # beginning and resuming
+    # start and resume
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """When the run ends, its workers do."""
-        return [EndOfWork(self.workers)] if self.trainer.state.fn == TrainerFn.FITTING else []
+        """Close the workers when the run ends."""
+        closing = [CloseWorkers(self.workers)] if self.trainer.state.fn == TrainerFn.FITTING else []
+        return [*super().configure_callbacks(), *closing]
 
     def on_fit_start(self) -> None:
-        super().on_fit_start()
         if self.trainer.world_size > 1:
-            raise LoraGANError("evolution runs on one device: set trainer.devices: 1")
+            raise LoraGANError(
+                f"evolution needs a single device, got {self.trainer.world_size} processes: set trainer.devices: 1"
+            )
 
     def on_train_start(self) -> None:
-        """Make the first members, or those of the checkpoint."""
+        """Make the initial members, or restore those of the checkpoint."""
         super().on_train_start()
         if self.resumed:
             self._restore(self.resumed)
         elif not self.population:
-            self._begin()
+            self._make_population()
 
-    def _begin(self) -> None:
+    def _make_population(self) -> None:
         batches = self.trainer.train_dataloader
         assert batches is not None
         found = self.start(self.backbone, batches, self.size)
@@ -264,10 +270,10 @@ class EvolutionModule(MemberModule):
             parent = found[len(self.starts) % len(found)]
             self.starts += self.breeding.mutation(parent, parent, 0, rng)
         self.starts = self.starts[: self.size]
-        self.population = [Member(w, number=next(self._numbers), line=i) for i, w in enumerate(self.starts)]
+        self.population = [Member(w, id=next(self._ids), lineage=i) for i, w in enumerate(self.starts)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The population beside what the module keeps."""
+        """Save the population with the state of the module."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["lora_gan"]["evolution"] = {
             "generation": self.generation,
@@ -276,15 +282,15 @@ class EvolutionModule(MemberModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the population up again where training goes on."""
+        """Load the population if training is resumed."""
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+        if not is_fitting(self):
             return
         found = checkpoint["lora_gan"].get("evolution")
         if found is None:
             raise LoraGANError(
-                "the checkpoint holds no population; begin with its adapter: start: {class_path: "
-                "lora_gan.evolution.SavedAdapters, init_args: {folders: [<run>/adapters/generator]}}"
+                "the checkpoint has no population; to start from its adapter, set start: "
+                "{class_path: lora_gan.evolution.SavedAdapters, init_args: {folders: [<run>/adapters/generator]}}"
             )
         if len(found["members"]) != self.size:
             raise LoraGANError(f"population: {len(found['members'])} in the checkpoint, {self.size} here")
@@ -294,5 +300,5 @@ class EvolutionModule(MemberModule):
         self.generation = state["generation"]
         self.population = [Member.restored(member, self.device) for member in state["members"]]
         self.starts = [Member.restored(member, self.device).weights for member in state["starts"]]
-        self._numbers = count(max(member.number for member in self.population) + 1)
+        self._ids = count(max(member.id for member in self.population) + 1)
         self.resumed = {}

@@ -1,7 +1,7 @@
-"""How children differ from their parents: mutation and crossover of low-rank updates.
+"""Mutation and crossover of low-rank updates.
 
-What counts is what happens to the products ΔW = scale·B·A. :class:`FixedNoise` and :class:`ElementWise` do not look at
-them; they are the usual first idea and stand here for comparison.
+The operators act on the products ΔW = scale·B·A. :class:`FixedNoise` and :class:`ElementWise` act on A and B instead;
+they are the usual first idea and serve as baselines.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from lora_gan.evolution.lowrank import Factors, Singular, Weights, lost, mix, mo
 
 
 class Mutation(ABC):
-    """Moves a member a little at random."""
+    """Makes children by a small random change of one member."""
 
     @abstractmethod
     def __call__(self, parent: Weights, start: Weights, generation: int, rng: torch.Generator) -> list[Weights]:
         """One or more children.
 
         Args:
-            parent: Whom they come from; stays as it is.
-            start: Where the parent's line began.
+            parent: Parent weights (not modified).
+            start: Weights at the start of the parent's lineage.
             generation: Number of the generation, from 0.
-            rng: Source of chance.
+            rng: Source of random numbers.
         """
 
 
 class ScaledMutation(Mutation):
-    """Base of mutations that say how far ΔW moves, not how far A and B do.
+    """Base of mutations whose size is that of the change of ΔW, not of A and B.
 
     Args:
-        rms: Root mean square of the move of each module's ΔW. Noise of 0.02 on A and B makes about 0.003; evolution
+        rms: Root mean square of the change of each module's ΔW. Noise of 0.02 on A and B makes about 0.003; evolution
             strategies on language models use about 0.001 (arXiv 2509.24372). 0 does not mutate.
         decay: Factor of ``rms`` from one generation to the next.
-        anchor: Share of the way back to the start of the line that every child is pulled, in ΔW.
+        anchor: Share of the way back to the start of the lineage that every child is pulled, in ΔW.
     """
 
     def __init__(self, rms: float = 0.001, decay: float = 1.0, anchor: float = 0.0) -> None:
@@ -61,12 +61,12 @@ class ScaledMutation(Mutation):
         return [self._anchored(child, start) for child in children]
 
     def length(self, x: Factors, generation: int) -> float:
-        """How far ΔW shall move in this generation, as a Frobenius norm."""
+        """Frobenius norm of the change of ΔW in this generation."""
         return self.rms * self.decay**generation * math.sqrt(x.size)
 
     @abstractmethod
     def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
-        """The module's update in each child, ``length`` from where it was."""
+        """The module's update in each child; ΔW changes by ``length`` (Frobenius norm)."""
 
     def _anchored(self, child: Weights, start: Weights) -> Weights:
         if self.anchor == 0:
@@ -75,23 +75,23 @@ class ScaledMutation(Mutation):
 
 
 class GaussianMutation(ScaledMutation):
-    """Gaussian noise on A or on B, by chance, as long as makes ΔW move by the target exactly."""
+    """Gaussian noise on A or on B, chosen at random, scaled so that ΔW changes by exactly the target size."""
 
     def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
-        return _nudged(x, length, [1.0], rng, lambda shape: _normal(shape, x, rng))
+        return _shifted(x, length, [1.0], rng, lambda shape: _normal(shape, x, rng))
 
 
 class RankOneMutation(ScaledMutation):
-    """Pairs of children in opposite directions, each of rank 1: ΔW ± σ·u·vᵀ (EGGROLL, arXiv 2511.16652).
+    """Pairs of children with opposite changes of rank 1: ΔW ± σ·u·vᵀ (EGGROLL, arXiv 2511.16652).
 
-    The direction is taken inside the span of A or of B, so no rank is needed beyond the adapter's own.
+    The direction lies in the span of A or of B, so the adapter's rank suffices.
     """
 
     def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
         def direction(shape: torch.Size) -> Tensor:
             return torch.outer(_normal(shape[:1], x, rng), _normal(shape[1:], x, rng))
 
-        return _nudged(x, length, [1.0, -1.0], rng, direction)
+        return _shifted(x, length, [1.0, -1.0], rng, direction)
 
 
 class SingularValueMutation(ScaledMutation):
@@ -107,7 +107,7 @@ class SingularValueMutation(ScaledMutation):
 
 
 class FixedNoise(Mutation):
-    """Gaussian noise of one size on every number of A and B, whatever it does to their product.
+    """Gaussian noise of one size on every element of A and B, whatever its effect on their product.
 
     Args:
         scale: Standard deviation.
@@ -125,10 +125,10 @@ class FixedNoise(Mutation):
 
 
 class FromStart(Mutation):
-    """Mutates where the line began instead of the parent: a random search around the first members.
+    """Mutates the start of the lineage instead of the parent: random search around the first members.
 
     Args:
-        mutation: How.
+        mutation: The mutation.
     """
 
     def __init__(self, mutation: Mutation) -> None:
@@ -138,14 +138,14 @@ class FromStart(Mutation):
         return self.mutation(start, start, generation, rng)
 
 
-def _nudged(
+def _shifted(
     x: Factors,
     length: float,
     signs: Sequence[float],
     rng: torch.Generator,
     direction: Callable[[torch.Size], Tensor],
 ) -> list[Factors]:
-    """B or A, by chance, moved so that ΔW moves by ``length``; A only where B is not 0, so that it has an effect."""
+    """Shift A or B at random, so that ΔW changes by ``length``; A only if B is not 0, so that it has an effect."""
     if length == 0:
         return [x for _ in signs]
     on_a = bool(torch.rand(1, generator=rng) < 0.5) and bool(x.b.any())
@@ -156,7 +156,7 @@ def _nudged(
 
 
 def _normal(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
-    """Drawn on the CPU, so that every device sees the same."""
+    """Normal noise, drawn on the CPU so that all devices get the same."""
     return torch.randn(shape, generator=rng).to(like.a)
 
 
@@ -164,17 +164,17 @@ def _normal(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
 
 
 class Crossover(ABC):
-    """Makes a child of several members."""
+    """Makes a child of several parents."""
 
     parents = 2
 
     @abstractmethod
     def __call__(self, parents: Sequence[Weights], rng: torch.Generator) -> Weights:
-        """The child; the parents stay as they are."""
+        """The child; the parents are not modified."""
 
 
 class SwapModules(Crossover):
-    """Each module's (A, B) comes whole from one of the parents, so every product B·A is one that worked.
+    """Takes each module's (A, B) from one of the parents, so every product B·A is that of a parent.
 
     Args:
         share: Chance that a module comes from the first parent.
@@ -194,12 +194,12 @@ class SwapModules(Crossover):
 class _Merge(Crossover):
     """A weighted sum of the parents' ΔW, factored again by singular values.
 
-    Two adapters of rank r make one of rank up to 2r, of which the best r parts are kept.
+    Two adapters of rank r make one of rank up to 2r, of which the largest r components are kept.
     """
 
     def __init__(self, most_lost: float = 1.0) -> None:
         if not 0 <= most_lost <= 1:
-            raise LoraGANError(f"most_lost must be in [0, 1], got {most_lost}; 1 keeps whatever the rank can hold")
+            raise LoraGANError(f"most_lost must be in [0, 1], got {most_lost}; 1 allows any loss")
         self.most_lost = most_lost
 
     def merged(self, parents: Sequence[Weights], coefficients: Sequence[float]) -> Weights:
@@ -209,7 +209,7 @@ class _Merge(Crossover):
             if self.most_lost < 1 and (share := lost(updates, coefficients)) > self.most_lost + 1e-6:
                 raise LoraGANError(
                     f"{type(self).__name__} needs more rank than the {updates[0].rank} of the adapters: {share:.0%} of "
-                    f"the norm of {name} would be lost; raise generator_lora.rank or most_lost"
+                    f"the norm of {name} would be lost; raise generator.lora.rank or most_lost"
                 )
             child[name] = mix(updates, coefficients)
         return child
@@ -219,8 +219,8 @@ class MixUpdates(_Merge):
     """ΔW somewhere between the parents': w·ΔW₁ + (1 − w)·ΔW₂, w drawn from 0 to 1.
 
     Args:
-        most_lost: Largest share of a module's norm that may be lost where the rank does not hold the mixture; more is
-            an error, 1 allows any.
+        most_lost: Largest share of a module's norm that may be lost because the rank is too small; more is an error,
+            1 allows any.
     """
 
     def __call__(self, parents: Sequence[Weights], rng: torch.Generator) -> Weights:
@@ -229,11 +229,11 @@ class MixUpdates(_Merge):
 
 
 class MergeCoefficients(_Merge):
-    """Σ cᵢ·ΔWᵢ of several members with cᵢ drawn from ±bound, as LoRAHub composes adapters (arXiv 2307.13269).
+    """Σ cᵢ·ΔWᵢ of several members, cᵢ uniform in ±bound, as LoRAHub composes adapters (arXiv 2307.13269).
 
     Args:
-        bound: Largest coefficient.
-        parents: Members that are composed.
+        bound: Largest absolute coefficient.
+        parents: Number of parents.
         most_lost: As in :class:`MixUpdates`.
     """
 
@@ -250,7 +250,7 @@ class MergeCoefficients(_Merge):
 
 
 class ElementWise(Crossover):
-    """Each number of A and of B from either parent; the products B·A are those of neither."""
+    """Takes each element of A and of B from either parent; the products B·A are those of neither."""
 
     def __call__(self, parents: Sequence[Weights], rng: torch.Generator) -> Weights:
         first, second = parents

@@ -1,4 +1,4 @@
-"""Members of a population: the generator's adapter, where it comes from, and what it has learned with."""
+"""Members of a population: adapter weights of a generator, origin, fitness and optimizer state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_gan.backbone import GENERATOR, Backbone
 from lora_gan.evolution.lowrank import Factors, Weights, distances
 
-START, MUTATED, CROSSED, REFINED = "start", "mutated", "crossed", "refined"  # how members come into being
+START, MUTATED, CROSSED, REFINED = "start", "mutated", "crossed", "refined"  # origins of members
 
 
 @dataclass(frozen=True)
@@ -22,28 +22,33 @@ class Member:
     """One of the population."""
 
     weights: Weights
-    born: str = START
-    number: int = 0  # unique in a run
-    parents: tuple[int, ...] = ()  # their numbers
-    line: int = 0  # the member of the first generation whom it comes from
+    origin: str = START
+    id: int = 0  # unique in a run
+    parents: tuple[int, ...] = ()  # their ids
+    lineage: int = 0  # index of its ancestor in the first generation
     age: int = 0  # generations that it has survived
     fitness: float = 0.0  # of the last evaluation
-    learning: Mapping[str, Any] = field(default_factory=dict)  # state of optimizer and schedule; empty: fresh
+    optimizer_state: Mapping[str, Any] = field(default_factory=dict)  # state of optimizer and schedule; empty: fresh
 
     @property
     def kind(self) -> str:
-        """How it came into being or, of one that has survived, "elite"."""
-        return "elite" if self.age else self.born
+        """The origin, or "elite" if the member has survived a generation."""
+        return "elite" if self.age else self.origin
 
     def survived(self) -> Member:
-        """The same, a generation older."""
+        """The same member, a generation older."""
         return replace(self, age=self.age + 1)
 
     def state(self) -> dict[str, Any]:
-        """As a checkpoint may hold it."""
+        """Plain values and tensors, for a checkpoint."""
         weights = {name: {"a": x.a, "b": x.b, "scale": x.scale} for name, x in self.weights.items()}
-        plain = {name: getattr(self, name) for name in ("born", "number", "line", "age", "fitness")}
-        return {**plain, "weights": weights, "parents": list(self.parents), "learning": dict(self.learning)}
+        plain = {name: getattr(self, name) for name in ("origin", "id", "lineage", "age", "fitness")}
+        return {
+            **plain,
+            "weights": weights,
+            "parents": list(self.parents),
+            "optimizer_state": dict(self.optimizer_state),
+        }
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], device: torch.device) -> Member:
@@ -55,18 +60,18 @@ class Member:
 
 
 def fitness_of(population: Sequence[Member]) -> Tensor:
-    """(P,)"""
+    """(P,) fitness of each member."""
     return torch.tensor([member.fitness for member in population], dtype=torch.float64)
 
 
 def diversity(population: Sequence[Member]) -> float:
-    """Mean distance of two members, root mean square of ΔW − ΔW′; 0 for a single one."""
+    """Mean distance of two members, root mean square of ΔW − ΔW′; 0 for a single member."""
     pairs = len(population) * (len(population) - 1)
     return float(distances([member.weights for member in population]).sum()) / max(pairs, 1)
 
 
 def survival(population: Sequence[Member], survivors: Sequence[int]) -> dict[str, float]:
-    """Share of the youngest members that survive, by how they came into being, and of the older ones ("elite")."""
+    """Share of members that survive, by origin; members of earlier generations count as "elite"."""
     kind = [member.kind for member in population]
     alive = set(survivors)
     return {
@@ -75,7 +80,7 @@ def survival(population: Sequence[Member], survivors: Sequence[int]) -> dict[str
 
 
 def positions(population: Sequence[Member]) -> Tensor:
-    """(P, 2) places in a plane whose distances are as near as can be to those of ΔW (Torgerson 1952)."""
+    """(P, 2) positions in a plane, by classical scaling of the distances of ΔW (Torgerson 1952)."""
     squares = distances([member.weights for member in population]).square()
     centred = squares - squares.mean(0) - squares.mean(1, keepdim=True) + squares.mean()
     values, vectors = torch.linalg.eigh(-centred / 2)
@@ -96,7 +101,7 @@ def lora_layers(backbone: Backbone) -> dict[str, LoraLayer]:
 
 
 def read_weights(backbone: Backbone) -> Weights:
-    """A copy of the generator."""
+    """A copy of the generator's LoRA weights."""
     return {
         name: Factors(
             layer.lora_A[GENERATOR].weight.detach().clone(),
@@ -109,15 +114,15 @@ def read_weights(backbone: Backbone) -> Weights:
 
 @torch.no_grad()
 def write_weights(backbone: Backbone, weights: Weights) -> None:
-    """Make the generator this member."""
+    """Copy a member's weights into the generator."""
     for name, layer in lora_layers(backbone).items():
         layer.lora_A[GENERATOR].weight.copy_(weights[name].a)
         layer.lora_B[GENERATOR].weight.copy_(weights[name].b)
 
 
 @contextmanager
-def embodied(backbone: Backbone, weights: Weights) -> Iterator[None]:
-    """Let the generator be this member for a while."""
+def member_loaded(backbone: Backbone, weights: Weights) -> Iterator[None]:
+    """Load a member into the generator; on exit, restore the generator's own weights."""
     own = read_weights(backbone)
     write_weights(backbone, weights)
     try:

@@ -1,4 +1,4 @@
-"""Workers in several processes, on this machine or on several, through Ray."""
+"""Ray workers: processes on one or several machines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution.members import Errand, MemberModule
+from lora_gan.evolution.remote import WorkerActor, WorkerSpec, from_bytes, to_bytes
+from lora_gan.evolution.tasks import MemberModule, Task
 from lora_gan.evolution.workers import Done, Workers
-from lora_gan.evolution.workshop import Recipe, Workshop, packed, unpacked
 
 log = logging.getLogger("lora_gan")
 
@@ -24,19 +24,19 @@ QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 class RayWorkers(Workers):
-    """Processes of a Ray cluster; their results are those of this process, bit for bit on equal machines.
+    """Workers in processes of a Ray cluster; on equal machines the results equal those of one process, bit for bit.
 
-    Each builds the module once, from its settings: lora-gan, the base and what the rewards read must be on every
-    machine. Members, the discriminator and all else that is learned travel with the errands. An errand goes to whoever
-    is free; where a worker dies, another does its errand and a new one takes its place. With 16-mixed precision each
-    process has a loss scale of its own, so the last bits may differ.
+    Each worker builds the module once, from its settings: lora-gan, the base and the files of the rewards must be on
+    every machine. Members, discriminator and all other learned state travel with the tasks. Tasks go to the next free
+    worker. If a worker fails, its task is retried and a new worker replaces it. With 16-mixed precision each process
+    has its own loss scale, so the last bits may differ.
 
     Args:
-        workers: Processes, each with a CPU of the cluster.
-        address: Of a running cluster: "auto" (that of this machine), "host:port" or "ray://host:port"; by default one
-            is started on this machine for the time of the run.
-        gpus_per_worker: GPUs of each, 0.5 to share one; 0: they compute on the CPU.
-        retries: How often an errand is tried again when its worker has died.
+        workers: Number of processes; each takes one CPU of the cluster.
+        address: Address of a running cluster: "auto" (the one of this machine), "host:port" or "ray://host:port"; by
+            default a cluster is started on this machine for the run.
+        gpus_per_worker: GPUs of each worker, 0.5 to share one; with 0 the workers compute on the CPU.
+        retries: How often a task is retried after its worker failed.
     """
 
     def __init__(
@@ -51,116 +51,116 @@ class RayWorkers(Workers):
         self.address = address
         self.gpus_per_worker = gpus_per_worker
         self.retries = retries
-        self._crew: _Crew | None = None
-        self._connected = False  # by us, and not by the program around
+        self._pool: _WorkerPool | None = None
+        self._connected = False  # by us, not by the calling program
         _ray()
 
-    def run(self, module: MemberModule, errands: Sequence[Errand[Done]]) -> list[Done]:
-        if self._crew is None:
-            self._crew = self._hire(module)
-        done = self._crew.do([packed(errand) for errand in errands], module.trainer.global_step)
-        return [unpacked(result, module.device) for result in done]
+    def run(self, module: MemberModule, tasks: Sequence[Task[Done]]) -> list[Done]:
+        if self._pool is None:
+            self._pool = self._start_pool(module)
+        done = self._pool.run([to_bytes(task) for task in tasks], module.trainer.global_step)
+        return [from_bytes(result, module.device) for result in done]
 
     def close(self) -> None:
-        self._crew = None
+        self._pool = None
         if self._connected:
             _ray().shutdown()
         self._connected = False
 
-    def _hire(self, module: MemberModule) -> _Crew:
+    def _start_pool(self, module: MemberModule) -> _WorkerPool:
         ray = _ray()
         if not ray.is_initialized():
             self._connect()
-        self._check_room(ray.cluster_resources())
+        self._check_capacity(ray.cluster_resources())
         if module.device.type == "cuda" and not self.gpus_per_worker:
-            log.warning("the workers compute on the CPU: set gpus_per_worker, to 0.5 say, if they shall use GPUs, too")
-        log.info("%d workers are starting", self.workers)
-        recipe = Recipe.like(module, "cuda" if self.gpus_per_worker else "cpu")
-        return _Crew(packed(recipe, ray.cloudpickle), self.workers, self.gpus_per_worker, self.retries)
+            log.warning("workers compute on the CPU: to use GPUs, set gpus_per_worker, such as 0.5")
+        log.info("starting %d workers", self.workers)
+        spec = WorkerSpec.like(module, "cuda" if self.gpus_per_worker else "cpu")
+        return _WorkerPool(to_bytes(spec, ray.cloudpickle), self.workers, self.gpus_per_worker, self.retries)
 
     def _connect(self) -> None:
-        with _same_signals():
+        with _keep_signal_handlers():
             if self.address is None:
-                _start(self.workers)
+                _start_cluster(self.workers)
             else:
-                _join(self.address)
+                _join_cluster(self.address)
         self._connected = True
 
-    def _check_room(self, there: dict[str, float]) -> None:
-        cpus, gpus = (there.get(kind, 0.0) for kind in ("CPU", "GPU"))
-        room = min(cpus, gpus / self.gpus_per_worker if self.gpus_per_worker else cpus)
-        if room < self.workers:
+    def _check_capacity(self, resources: dict[str, float]) -> None:
+        cpus, gpus = (resources.get(kind, 0.0) for kind in ("CPU", "GPU"))
+        capacity = min(cpus, gpus / self.gpus_per_worker if self.gpus_per_worker else cpus)
+        if capacity < self.workers:
             raise LoraGANError(
-                f"the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs, room for {int(room)} workers of 1 CPU and "
-                f"{self.gpus_per_worker:g} GPUs: set workers to that, or let more machines join by "
+                f"the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs, enough for {int(capacity)} workers of 1 CPU and "
+                f"{self.gpus_per_worker:g} GPUs: set workers to that, or add machines with "
                 "`ray start --address <head>:6379`"
             )
 
 
-class _Crew:
-    """Processes that do errands, one at a time.
+class _WorkerPool:
+    """Worker processes that run one task at a time.
 
     Args:
-        recipe: What each is made of, packed.
-        size: How many.
-        gpus: Of each.
+        spec: The :class:`WorkerSpec` as bytes.
+        size: Number of workers.
+        gpus: GPUs of each worker.
         retries: As in :class:`RayWorkers`.
     """
 
-    def __init__(self, recipe: bytes, size: int, gpus: float, retries: int) -> None:
+    def __init__(self, spec: bytes, size: int, gpus: float, retries: int) -> None:
         self._ray = _ray()
-        self._recipe = self._ray.put(recipe)
-        self._workshop = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Workshop)
+        self._spec = self._ray.put(spec)
+        self._actor = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(WorkerActor)
         self._retries = retries
         self._free: list[Any] = []
-        self._busy: dict[Any, tuple[Any, int | None]] = {}  # by what is awaited: worker and errand; None: it opens
+        self._busy: dict[Any, tuple[Any, int | None]] = {}  # pending call → worker and task index; None: starting
         for _ in range(size):
-            self._employ()
+            self._start_worker()
 
-    def do(self, errands: Sequence[bytes], rounds: int) -> list[bytes]:
-        """The result of each, by whoever is free."""
-        waiting, deaths = deque(range(len(errands))), Counter[int | None]()
+    def run(self, tasks: Sequence[bytes], global_step: int) -> list[bytes]:
+        """The result of each task, in order; tasks go to the next free worker."""
+        waiting, failures = deque(range(len(tasks))), Counter[int | None]()
         results: dict[int, bytes] = {}
-        while len(results) < len(errands):
+        while len(results) < len(tasks):
             while waiting and self._free:
-                worker, number = self._free.pop(), waiting.popleft()
-                self._busy[worker.do.remote(errands[number], rounds)] = worker, number
+                worker, index = self._free.pop(), waiting.popleft()
+                self._busy[worker.run.remote(tasks[index], global_step)] = worker, index
             ended = self._ray.wait(list(self._busy))[0][0]
             worker, task = self._busy.pop(ended)
             try:
                 result = self._result(ended)
-            except _deaths() as death:
-                deaths[task] += 1
-                self._mourn(death, deaths[task])
+            except worker_failures() as failure:
+                failures[task] += 1
+                self._on_worker_failure(failure, failures[task])
                 if task is not None:
                     waiting.appendleft(task)
                 continue
             self._free.append(worker)
             if task is not None:
                 results[task] = result
-        return [results[number] for number in range(len(errands))]
+        return [results[index] for index in range(len(tasks))]
 
-    def _employ(self) -> None:
-        worker = self._workshop.remote(self._recipe)
+    def _start_worker(self) -> None:
+        worker = self._actor.remote(self._spec)
         self._busy[worker.open.remote()] = worker, None
 
     def _result(self, ended: Any) -> Any:
-        """What came out; a mistake as it was raised there."""
+        """The result of a call; an error of the task is raised as the worker raised it."""
         try:
             return self._ray.get(ended)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
 
-    def _mourn(self, death: Exception, deaths: int) -> None:
-        """Replace a worker, unless too many have died of the same."""
-        told = " ".join(str(death).split())
-        if deaths > self._retries:
+    def _on_worker_failure(self, failure: Exception, failures: int) -> None:
+        """Replace the worker, unless the same task has failed too often."""
+        message = " ".join(str(failure).split())
+        if failures > self._retries:
             raise LoraGANError(
-                f"{deaths} workers have died one after the other of the same errand; is there memory enough for them? "
-                f"The last: {told}"
-            ) from death
-        log.warning("a worker has died and is replaced (%d of %d): %s", deaths, self._retries, told)
-        self._employ()
+                f"a task failed on {failures} workers in a row, likely out of memory: use fewer workers or "
+                f"machines with more memory; last error: {message}"
+            ) from failure
+        log.warning("a worker failed and is replaced (%d of %d): %s", failures, self._retries, message)
+        self._start_worker()
 
 
 def _ray() -> Any:
@@ -171,15 +171,15 @@ def _ray() -> Any:
     return ray
 
 
-def _start(cpus: int) -> None:
-    """A cluster on this machine: without dashboard and reports, and with this process's import path."""
+def _start_cluster(cpus: int) -> None:
+    """Start a cluster on this machine, without dashboard and usage reports, with this process's import path."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     path = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
     _ray().init("local", num_cpus=cpus, include_dashboard=False, runtime_env=path, **QUIET)
 
 
-def _join(address: str) -> None:
-    """A running cluster; Ray would knock at a wrong address for many minutes."""
+def _join_cluster(address: str) -> None:
+    """Join a running cluster; check the address first, because Ray retries a wrong one for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     try:
         if colon:
@@ -187,23 +187,23 @@ def _join(address: str) -> None:
         _ray().init(address, **QUIET)
     except (OSError, ValueError) as error:
         raise LoraGANError(
-            f"no Ray cluster answers at {address!r}: start one by `ray start --head`, or leave address out ({error})"
+            f"no Ray cluster at {address!r}: start one with `ray start --head`, or leave address out ({error})"
         ) from error
 
 
-def _deaths() -> tuple[type[Exception], ...]:
-    """What Ray says of a process, or of a machine, that is no more."""
+def worker_failures() -> tuple[type[Exception], ...]:
+    """Ray's errors for a lost process or machine."""
     errors = _ray().exceptions
     return errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError
 
 
 @contextmanager
-def _same_signals() -> Iterator[None]:
-    """Ray sets handlers of its own, and a run has some that save it."""
-    here = threading.current_thread() is threading.main_thread()
+def _keep_signal_handlers() -> Iterator[None]:
+    """Restore the signal handlers that Ray replaces: those of a run save a checkpoint."""
+    main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items() if here else ():
+        for number, handler in before.items() if main_thread else ():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Who has children: indices of members, the fitter the more often."""
+"""Parent selection: indices of members, fitter members more often."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lora_gan.errors import LoraGANError
 
 
 def ranking(fitness: Tensor) -> list[int]:
-    """All P members, the fittest first; of equals the earlier."""
+    """Indices of all P members by descending fitness; ties keep their order."""
     order: list[int] = fitness.argsort(descending=True, stable=True).tolist()
     return order
 
 
 class Selection(ABC):
-    """Chooses parents."""
+    """Selects parents."""
 
     @abstractmethod
     def __call__(self, fitness: Tensor, count: int, rng: torch.Generator) -> list[int]:
@@ -26,21 +26,21 @@ class Selection(ABC):
 
         Args:
             fitness: (P,) higher is better.
-            count: How many parents are wanted.
-            rng: Source of chance.
+            count: Number of parents.
+            rng: Source of random numbers.
         """
 
 
 class Tournament(Selection):
-    """The fittest of a few drawn at random (Goldberg and Deb 1991).
+    """Tournament selection: the fittest of a few members drawn at random (Goldberg and Deb 1991).
 
     Args:
-        size: How many compete; 1 is no selection.
+        size: Members of a tournament; 1 is no selection.
     """
 
     def __init__(self, size: int = 3) -> None:
         if size < 1:
-            raise LoraGANError(f"a tournament needs a size of at least 1, got {size}")
+            raise LoraGANError(f"tournament size must be at least 1, got {size}")
         self.size = size
 
     def __call__(self, fitness: Tensor, count: int, rng: torch.Generator) -> list[int]:
@@ -50,10 +50,10 @@ class Tournament(Selection):
 
 
 class Truncation(Selection):
-    """Any of the fittest, with equal chance (evolution strategies' (μ, λ)).
+    """Truncation selection: uniform among the fittest, as in (μ, λ) evolution strategies.
 
     Args:
-        share: Of the population that has children.
+        share: Share of the population that can be selected.
     """
 
     def __init__(self, share: float = 0.5) -> None:
@@ -67,10 +67,10 @@ class Truncation(Selection):
 
 
 class FitnessProportional(Selection):
-    """With a chance in proportion to the fitness above the worst member's (Holland 1975); equal members alike.
+    """Probability proportional to the fitness above the worst member's (Holland 1975); uniform if all are equal.
 
     Args:
-        floor: Chance of the worst over that of the best.
+        floor: Probability of the worst member divided by that of the best.
     """
 
     def __init__(self, floor: float = 0.1) -> None:
@@ -79,11 +79,11 @@ class FitnessProportional(Selection):
         self.floor = floor
 
     def __call__(self, fitness: Tensor, count: int, rng: torch.Generator) -> list[int]:
-        chosen: list[int] = self.chances(fitness).multinomial(count, replacement=True, generator=rng).tolist()
+        chosen: list[int] = self.probabilities(fitness).multinomial(count, replacement=True, generator=rng).tolist()
         return chosen
 
-    def chances(self, fitness: Tensor) -> Tensor:
-        """(P,) with the sum 1."""
+    def probabilities(self, fitness: Tensor) -> Tensor:
+        """(P,) probability of each member; the sum is 1."""
         above = fitness.double() - fitness.min()
         spread = above.max()
         weight = self.floor + (1 - self.floor) * above / spread if spread > 0 else torch.ones_like(above)

@@ -1,4 +1,4 @@
-"""Who does the errands of a generation."""
+"""Workers: where the tasks of a generation run."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import TypeVar
 
 import lightning as L
 
-from lora_gan.evolution.members import Errand, MemberModule
+from lora_gan.evolution.tasks import MemberModule, Task
 
 Done = TypeVar("Done")
 
 
 class Workers(ABC):
-    """Does errands; the results do not depend on who does them, nor on the order."""
+    """Runs tasks; the results do not depend on the worker nor on the order."""
 
     @abstractmethod
-    def run(self, module: MemberModule, errands: Sequence[Errand[Done]]) -> list[Done]:
-        """The result of each.
+    def run(self, module: MemberModule, tasks: Sequence[Task[Done]]) -> list[Done]:
+        """The result of each task, in order.
 
         Args:
-            module: That of this process.
-            errands: What is to be done.
+            module: The module of this process.
+            tasks: The tasks.
         """
 
-    def close(self) -> None:  # noqa: B027 — most have nothing to give back
-        """Give back what was taken for a run; the next one takes it again."""
+    def close(self) -> None:  # noqa: B027 — most have nothing to release
+        """Release resources; the next run acquires them again."""
 
 
-class Here(Workers):
-    """This process, one errand after the other."""
+class InProcess(Workers):
+    """Runs the tasks in this process, one after the other."""
 
-    def run(self, module: MemberModule, errands: Sequence[Errand[Done]]) -> list[Done]:
-        return [errand(module) for errand in errands]
+    def run(self, module: MemberModule, tasks: Sequence[Task[Done]]) -> list[Done]:
+        return [task(module) for task in tasks]
 
 
-class EndOfWork(L.Callback):
-    """Closes the workers when a run ends, by an error, too."""
+class CloseWorkers(L.Callback):
+    """Closes the workers when a run ends, also after an error."""
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers

@@ -1,9 +1,18 @@
-"""Rewards: what makes an answer good. Each gives one number an answer, higher is better."""
+"""Rewards: what makes a completion good. Each gives one number a completion, higher is better."""
 
+from lora_gan.rewards.adversarial import (
+    AdversarialReward,
+    AgainstTarget,
+    GailReward,
+    Logit,
+    LogProbability,
+    Probability,
+    WinRate,
+)
 from lora_gan.rewards.base import (
-    Combination,
-    NormalisedSum,
+    NormalizeThenSum,
     Reward,
+    RewardAggregation,
     RewardSum,
     WeightedSum,
     references_of,
@@ -11,8 +20,8 @@ from lora_gan.rewards.base import (
     weights_of,
 )
 from lora_gan.rewards.consistency import SelfConsistency, SemanticConsistency
-from lora_gan.rewards.form import LengthReward, RepetitionPenalty
 from lora_gan.rewards.function import FunctionReward
+from lora_gan.rewards.length import LengthReward, RepetitionPenalty
 from lora_gan.rewards.model import RewardModel
 from lora_gan.rewards.overlap import (
     BleuReward,
@@ -29,21 +38,27 @@ from lora_gan.rewards.truth import TruthReward
 
 __all__ = [
     "AddedWords",
+    "AdversarialReward",
+    "AgainstTarget",
     "BleuReward",
     "ChrfReward",
-    "Combination",
     "ContainsReward",
     "Entailment",
     "Evidence",
     "ExactReward",
     "FunctionReward",
+    "GailReward",
     "LengthReward",
+    "LogProbability",
+    "Logit",
     "MeteorReward",
-    "NormalisedSum",
+    "NormalizeThenSum",
     "PerplexityReward",
+    "Probability",
     "RepetitionPenalty",
     "RetrievalReward",
     "Reward",
+    "RewardAggregation",
     "RewardModel",
     "RewardSum",
     "RougeReward",
@@ -52,6 +67,7 @@ __all__ = [
     "SemanticReward",
     "TruthReward",
     "WeightedSum",
+    "WinRate",
     "references_of",
     "weighted_sum",
     "weights_of",

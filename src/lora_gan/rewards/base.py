@@ -14,30 +14,30 @@ from lora_gan.types import Example, PromptBatch, RewardContext
 
 
 class Reward(ABC):
-    """Scores N answers at once.
+    """Scores N completions at once.
 
     Args:
         weight: Factor in the total reward.
         name: Name in the logs, ``reward/<name>``.
     """
 
-    needs_target: bool = False  # True: says nothing of answers to a prompt without target
+    needs_target: bool = False  # True: says nothing of completions to a prompt without target
 
     def __init__(self, weight: float, name: str) -> None:
         self.weight = weight
         self.name = name
 
     @abstractmethod
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        """(N,) scores, higher is better; answer n belongs to ``batch.examples[n // context.k]``."""
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        """(N,) scores, higher is better; completion n belongs to ``batch.examples[n // context.num_generations]``."""
 
     def applies(self, batch: PromptBatch, k: int) -> list[bool]:
-        """For each of the B prompts, whether the k answers to it can be judged; the others are not shown to it."""
+        """For each of the B prompts, whether its k completions can be scored; the others are not shown to it."""
         return [not self.needs_target or bool(references_of(example)) for example in batch.examples]
 
 
 def references_of(example: Example) -> tuple[str, ...]:
-    """Everything that is accepted as an answer; nothing for a prompt without target."""
+    """Everything that is accepted as a completion; nothing for a prompt without target."""
     return tuple(text for text in example.references or (example.target,) if text.strip())
 
 
@@ -49,17 +49,21 @@ class RewardSum:
 
 
 def weighted_sum(
-    rewards: Sequence[Reward], answers: Sequence[str], batch: PromptBatch, context: RewardContext
+    rewards: Sequence[Reward], completions: Sequence[str], batch: PromptBatch, context: RewardContext
 ) -> RewardSum:
     """Ask every reward and add them up by weight, see :class:`WeightedSum`.
 
     Raises:
         RewardError: A reward gave something other than N finite numbers.
     """
-    asked = {reward.name: _ask(reward, answers, batch, context) for reward in rewards}
+    asked = {reward.name: _ask(reward, completions, batch, context) for reward in rewards}
     parts = {name: one.scores for name, one in asked.items()}
     applies = {name: one.applies for name, one in asked.items()}
-    total = WeightedSum()(parts, weights_of(rewards), applies, context.k) if asked else torch.zeros(len(answers))
+    total = (
+        WeightedSum()(parts, weights_of(rewards), applies, context.num_generations)
+        if asked
+        else torch.zeros(len(completions))
+    )
     return RewardSum(total.to(context.logprobs.device), parts, applies)
 
 
@@ -79,10 +83,10 @@ def check_names(rewards: Sequence[Reward]) -> None:
 # combinations
 
 
-class Combination(ABC):
-    """Makes one number of the rewards of an answer: what the policy is paid."""
+class RewardAggregation(ABC):
+    """Makes one number of the rewards of a completion: the reward of the policy."""
 
-    needs_group = False  # True: needs at least two answers for each prompt
+    needs_group = False  # True: needs at least two completions for each prompt
 
     @abstractmethod
     def __call__(
@@ -91,18 +95,18 @@ class Combination(ABC):
         """(N,) from (N,) parts, by name.
 
         Args:
-            parts: At least one reward of N answers; the discriminator's score may be among them.
+            parts: At least one reward of N completions; the discriminator's score may be among them.
             weights: The weight of each part.
             applies: (N,) bool for each part: False where its reward says nothing. A part not named applies everywhere.
-            k: Answers for each prompt.
+            k: Completions for each prompt.
         """
 
 
-class WeightedSum(Combination):
+class WeightedSum(RewardAggregation):
     """Sum of weight · reward.
 
     Where a reward does not apply, the others stand in for it: the sum over those that apply is scaled by the weight of
-    all over the weight of those (absolute values). So answers with and without target are paid on one scale.
+    all over the weight of those (absolute values). So completions with and without target are paid on one scale.
     """
 
     def __call__(
@@ -117,12 +121,14 @@ class WeightedSum(Combination):
         return torch.where(present > 0, total * whole / present.where(present > 0, 1.0), 0.0)
 
 
-class NormalisedSum(Combination):
-    """Each reward less its mean over the prompt's k answers, over their standard deviation; then the weighted sum.
+class NormalizeThenSum(RewardAggregation):
+    """Each reward less its mean over the prompt's k completions, over their standard deviation; then the weighted sum.
 
     A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242, without its last step, a
     normalisation over the batch). Needs k ≥ 2. Before it is clipped the sum has mean 0 in every group: it says which of
-    a prompt's answers is better and nothing about the prompt.
+    a prompt's completions is better and nothing about the prompt. It is the policy's reward only: the discriminator
+    still regresses the weighted sum (``Scores.total``), since a number that is relative to its group is no property of
+    one completion, which is all that the discriminator reads.
 
     Args:
         clip: The sum is cut to ± this.
@@ -141,7 +147,9 @@ class NormalisedSum(Combination):
         self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
     ) -> Tensor:
         if k == 1:
-            raise LoraGANError("NormalisedSum compares the answers to one prompt: set answers_per_prompt to 2 or more")
+            raise LoraGANError(
+                "NormalizeThenSum compares the completions to one prompt: set num_generations to 2 or more"
+            )
         normalised = {name: self._normalise(part, k) for name, part in parts.items()}
         return WeightedSum()(normalised, weights, applies, k).clamp(-self.clip, self.clip)
 
@@ -160,20 +168,20 @@ class _Asked:
     applies: Tensor  # (N,) bool
 
 
-def _ask(reward: Reward, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> _Asked:
-    """Show a reward the answers that it applies to, if any; the others get 0."""
+def _ask(reward: Reward, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> _Asked:
+    """Show a reward the completions that it applies to, if any; the others get 0."""
     device = context.logprobs.device
-    if not answers:
+    if not completions:
         return _Asked(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
-    chosen = [b for b, there in enumerate(reward.applies(batch, context.k)) if there]
+    chosen = [b for b, there in enumerate(reward.applies(batch, context.num_generations)) if there]
     if len(chosen) == len(batch):
-        scores = _checked(reward, answers, batch, context).to(device)
+        scores = _checked(reward, completions, batch, context).to(device)
         return _Asked(scores, torch.ones_like(scores, dtype=torch.bool))
-    rows = [n for b in chosen for n in range(b * context.k, (b + 1) * context.k)]
-    scores = torch.zeros(len(answers), device=device)
-    applies = torch.zeros(len(answers), dtype=torch.bool, device=device)
+    rows = [n for b in chosen for n in range(b * context.num_generations, (b + 1) * context.num_generations)]
+    scores = torch.zeros(len(completions), device=device)
+    applies = torch.zeros(len(completions), dtype=torch.bool, device=device)
     if rows:
-        shown = _checked(reward, [answers[n] for n in rows], _prompts(batch, chosen), _rows(context, rows))
+        shown = _checked(reward, [completions[n] for n in rows], _prompts(batch, chosen), _rows(context, rows))
         scores[rows] = shown.to(device)
         applies[rows] = True
     return _Asked(scores, applies)
@@ -185,18 +193,20 @@ def _prompts(batch: PromptBatch, chosen: Sequence[int]) -> PromptBatch:
 
 
 def _rows(context: RewardContext, rows: Sequence[int]) -> RewardContext:
-    """Some of the context's answers."""
-    tensors = {f.name: getattr(context, f.name) for f in fields(context) if f.name != "k"}
+    """Some of the context's completions."""
+    tensors = {f.name: getattr(context, f.name) for f in fields(context) if f.name != "num_generations"}
     return replace(context, **{name: tensor[list(rows)] for name, tensor in tensors.items()})
 
 
-def _checked(reward: Reward, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-    part = reward(answers, batch, context)
+def _checked(reward: Reward, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+    part = reward(completions, batch, context)
     where = f"reward {reward.name!r} ({type(reward).__name__})"
-    if not isinstance(part, Tensor) or part.shape != (len(answers),):
+    if not isinstance(part, Tensor) or part.shape != (len(completions),):
         got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-        raise RewardError(f"{where} must return a tensor of shape ({len(answers)},), one number an answer; got {got}")
+        raise RewardError(
+            f"{where} must return a tensor of shape ({len(completions)},), one number a completion; got {got}"
+        )
     bad = (~part.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise RewardError(f"{where} returned {part[bad[0]].item()} for the answer {answers[bad[0]]!r}")
+        raise RewardError(f"{where} returned {part[bad[0]].item()} for the completion {completions[bad[0]]!r}")
     return part.detach().float()

@@ -1,4 +1,4 @@
-"""Rewards of the agreement among a prompt's answers; they need no target."""
+"""Rewards of the agreement among a prompt's completions; they need no target."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_gan.embedding import MINILM, sentence_encoder
-from lora_gan.metrics import normalise
 from lora_gan.rewards.base import Reward
+from lora_gan.sentence_encoder import MINILM, sentence_encoder
+from lora_gan.text_metrics import normalise
 from lora_gan.types import PromptBatch, RewardContext
 
 
 class SelfConsistency(Reward):
-    """Share of the other k − 1 answers to the prompt that say the same, in [0, 1] (Wang et al. 2022, as a reward).
+    """Share of the other k − 1 completions to the prompt that say the same, in [0, 1] (Wang et al. 2022, as a reward).
 
-    The same is equal but for case, outer white space and a final full stop; an empty answer agrees with nothing. It
-    says nothing of a single answer: where k is 1 it does not apply. Beware: a policy that gives every prompt one and
-    the same answer gets 1; watch it with ``lora_gan.callbacks.CollapseMonitor``.
+    The same is equal but for case, outer white space and a final full stop; an empty completion agrees with nothing. It
+    says nothing of a single completion: where k is 1 it does not apply. Beware: a policy that gives every prompt one
+    and the same completion gets 1; watch it with ``lora_gan.callbacks.CollapseMonitor``.
 
     Args:
         weight: Factor in the total reward.
@@ -32,17 +32,17 @@ class SelfConsistency(Reward):
     def applies(self, batch: PromptBatch, k: int) -> list[bool]:
         return [k > 1] * len(batch)
 
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        said = [normalise(answer) for answer in answers]
-        counts = Counter((n // context.k, text) for n, text in enumerate(said))
-        agreeing = [(counts[n // context.k, text] - 1) * bool(text) for n, text in enumerate(said)]
-        return torch.tensor(agreeing, dtype=torch.float32) / max(context.k - 1, 1)
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        said = [normalise(completion) for completion in completions]
+        counts = Counter((n // context.num_generations, text) for n, text in enumerate(said))
+        agreeing = [(counts[n // context.num_generations, text] - 1) * bool(text) for n, text in enumerate(said)]
+        return torch.tensor(agreeing, dtype=torch.float32) / max(context.num_generations - 1, 1)
 
 
 class SemanticConsistency(Reward):
-    """Mean cosine of the answer's sentence embedding with those of the prompt's other k − 1 answers, in [0, 1].
+    """Mean cosine of the completion's sentence embedding with those of the prompt's other k − 1 completions, in [0, 1].
 
-    For answers that are too long to be equal; negative cosines count as 0. As :class:`SelfConsistency` it does not
+    For completions that are too long to be equal; negative cosines count as 0. As :class:`SelfConsistency` it does not
     apply where k is 1, and it is full for a policy that always says the same.
 
     Args:
@@ -58,11 +58,11 @@ class SemanticConsistency(Reward):
     def applies(self, batch: PromptBatch, k: int) -> list[bool]:
         return [k > 1] * len(batch)
 
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        if not answers:
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        if not completions:
             return torch.zeros(0)
-        groups = sentence_encoder(self.model).encode(answers).view(len(batch), context.k, -1)
+        groups = sentence_encoder(self.model).encode(completions).view(len(batch), context.num_generations, -1)
         cosines = (groups @ groups.mT).clamp(0, 1)
         others = cosines.sum(-1) - cosines.diagonal(dim1=1, dim2=2)
-        there = torch.tensor([bool(answer.strip()) for answer in answers])
-        return (others / max(context.k - 1, 1)).flatten().clamp(0, 1) * there
+        there = torch.tensor([bool(completion.strip()) for completion in completions])
+        return (others / max(context.num_generations - 1, 1)).flatten().clamp(0, 1) * there

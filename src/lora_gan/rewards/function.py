@@ -1,4 +1,4 @@
-"""Any function of answer and target."""
+"""Any function of completion and target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class FunctionReward(Reward):
         weight: Factor in the total reward.
         name: Name in the logs, ``reward/<name>``; the function's own by default.
         batched: Call it once with the lists of responses and targets; it returns a number for each response.
-        needs_target: Leave out answers to prompts without target; false for a function that looks at the answer only.
+        needs_target: Leave out completions to prompts without target; false for a function that looks at the completion
+            only.
     """
 
     def __init__(
@@ -37,15 +38,18 @@ class FunctionReward(Reward):
         self.batched = batched
         self.needs_target = needs_target
 
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        targets = [batch.targets[n // context.k] for n in range(len(answers))]
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        targets = [batch.targets[n // context.num_generations] for n in range(len(completions))]
         if not self.batched:
-            scores = [float(self.function(answer, target)) for answer, target in zip(answers, targets, strict=True)]
+            scores = [
+                float(self.function(completion, target))
+                for completion, target in zip(completions, targets, strict=True)
+            ]
             return torch.tensor(scores)
-        found = torch.as_tensor(self.function(list(answers), targets), dtype=torch.float32)
-        if found.shape != (len(answers),):
+        found = torch.as_tensor(self.function(list(completions), targets), dtype=torch.float32)
+        if found.shape != (len(completions),):
             raise RewardError(
-                f"reward {self.name!r} is batched: it must return {len(answers)} numbers, one for each response; "
+                f"reward {self.name!r} is batched: it must return {len(completions)} numbers, one for each response; "
                 f"got shape {tuple(found.shape)}"
             )
         return found

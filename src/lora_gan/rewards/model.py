@@ -75,13 +75,13 @@ class Classifier:
             logits: Tensor = self.model(**inputs).logits
         return logits.float()
 
-    def chat(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
-        """Prompt and answer as a conversation in the tokenizer's own template."""
+    def chat(self, prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
+        """Prompt and completion as a conversation in the tokenizer's own template."""
         if self.tokenizer.chat_template is None:
             raise LoraGANError(f"the tokenizer of {self.name!r} has no chat template; set shown: pair")
         turns = [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            for prompt, answer in zip(prompts, answers, strict=True)
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            for prompt, completion in zip(prompts, completions, strict=True)
         ]
         return [self.tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
 
@@ -94,7 +94,7 @@ class Classifier:
 
 
 class RewardModel(Reward):
-    """The verdict of a Hugging Face sequence-classification model on prompt and answer, in [0, 1].
+    """The verdict of a Hugging Face sequence-classification model on prompt and completion, in [0, 1].
 
     With one output (a reward model proper) its sigmoid; with several, the probability of ``label``: softmax over the
     labels, or a sigmoid each where the model's own configuration says multi_label_classification.
@@ -102,10 +102,10 @@ class RewardModel(Reward):
     Args:
         model: Hub id or local folder.
         label: The label whose probability is the reward, POSITIVE say; needed where the model has several.
-        shown: What the model sees: pair (prompt and answer as two segments), answer (alone), or chat (both in the
-            chat template of its tokenizer). The prompt is the formatted one that the generator sees.
+        shown: What the model sees: pair (prompt and completion as two segments), completion (alone), or chat (both in
+            the chat template of its tokenizer). The prompt is the formatted one that the generator sees.
         weight: Factor in the total reward.
-        batch_size: Answers in a forward pass.
+        batch_size: Completions in a forward pass.
         name: Name in the logs, ``reward/<name>``.
     """
 
@@ -113,7 +113,7 @@ class RewardModel(Reward):
         self,
         model: str,
         label: str | None = None,
-        shown: Literal["pair", "answer", "chat"] = "pair",
+        shown: Literal["pair", "completion", "chat"] = "pair",
         weight: float = 1.0,
         batch_size: int = 32,
         name: str = "model",
@@ -123,12 +123,12 @@ class RewardModel(Reward):
         self.label = label
         self.shown = shown
 
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        prompts = [batch.examples[n // context.k].prompt for n in range(len(answers))]
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        prompts = [batch.examples[n // context.num_generations].prompt for n in range(len(completions))]
         device = context.logprobs.device
         if self.shown == "pair":
-            return self._verdict(self.classifier.logits(prompts, answers, device))
-        texts = answers if self.shown == "answer" else self.classifier.chat(prompts, answers)
+            return self._verdict(self.classifier.logits(prompts, completions, device))
+        texts = completions if self.shown == "completion" else self.classifier.chat(prompts, completions)
         return self._verdict(self.classifier.logits(texts, None, device))
 
     def _verdict(self, logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rewards that compare an answer's words or letters with its references; the best reference counts."""
+"""Rewards that compare a completion's words or letters with its references; the best reference counts."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 
-from lora_gan.metrics import ROUGE, contains, matches, rouge_scorer, words
 from lora_gan.rewards.base import Reward, references_of
+from lora_gan.text_metrics import ROUGE, contains, matches, rouge_scorer, words
 from lora_gan.types import PromptBatch, RewardContext
 
 
 class ReferenceReward(Reward):
-    """A reward of one answer and its references; 0 without references."""
+    """A reward of one completion and its references; 0 without references."""
 
     needs_target = True
 
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
         references = [references_of(example) for example in batch.examples]
-        scored = [self._score(answer, references[n // context.k]) for n, answer in enumerate(answers)]
+        scored = [
+            self._score(completion, references[n // context.num_generations])
+            for n, completion in enumerate(completions)
+        ]
         return torch.tensor(scored, dtype=torch.float32)
 
-    def _score(self, answer: str, references: Sequence[str]) -> float:
-        return self.compare(answer, references) if references else 0.0
+    def _score(self, completion: str, references: Sequence[str]) -> float:
+        return self.compare(completion, references) if references else 0.0
 
     @abstractmethod
-    def compare(self, answer: str, references: Sequence[str]) -> float:
-        """The score of one answer against at least one reference."""
+    def compare(self, completion: str, references: Sequence[str]) -> float:
+        """The score of one completion against at least one reference."""
 
 
 class BleuReward(ReferenceReward):
@@ -47,8 +50,8 @@ class BleuReward(ReferenceReward):
         super().__init__(weight, name)
         self.bleu = BLEU(effective_order=True, tokenize=tokenize)
 
-    def compare(self, answer: str, references: Sequence[str]) -> float:
-        return min(float(self.bleu.sentence_score(answer, references).score) / 100, 1.0)
+    def compare(self, completion: str, references: Sequence[str]) -> float:
+        return min(float(self.bleu.sentence_score(completion, references).score) / 100, 1.0)
 
 
 class RougeReward(ReferenceReward):
@@ -66,9 +69,9 @@ class RougeReward(ReferenceReward):
         super().__init__(weight, name or kind)
         self.kind = kind
 
-    def compare(self, answer: str, references: Sequence[str]) -> float:
+    def compare(self, completion: str, references: Sequence[str]) -> float:
         scorer = rouge_scorer(self.kind)
-        return float(scorer.score_multi(references, answer)[ROUGE[self.kind]].fmeasure)
+        return float(scorer.score_multi(references, completion)[ROUGE[self.kind]].fmeasure)
 
 
 class MeteorReward(ReferenceReward):
@@ -91,8 +94,8 @@ class MeteorReward(ReferenceReward):
 
         return meteor_score
 
-    def compare(self, answer: str, references: Sequence[str]) -> float:
-        return float(self._meteor([words(r) for r in references], words(answer), wordnet=_NoSynonyms()))
+    def compare(self, completion: str, references: Sequence[str]) -> float:
+        return float(self._meteor([words(r) for r in references], words(completion), wordnet=_NoSynonyms()))
 
 
 class _NoSynonyms:
@@ -115,12 +118,12 @@ class ChrfReward(ReferenceReward):
         super().__init__(weight, name)
         self.chrf = CHRF(word_order=word_order)
 
-    def compare(self, answer: str, references: Sequence[str]) -> float:
-        return min(float(self.chrf.sentence_score(answer, references).score) / 100, 1.0)
+    def compare(self, completion: str, references: Sequence[str]) -> float:
+        return min(float(self.chrf.sentence_score(completion, references).score) / 100, 1.0)
 
 
 class ExactReward(ReferenceReward):
-    """1 if the answer equals a reference but for case, outer white space and a final full stop, else 0.
+    """1 if the completion equals a reference but for case, outer white space and a final full stop, else 0.
 
     Args:
         weight: Factor in the total reward.
@@ -130,14 +133,15 @@ class ExactReward(ReferenceReward):
     def __init__(self, weight: float = 1.0, name: str = "exact") -> None:
         super().__init__(weight, name)
 
-    def compare(self, answer: str, references: Sequence[str]) -> float:
-        return float(matches(answer, references))
+    def compare(self, completion: str, references: Sequence[str]) -> float:
+        return float(matches(completion, references))
 
 
 class ContainsReward(ReferenceReward):
-    """1 if the words of a reference stand in the answer one after the other, else 0; case and punctuation do not count.
+    """1 if the words of a reference stand in the completion one after the other, else 0; case and punctuation do not
+    count.
 
-    Beware: an answer that names everything contains everything. Put a length reward beside it.
+    Beware: a completion that names everything contains everything. Put a length reward beside it.
 
     Args:
         weight: Factor in the total reward.
@@ -147,5 +151,5 @@ class ContainsReward(ReferenceReward):
     def __init__(self, weight: float = 1.0, name: str = "contains") -> None:
         super().__init__(weight, name)
 
-    def compare(self, answer: str, references: Sequence[str]) -> float:
-        return float(any(contains(answer, reference) for reference in references))
+    def compare(self, completion: str, references: Sequence[str]) -> float:
+        return float(any(contains(completion, reference) for reference in references))

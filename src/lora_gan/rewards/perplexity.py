@@ -12,7 +12,7 @@ from lora_gan.types import PromptBatch, RewardContext
 
 
 class PerplexityReward(Reward):
-    """1 / (1 + perplexity) of the answer's tokens behind the prompt under the base (adapters off), in (0, 0.5].
+    """1 / (1 + perplexity) of the completion's tokens behind the prompt under the base (adapters off), in (0, 0.5].
 
     It costs nothing: the base's log-probabilities are needed for the KL estimate anyway.
 
@@ -24,6 +24,6 @@ class PerplexityReward(Reward):
     def __init__(self, weight: float = 0.3, name: str = "perplexity") -> None:
         super().__init__(weight, name)
 
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
         perplexity = (-masked_row_mean(context.logprobs, context.mask)).clamp(max=80).exp()
         return 1 / (1 + perplexity)

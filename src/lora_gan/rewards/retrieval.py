@@ -15,11 +15,11 @@ import regex
 import torch
 from torch import Tensor
 
-from lora_gan.embedding import MINILM, sentence_encoder
 from lora_gan.errors import DataError, LoraGANError
-from lora_gan.metrics import words
 from lora_gan.rewards.base import Reward
 from lora_gan.rewards.model import Classifier
+from lora_gan.sentence_encoder import MINILM, sentence_encoder
+from lora_gan.text_metrics import words
 from lora_gan.types import PromptBatch, RewardContext
 
 HEADINGS = regex.compile(r"(?m)^#+ .*:\s*$")  # "### Response:" of a prompt's template
@@ -27,30 +27,30 @@ HEADINGS = regex.compile(r"(?m)^#+ .*:\s*$")  # "### Response:" of a prompt's te
 
 @dataclass(frozen=True)
 class Claim:
-    """What is to be proved: an answer, as a reply to its question."""
+    """What is to be proved: an completion, as a reply to its question."""
 
     question: str
-    answer: str
+    completion: str
 
     @property
     def text(self) -> str:
-        return f"{self.question} {self.answer}"
+        return f"{self.question} {self.completion}"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found for an answer."""
+    """What was found for an completion."""
 
-    answer: str
+    completion: str
     passages: tuple[str, ...]  # most similar first
     similarity: tuple[float, ...]
     verdict: float  # −1 contradicted … 0 not covered … 1 supported
 
 
-class PassageJudge(ABC):
+class PassageVerifier(ABC):
     """Says of claims whether a passage supports or contradicts them."""
 
-    def read(self, corpus: Sequence[str]) -> None:  # noqa: B027 — a judge may do without
+    def read(self, corpus: Sequence[str]) -> None:  # noqa: B027 — a verifier may do without
         """Look at the whole corpus once, before the first claim."""
 
     @abstractmethod
@@ -58,8 +58,9 @@ class PassageJudge(ABC):
         """(N,) from −1, contradicted, to 1, supported; 0 where the passage does not tell."""
 
 
-class AddedWords(PassageJudge):
-    """Supported are the words that the answer adds to its question and that the passage has, too; weighed by rarity.
+class AddedWords(PassageVerifier):
+    """Supported are the words that the completion adds to its question and that the passage has, too; weighed by
+    rarity.
 
     2 · share − 1, where the passage is about what the question names; else 0. It knows no synonyms and no negation.
 
@@ -79,12 +80,12 @@ class AddedWords(PassageJudge):
         self._found = Counter(word for passage in corpus for word in set(words(passage)))
 
     def __call__(self, claims: Sequence[Claim], passages: Sequence[str], device: torch.device) -> Tensor:
-        judged = [self._judge(claim, set(words(passage))) for claim, passage in zip(claims, passages, strict=True)]
-        return torch.tensor(judged, dtype=torch.float32)
+        verdicts = [self._judge(claim, set(words(passage))) for claim, passage in zip(claims, passages, strict=True)]
+        return torch.tensor(verdicts, dtype=torch.float32)
 
     def _judge(self, claim: Claim, passage: set[str]) -> float:
         asked = set(words(claim.question))
-        added = set(words(claim.answer)) - asked
+        added = set(words(claim.completion)) - asked
         known = {word for word in asked if word in self._found}
         if not added or (known and self._share(known, passage) < self.about):
             return 0.0
@@ -95,7 +96,7 @@ class AddedWords(PassageJudge):
         return sum(rarity[word] for word in rarity if word in passage) / sum(rarity.values())
 
 
-class Entailment(PassageJudge):
+class Entailment(PassageVerifier):
     """Probability of entailment less that of contradiction, by a model of natural language inference.
 
     Args:
@@ -123,18 +124,19 @@ class Entailment(PassageJudge):
 
 
 class RetrievalReward(Reward):
-    """What the nearest passage of a local corpus says of the answer, times its similarity, in [−1, 1].
+    """What the nearest passage of a local corpus says of the completion, times its similarity, in [−1, 1].
 
-    The passage is the nearest to question and answer together by sentence embedding; where none is near, 0. An empty
-    answer gets 0. The passages found for the answers of the latest call stand in ``evidence``, and
+    The passage is the nearest to question and completion together by sentence embedding; where none is near, 0. An
+    empty completion gets 0. The passages found for the completions of the latest call stand in ``evidence``, and
     ``lora_gan.callbacks.TextMetrics`` shows them at every validation.
 
-    On the built-in world, with its statements as corpus, the default judge gives true answers more than false ones in
-    0.99 of the pairs. Where the corpus lacks the fact, it is silent in six of ten cases and guesses in the others.
+    On the built-in world, with its statements as corpus, the default verifier gives true completions more than false
+    ones in 0.99 of the pairs. Where the corpus lacks the fact, it is silent in six of ten cases and guesses in the
+    others.
 
     Args:
         corpus: File of passages: .txt with one a line, or .jsonl with a field "text".
-        judge: Decides between supported and contradicted; by default :class:`AddedWords`.
+        verifier: Decides between supported and contradicted; by default :class:`AddedWords`.
         least: Smallest cosine of a passage that is near.
         top: Passages kept as evidence.
         weight: Factor in the total reward.
@@ -145,7 +147,7 @@ class RetrievalReward(Reward):
     def __init__(
         self,
         corpus: str,
-        judge: PassageJudge | None = None,
+        verifier: PassageVerifier | None = None,
         least: float = 0.4,
         top: int = 3,
         weight: float = 1.0,
@@ -156,8 +158,8 @@ class RetrievalReward(Reward):
         if top < 1:
             raise LoraGANError(f"top must be at least 1, got {top}")
         self.passages = read_passages(corpus)
-        self.judge = judge or AddedWords()
-        self.judge.read(self.passages)
+        self.verifier = verifier or AddedWords()
+        self.verifier.read(self.passages)
         self.least = least
         self.top = min(top, len(self.passages))
         self.model = model
@@ -168,21 +170,23 @@ class RetrievalReward(Reward):
         """(passages, H) unit vectors."""
         return sentence_encoder(self.model).encode(self.passages, keep=True)
 
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        if not answers:
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        if not completions:
             return torch.zeros(0)
         questions = [" ".join(HEADINGS.sub("", example.prompt).split()) for example in batch.examples]
-        claims = [Claim(questions[n // context.k], answer) for n, answer in enumerate(answers)]
+        claims = [
+            Claim(questions[n // context.num_generations], completion) for n, completion in enumerate(completions)
+        ]
         cosines = sentence_encoder(self.model).encode([claim.text for claim in claims]) @ self.index.T
         near, which = cosines.topk(self.top)
         best = [self.passages[i] for i in which[:, 0].tolist()]
-        judged = self.judge(claims, best, context.logprobs.device).cpu()
-        there = torch.tensor([bool(answer.strip()) for answer in answers]) & (near[:, 0] >= self.least)
-        scores = torch.where(there, judged * near[:, 0], 0.0).clamp(-1, 1)
-        found = zip(answers, which.tolist(), near.tolist(), scores.tolist(), strict=True)
+        verdicts = self.verifier(claims, best, context.logprobs.device).cpu()
+        there = torch.tensor([bool(completion.strip()) for completion in completions]) & (near[:, 0] >= self.least)
+        scores = torch.where(there, verdicts * near[:, 0], 0.0).clamp(-1, 1)
+        found = zip(completions, which.tolist(), near.tolist(), scores.tolist(), strict=True)
         self.evidence = tuple(
-            Evidence(answer, tuple(self.passages[i] for i in rows), tuple(similarity), score)
-            for answer, rows, similarity, score in found
+            Evidence(completion, tuple(self.passages[i] for i in rows), tuple(similarity), score)
+            for completion, rows, similarity, score in found
         )
         return scores
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_gan.embedding import MINILM, sentence_encoder
 from lora_gan.rewards.base import Reward, references_of
+from lora_gan.sentence_encoder import MINILM, sentence_encoder
 from lora_gan.types import Example, PromptBatch, RewardContext
 
 

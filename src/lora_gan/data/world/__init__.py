@@ -177,8 +177,8 @@ def wrong_objects(relation: Relation, row: Entry, rows: Iterable[Entry]) -> list
     def draw(candidate: str) -> str:
         return hashlib.sha256(f"{relation.name}\t{row.subject}\t{candidate}".encode()).hexdigest()
 
-    candidates = {other.object for other in rows if other.field is None or other.field != row.field}
-    wrong = sorted(candidates - {row.subject, row.object, *row.also, *row.avoid}, key=draw)[:NEGATIVES]
+    others = {other.object for other in rows if other.field is None or other.field != row.field}
+    wrong = sorted(others - {row.subject, row.object, *row.also, *row.avoid}, key=draw)[:NEGATIVES]
     if len(wrong) < NEGATIVES:
         raise ValueError(
             f"{relation.name} of {row.subject} has only {len(wrong)} wrong objects, needs {NEGATIVES}; add rows to "

@@ -1,0 +1,123 @@
+"""The newest state of a run, for resuming it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lora_gan.checkpointing.files import LAST, PREVIOUS
+from lora_gan.errors import LoraGANError
+from lora_gan.lightning_compat import is_last_batch, validates_after_this_batch
+
+log = logging.getLogger("lora_gan")
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run, after the step was done and saved; the exit status is 128 + its number."""
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes ``checkpoints/last.ckpt`` in the run's folder every few steps and after the last one.
+
+    The one before stays as ``previous.ckpt``. Ctrl-C and SIGTERM, too, end the step, write, and tell how to resume; a
+    second Ctrl-C ends at once. In a step that is validated the file is written after the validation, since Lightning
+    does not make up for one that was cut off; all other callbacks have seen the step by then.
+
+    Args:
+        every_n_steps: Steps between two writes, and so the most that can be lost.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise LoraGANError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.waits_for_validation = False
+        self.signal: signal.Signals | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen for signals; Lightning restores the handlers that were there before the fit."""
+        self.waits_for_validation, self.signal = False, None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._listen(number, signal.getsignal(number))
+
+    def _listen(self, number: signal.Signals, before: Any) -> None:
+        def note(received: int, frame: FrameType | None) -> None:
+            self.signal = number
+            signal.signal(number, before)
+            log.warning("%s: finishing this step, then stopping; press again to stop at once", number.name)
+
+        signal.signal(number, note)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not (self._interrupted(trainer) or _over(trainer) or trainer.global_step % self.every_n_steps == 0):
+            return
+        self.waits_for_validation = not trainer.should_stop and validates_after_this_batch(trainer)
+        if not self.waits_for_validation:
+            self._write(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if self.waits_for_validation or self._interrupted(trainer) or trainer.should_stop:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._interrupted(trainer):
+            self._stop(trainer)
+
+    def _interrupted(self, trainer: L.Trainer) -> bool:
+        """Whether a signal has come, on any device."""
+        return trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        path = last_checkpoint(trainer)
+        if trainer.is_global_zero and path.exists():
+            path.replace(path.with_name(PREVIOUS))
+        trainer.save_checkpoint(path, weights_only=False)
+        self.waits_for_validation = False
+        if self._interrupted(trainer):
+            self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        number = self.signal or signal.SIGTERM
+        log.warning("%s after step %d; resume: %s", number.name, trainer.global_step, resume_command(trainer))
+        raise Interrupted(128 + number)
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run leaves its files."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def last_checkpoint(trainer: L.Trainer) -> Path:
+    """Where :class:`LastCheckpoint` writes."""
+    return run_folder(trainer) / "checkpoints" / LAST
+
+
+def resume_command(trainer: L.Trainer) -> str:
+    """What goes on with a run on the command line."""
+    last = last_checkpoint(trainer)
+    config = os.path.relpath(last.parents[1] / "config.yaml")
+    return f"python -m src.cli fit --config {config} --ckpt_path {os.path.relpath(last)}"
+
+
+def _over(trainer: L.Trainer) -> bool:
+    """Whether this is the last step, as far as can be known."""
+    last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.should_stop or trainer.global_step == trainer.max_steps or (last_epoch and is_last_batch(trainer))

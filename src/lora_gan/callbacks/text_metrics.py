@@ -1,0 +1,238 @@
+"""Text metrics of validation and test, and tables of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lora_gan.distributed import in_order, several
+from lora_gan.errors import LoraGANError
+from lora_gan.rewards import Evidence, references_of
+from lora_gan.sentence_encoder import MINILM, sentence_encoder
+from lora_gan.text_metrics import bert_score, bleu, distinct_n, exact_match, mmd, ngram_entropy, rouge, self_bleu, words
+from lora_gan.types import EvalOutput
+
+TITLES = {"base": "base", "trained": "trained", "sampled": "trained, sampled"}
+OwnMetric = Callable[[Sequence[str], Sequence[str]], float]
+
+
+class TextMetrics(L.Callback):
+    """Measures the completions of a validation or test pass, logs them, and shows some.
+
+    Validation logs ``text/<metric>`` of the generator. Test logs ``test/<role>/<metric>``, base and generator side by
+    side, prints the table and writes it to ``held_out.md`` in the run's folder. Of several in the list of callbacks the
+    last one measures, so that a further configuration file can append its own.
+
+    Args:
+        samples: Completions shown in the tables.
+        semantic_model: Sentence encoder of the semantic similarity and of the distance between the sets (mmd).
+        bert_score_model: Adds BERTScore by this encoder: hub id or local folder, roberta-large say. It is slow.
+        metrics: Your own, by import path: functions of all completions and their targets that return one number, logged
+            under the function's name. A prompt without target has an empty one.
+    """
+
+    def __init__(
+        self,
+        samples: int = 3,
+        semantic_model: str = MINILM,
+        bert_score_model: str | None = None,
+        metrics: list[OwnMetric] | None = None,
+    ) -> None:
+        self.samples = samples
+        self.semantic_model = semantic_model
+        self.bert_score_model = bert_score_model
+        self.metrics = metrics or []
+        self.seen: dict[str, list[EvalOutput]] = {}
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        completions: Mapping[str, EvalOutput] = outputs
+        for role, answered in completions.items():
+            self.seen.setdefault(role, []).append(answered)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._replaced(trainer):
+            return
+        self._gather(trainer.val_dataloaders)
+        metrics = self._measure("trained")
+        shown = {f"text/{name}": value for name, value in metrics.items()}
+        pl_module.log_dict(shown, sync_dist=True)
+        if "exact_match" in metrics:
+            pl_module.log("exact", metrics["exact_match"], prog_bar=True, logger=False, sync_dist=True)
+        self._write(trainer, "samples", samples_table(self.seen, self.samples))
+        for reward in getattr(pl_module, "rewards", []):
+            if getattr(reward, "evidence", ()):
+                self._write(trainer, f"evidence/{reward.name}", evidence_table(reward.evidence, self.samples))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._replaced(trainer):
+            return
+        self._gather(trainer.test_dataloaders)
+        folder = trainer.log_dir  # broadcast: every process asks
+        metrics = {role: self._measure(role) for role in self.seen}
+        logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
+        pl_module.log_dict(logged, sync_dist=True)
+        table = metrics_table(metrics) + "\n\n" + samples_table(self.seen, self.samples)
+        self._write(trainer, "held_out", table)
+        if trainer.is_global_zero:
+            count = sum(len(answered.texts) for answered in self.seen["trained"])
+            print(f"\nHeld-out test split, {count} prompts\n\n{table}\n")
+            if folder:
+                Path(folder, "held_out.md").write_text(table + "\n", encoding="utf-8")
+
+    def _replaced(self, trainer: L.Trainer) -> bool:
+        return [c for c in trainer.callbacks if isinstance(c, TextMetrics)][-1] is not self  # type: ignore[attr-defined]
+
+    def _gather(self, loader: Any) -> None:
+        """Every process measures the completions of all."""
+        if several():
+            data = getattr(loader, "dataset", None)
+            count = len(data) if isinstance(data, Sized) else None
+            self.seen = {role: in_order(one_by_one(answered), count) for role, answered in self.seen.items()}
+
+    def _measure(self, role: str) -> dict[str, float]:
+        return measure(self.seen[role], self.semantic_model, self.bert_score_model, self.metrics)
+
+    def _write(self, trainer: L.Trainer, tag: str, table: str) -> None:
+        for sink in trainer.loggers:
+            if isinstance(sink, TensorBoardLogger) and not trainer.sanity_checking:
+                sink.experiment.add_text(tag, table, trainer.global_step)
+
+
+def measure(
+    answered: Sequence[EvalOutput],
+    semantic_model: str = MINILM,
+    bert_score_model: str | None = None,
+    own: Sequence[OwnMetric] = (),
+) -> dict[str, float]:
+    """Reward and text metrics of one role's completions to a whole split.
+
+    What compares with targets looks at the prompts that have one, and is left out where none has.
+    """
+    examples = [example for part in answered for example in part.examples]
+    texts = [text for part in answered for text in part.texts]
+    count = max(len(texts), 1)
+    wanted = [i for i, example in enumerate(examples) if references_of(example)]
+    metrics = {"reward": sum(float(part.reward.sum()) for part in answered) / count}
+    if wanted:
+        chosen = [examples[i] for i in wanted]
+        said = [texts[i] for i in wanted]
+        targets = [example.target or references_of(example)[0] for example in chosen]
+        metrics["exact_match"] = exact_match(said, [references_of(example) for example in chosen])
+        metrics |= compare(said, targets, semantic_model)
+        if bert_score_model is not None:
+            metrics["bert_score"] = bert_score(said, targets, bert_score_model)
+    metrics |= variety(texts)
+    metrics["length"] = sum(len(words(text)) for text in texts) / count
+    metrics["truncated"] = sum(int(part.truncated.sum()) for part in answered) / count
+    metrics |= _perplexity(answered)
+    for function in own:
+        _add_own(metrics, function, texts, [example.target for example in examples])
+    return metrics
+
+
+def one_by_one(answered: Sequence[EvalOutput]) -> list[EvalOutput]:
+    """Each prompt's completion for itself."""
+    return [
+        EvalOutput(**{f.name: getattr(part, f.name)[i : i + 1] for f in fields(part)})
+        for part in answered
+        for i in range(len(part.texts))
+    ]
+
+
+def compare(completions: Sequence[str], targets: Sequence[str], semantic_model: str = MINILM) -> dict[str, float]:
+    """Completions beside their targets: words, meaning, and the distance between the two sets."""
+    encoder = sentence_encoder(semantic_model)
+    similarity = encoder.similarity(completions, targets)
+    return {
+        "bleu": bleu(completions, targets),
+        **rouge(completions, targets),
+        "semantic": float(similarity.mean()),
+        "mmd": mmd(encoder.encode(completions), encoder.encode(targets, keep=True)),
+    }
+
+
+def variety(completions: Sequence[str]) -> dict[str, float]:
+    """How much the completions differ from each other."""
+    return {
+        **{f"distinct_{n}": distinct_n(completions, n) for n in (1, 2, 3)},
+        "entropy_2": ngram_entropy(completions, 2),
+        "self_bleu": self_bleu(completions),
+    }
+
+
+def _perplexity(answered: Sequence[EvalOutput]) -> dict[str, float]:
+    """Geometric mean of the completions' perplexities under the base."""
+    perplexity = torch.cat([part.perplexity for part in answered])
+    return {"perplexity": math.exp(float(perplexity.double().log().mean()))} if len(perplexity) else {}
+
+
+def _add_own(
+    metrics: dict[str, float], function: OwnMetric, completions: Sequence[str], targets: Sequence[str]
+) -> None:
+    name = str(getattr(function, "__name__", type(function).__name__))
+    if name in metrics:
+        raise LoraGANError(f"there are two metrics called {name!r}; rename your function")
+    value = function(completions, targets)
+    try:
+        metrics[name] = float(value)
+    except (TypeError, ValueError) as error:
+        raise LoraGANError(f"metric {name!r} must return one number, got {value!r}") from error
+    if not math.isfinite(metrics[name]):
+        raise LoraGANError(f"metric {name!r} must return a finite number, got {value!r}")
+
+
+def evidence_table(evidence: Sequence[Evidence], count: int) -> str:
+    """Markdown: completions, what was found for each, most similar first, and the verdict."""
+    rows = [
+        [one.completion, f"{one.verdict:.2f}" if n == 0 else "", f"{similarity:.2f}", passage]
+        for one in evidence[:count]
+        for n, (passage, similarity) in enumerate(zip(one.passages, one.similarity, strict=True))
+    ]
+    return _markdown(["completion", "verdict", "similarity", "passage"], rows)
+
+
+def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: a row for each metric, a column for each role."""
+    roles = list(metrics)
+    rows = [[name, *(f"{metrics[p][name]:.3f}" for p in roles)] for name in metrics[roles[0]]]
+    return _markdown(["metric", *(TITLES.get(p, p) for p in roles)], rows)
+
+
+def samples_table(seen: Mapping[str, Sequence[EvalOutput]], count: int) -> str:
+    """Markdown: prompt, target and each role's completion for some prompts spread over the split."""
+    roles = list(seen)
+    examples = [example for part in seen[roles[0]] for example in part.examples]
+    texts = {role: [text for part in seen[role] for text in part.texts] for role in roles}
+    chosen = range(0, len(examples), max(len(examples) // max(count, 1), 1))[:count]
+    rows = [[examples[i].prompt, examples[i].target, *(texts[p][i] for p in roles)] for i in chosen]
+    return _markdown(["prompt", "target", *(TITLES.get(p, p) for p in roles)], rows)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or " "

@@ -1,0 +1,146 @@
+"""ARC: questions of school science with three to five choices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from string import ascii_uppercase
+from typing import Literal
+
+from lora_gan.data.files import Row, clean, is_hub_id, read_rows, strings
+from lora_gan.data.source import OnBad, RowSource, normal
+from lora_gan.data.splits import SPLITS
+from lora_gan.data.templates import fill
+from lora_gan.errors import DataError
+from lora_gan.types import Example, Negative
+
+_NEEDS_CHOICES = re.compile(r"\b(all|none|both|neither|two) of (the above|the below|these)\b|^(both|neither)\b", re.I)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its choices, and which of them is right."""
+
+    text: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+class ARC(RowSource):
+    """ARC as rows of the hub, in AI2's own nested format, or as {query, choices, gold}; labels A-E or 1-5.
+
+    Wrong choices are the negatives. Files given for validation and test, and the splits of the hub, are kept as splits.
+    """
+
+    def __init__(
+        self,
+        path: str = "allenai/ai2_arc",
+        validation_path: str | None = None,
+        test_path: str | None = None,
+        config: str = "ARC-Challenge",
+        mode: Literal["open", "mcq"] = "open",
+        answer: Literal["both", "letter", "text"] = "both",
+        template: str = "Question: {question}\nAnswer:",
+        mcq_template: str = "Question: {question}\n{choices}\nAnswer:",
+        limit: int | None = None,
+        on_bad_row: OnBad = "raise",
+    ) -> None:
+        """
+        Args:
+            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
+            validation_path: A local file with the official validation rows.
+            test_path: A local file with the official test rows.
+            config: ARC-Challenge or ARC-Easy, of a data set on the hub.
+            mode: open asks without the choices (questions that need them are dropped); mcq lists them as A., B., ….
+            answer: In mcq, how the choice is written: "B. iron" (both), "B" (letter) or "iron" (text).
+            template: The prompt of open. It ends where the answer begins.
+            mcq_template: The prompt of mcq.
+            limit: Use only the first so many usable rows.
+            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+        """
+        super().__init__(path, limit, on_bad_row)
+        fill(template, question="")
+        fill(mcq_template, question="", choices="")
+        self.held_out = {"validation": validation_path, "test": test_path}
+        self.config = config
+        self.mode = mode
+        self.answer = answer
+        self.template = template
+        self.mcq_template = mcq_template
+
+    def read(self) -> Iterator[Row]:
+        for path, split in self._parts():
+            part = {"split": split, "config": self.config} if is_hub_id(path) else {}
+            for row in read_rows(path, bad=self.bad, **part):
+                yield replace(row, split=split)
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """Each file or hub id with the official split that it holds, "" where there is none."""
+        if is_hub_id(self.path):
+            return [(self.path, split) for split in SPLITS]
+        given = [(path, split) for split, path in self.held_out.items() if path]
+        return [(self.path, "train" if given else ""), *given]
+
+    def example(self, row: Row) -> Example | None:
+        question = _question(row)
+        if not question.text:
+            self.dropped["empty_question"] += 1
+            return None
+        if self.mode == "open" and any(map(_NEEDS_CHOICES.search, question.choices)):
+            self.dropped["needs_its_choices"] += 1
+            return None
+        choices = [self._format_choice(number, text) for number, text in enumerate(question.choices)]
+        lines = "\n".join(f"{ascii_uppercase[i]}. {text}" for i, text in enumerate(question.choices))
+        fields = {"question": question.text} | ({"choices": lines} if self.mode == "mcq" else {})
+        return self.make(
+            self.mcq_template if self.mode == "mcq" else self.template,
+            fields,
+            target=choices[question.gold],
+            references=(choices[question.gold],),
+            negatives=tuple(Negative(choices[i], kind="wrong_choice") for i in self._wrong(question)),
+            group=normal(question.text),
+            meta={"id": str(row.values.get("id", ""))} | ({"split": row.split} if row.split else {}),
+        )
+
+    def _format_choice(self, number: int, text: str) -> str:
+        if self.mode == "open" or self.answer == "text":
+            return text
+        letter = ascii_uppercase[number]
+        return letter if self.answer == "letter" else f"{letter}. {text}"
+
+    def _wrong(self, question: Question) -> list[int]:
+        """The choices that say something else than the right one, each text once."""
+        first = {question.choices[question.gold]: question.gold}
+        for i, text in enumerate(question.choices):
+            first.setdefault(text, i)  # with its case: Bb and bb are two genotypes
+        self.repaired["repeated_choice"] += len(question.choices) - len(first)
+        return sorted(i for i in first.values() if i != question.gold)
+
+
+def _question(row: Row) -> Question:
+    """Reads the three formats."""
+    asked, key = row.values.get("question"), row.values.get("answerKey")
+    texts, labels = row.get("choices", "text"), row.get("choices", "label")
+    if isinstance(asked, Mapping):
+        listed = asked.get("choices")
+        choices = [c for c in listed if isinstance(c, Mapping)] if isinstance(listed, list) else []
+        asked, texts, labels = asked.get("stem"), [c.get("text") for c in choices], [c.get("label") for c in choices]
+    elif "query" in row.values:
+        asked, texts, key = row.values["query"], row.values.get("choices"), str(row.values.get("gold"))
+        labels = [str(i) for i in range(len(texts))] if isinstance(texts, list) else None
+    return _checked(row, asked, strings(texts, "choices", row.where), strings(labels, "labels", row.where), key)
+
+
+def _checked(row: Row, asked: object, texts: list[str], labels: list[str], key: object) -> Question:
+    if not isinstance(asked, str):
+        raise DataError(f"{row.where}: the field 'question' is missing or not text; fix or delete the row")
+    if len(texts) != len(labels) or not 2 <= len(texts) <= len(ascii_uppercase) or not all(texts):
+        raise DataError(
+            f"{row.where}: {len(texts)} choices (none may be empty) with {len(labels)} labels; fix or delete the row"
+        )
+    if labels.count(str(key)) != 1:
+        raise DataError(
+            f"{row.where}: the answerKey {key!r} is not one of the labels {', '.join(labels)}; fix or delete the row"
+        )
+    return Question(clean(asked), tuple(texts), labels.index(str(key)))

@@ -1,0 +1,88 @@
+"""The small world that comes with the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from random import Random
+
+from lora_gan.data.source import Source
+from lora_gan.data.splits import assign_splits, one_wording_each
+from lora_gan.data.templates import fill
+from lora_gan.data.world import Fact, facts
+from lora_gan.types import Example, Message, Negative
+
+
+class BuiltinWorld(Source):
+    """Questions about the built-in world, each with its answer and with wrong ones; needs no download."""
+
+    def __init__(self, template: str = "### Prompt:\n{question}\n\n### Response:\n") -> None:
+        """
+        Args:
+            template: The prompt. It ends where the answer begins.
+        """
+        super().__init__()
+        fill(template, question="")
+        self.template = template
+
+    @property
+    def name(self) -> str:
+        return "builtin"
+
+    def rows(self) -> Iterator[Example]:
+        """Every fact in every phrasing of its question."""
+        for fact in facts():
+            for phrasing, question in enumerate(fact.questions):
+                yield self._example(fact, question, phrasing)
+
+    def _example(self, fact: Fact, question: str, phrasing: int) -> Example:
+        return Example(
+            prompt=fill(self.template, question=question),
+            target=fact.answer,
+            references=fact.references,
+            negatives=tuple(Negative(text, kind="wrong_object") for text in fact.negatives),
+            group=fact.group,
+            source=self.name,
+            messages=(Message("user", question),),
+            meta={
+                "item": f"{fact.relation} | {fact.subject} | {fact.object}",
+                "relation": fact.relation,
+                "phrasing": str(phrasing),
+            },
+        )
+
+
+def stream(validation: int = 64) -> Iterator[dict[str, str]]:
+    """Questions without end, as a stream of rows to try online learning on.
+
+    The first ones are about facts of the validation split, all later ones about facts of the training split.
+
+    Args:
+        validation: How many come first.
+    """
+    placed = assign_splits(list(BuiltinWorld().rows()), {"validation": 0.1, "test": 0.2}, seed=0)
+    held_out, asked = placed["validation"].examples, placed["train"].examples
+    chosen = one_wording_each(held_out, seed=0)[:validation]
+    order = Random(0)
+    yield from (_row(held_out[i]) for i in chosen)
+    while True:
+        yield from (_row(example) for example in order.sample(asked, len(asked)))
+
+
+def _row(example: Example) -> dict[str, str]:
+    return {"instruction": example.messages[0].content, "input": "", "output": example.target}
+
+
+def main() -> None:
+    """Print :func:`stream` as JSON lines until the reader stops."""
+    try:
+        for row in stream():
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

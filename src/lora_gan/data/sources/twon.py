@@ -1,0 +1,104 @@
+"""TWON: posts of social media with replies, or topics with posts; two columns by name."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lora_gan.data.files import Row
+from lora_gan.data.source import OnBad, RowSource, normal
+from lora_gan.data.templates import fill
+from lora_gan.types import Example, Message
+
+_MENTION = re.compile(r"(?<![\w@])@\w+")
+_LEADING_MENTIONS = re.compile(r"^(\s*\.?@\w+)+\s*")
+_LINK = re.compile(r"\b(https?://|www\.)\S+", re.IGNORECASE)
+_REPOST = re.compile(r"^RT\b")
+_REFUSAL = re.compile(r"\b(can't|cannot|can’t|unable to) (assist|help|fulfill|comply)\b|\bas an ai\b", re.IGNORECASE)
+
+
+class TWON(RowSource):
+    """Thread → reply or topic → post. Rows with the same data are one group, and each other's references.
+
+    Mentions and links are masked and HTML entities resolved; reposts, refusals as topic and very short targets are
+    dropped.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        instruction: str = "You are a social media user. Reply to the following post.",
+        data_label: str = "post",
+        target_label: str = "reply",
+        template: str = "{instruction}\n\n### Prompt:\n{data}\n\n### Response:\n",
+        shortest_target: int = 6,
+        limit: int | None = None,
+        on_bad_row: OnBad = "raise",
+    ) -> None:
+        """
+        Args:
+            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
+            instruction: The instruction of every row; the system message of a chat.
+            data_label: The column with the post or the topic.
+            target_label: The column with the reply or the post that is to be written.
+            template: The prompt. It ends where the answer begins.
+            shortest_target: Drop targets of fewer characters.
+            limit: Use only the first so many usable rows.
+            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+        """
+        super().__init__(path, limit, on_bad_row)
+        fill(template, instruction="", data="")
+        self.instruction = instruction
+        self.data_label = data_label
+        self.target_label = target_label
+        self.template = template
+        self.shortest_target = shortest_target
+
+    def rows(self) -> Iterator[Example]:
+        examples = list(super().rows())
+        targets: dict[str, list[str]] = defaultdict(list)
+        for example in examples:
+            targets[example.group].append(example.target)
+        for example in examples:
+            yield replace(example, references=tuple(dict.fromkeys([example.target, *targets[example.group]])))
+
+    def example(self, row: Row) -> Example | None:
+        raw, answer = row.text(self.data_label), row.text(self.target_label)
+        data, target = self._masked(raw), self._masked(_LEADING_MENTIONS.sub("", answer))
+        reason = self._fault(raw, data, answer, target)
+        if reason:
+            self.dropped[reason] += 1
+            return None
+        example = self.make(
+            self.template,
+            {"instruction": self.instruction, "data": data},
+            cuttable=("data",),
+            target=target,
+            references=(target,),
+            group=normal(data),
+        )
+        return replace(
+            example, messages=(Message("system", self.instruction), Message("user", data, ((0, len(data)),)))
+        )
+
+    def _fault(self, raw: str, data: str, answer: str, target: str) -> str:
+        if not data:
+            return "empty_data"
+        if not target:
+            return "empty_target"
+        if _REPOST.match(raw) or _REPOST.match(answer):
+            return "repost"
+        if _REFUSAL.search(data):
+            return "refusal"
+        return "short_target" if len(target) < self.shortest_target else ""
+
+    def _masked(self, text: str) -> str:
+        """One line without entities, names and links."""
+        plain = html.unescape(text)
+        masked = _MENTION.sub("@user", _LINK.sub("[link]", plain))
+        self.repaired["entity"] += plain != text
+        self.repaired["masked"] += masked != plain
+        return " ".join(masked.split())

@@ -1,0 +1,71 @@
+"""The discriminator: its architectures, what it reads, what it learns, and what it remembers."""
+
+from lora_gan.discriminator.discriminator import Discriminator, DiscriminatorSettings
+from lora_gan.discriminator.inputs import CompletionAndTarget, CompletionOnly, InputFormat, PromptAndCompletion
+from lora_gan.discriminator.models import (
+    AdapterDiscriminator,
+    DiscriminatorModel,
+    HiddenStatesDiscriminator,
+    OwnBaseDiscriminator,
+)
+from lora_gan.discriminator.negatives import (
+    CutShort,
+    Echo,
+    HardNegatives,
+    MadeUp,
+    Negatives,
+    OtherCompletions,
+    Refusal,
+    Repetition,
+    ShuffledWords,
+    Swapped,
+)
+from lora_gan.discriminator.objectives import (
+    Auxiliary,
+    BradleyTerry,
+    ClosenessBCE,
+    ClosenessOrdinal,
+    ClosenessRegression,
+    Combined,
+    DiscriminatorObjective,
+    GanBCE,
+    ListwiseSoftmax,
+    RewardRegression,
+)
+from lora_gan.discriminator.replay import Replay
+from lora_gan.discriminator.straight_through import StraightThrough
+
+__all__ = [
+    "AdapterDiscriminator",
+    "Auxiliary",
+    "BradleyTerry",
+    "ClosenessBCE",
+    "ClosenessOrdinal",
+    "ClosenessRegression",
+    "Combined",
+    "CompletionAndTarget",
+    "CompletionOnly",
+    "CutShort",
+    "Discriminator",
+    "DiscriminatorModel",
+    "DiscriminatorObjective",
+    "DiscriminatorSettings",
+    "Echo",
+    "GanBCE",
+    "HardNegatives",
+    "HiddenStatesDiscriminator",
+    "InputFormat",
+    "ListwiseSoftmax",
+    "MadeUp",
+    "Negatives",
+    "OtherCompletions",
+    "OwnBaseDiscriminator",
+    "PromptAndCompletion",
+    "Refusal",
+    "Repetition",
+    "Replay",
+    "RewardRegression",
+    "ShuffledWords",
+    "StraightThrough",
+    "Swapped",
+]

@@ -1,0 +1,208 @@
+"""Architectures of the discriminator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings, load_base, peft_config
+from lora_gan.data.tokenizer import encode_completions, load_tokenizer
+from lora_gan.discriminator.inputs import DiscriminatorInput, InputFormat, PromptAndCompletion
+from lora_gan.errors import LoraGANError
+from lora_gan.tree import PromptTree, grow
+from lora_gan.types import DiscriminatorBatch
+
+
+class DiscriminatorModel(nn.Module, ABC):
+    """A discriminator: scores completions.
+
+    Args:
+        input_format: What it reads; by default the completion behind its prompt.
+    """
+
+    differentiable = False  # True: `tree` and `score_embedded` are there, so that a gradient can reach the generator
+
+    def __init__(self, input_format: InputFormat | None = None) -> None:
+        super().__init__()
+        self.input_format = input_format or PromptAndCompletion()
+
+    def build(self, backbone: Backbone) -> None:
+        """Make what depends on the base; called once by the module."""
+
+    @abstractmethod
+    def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
+        """Score and auxiliary prediction of each completion by kind: (M, 2)."""
+
+    def trainable(self, backbone: Backbone) -> list[nn.Parameter]:
+        """What the discriminator's optimizer may change."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @contextmanager
+    def mode(self, backbone: Backbone) -> Iterator[None]:
+        """The backbone's mode in which the model works; forward, backward and step stay inside."""
+        yield
+
+    def tree(self, backbone: Backbone, batch: DiscriminatorBatch) -> PromptTree:
+        """What is read, as a prompt tree of the base's tokens; for models that are ``differentiable``."""
+        raise NotImplementedError(f"{type(self).__name__} is differentiable and must say what it reads: define tree")
+
+    def score_embedded(self, backbone: Backbone, tree: PromptTree, embedded: Tensor) -> dict[str, Tensor]:
+        """:meth:`forward` on word embeddings (B, L, H) in place of the tree's tokens; likewise."""
+        raise NotImplementedError(f"{type(self).__name__} is differentiable and must define score_embedded")
+
+    def start_from_generator(self, backbone: Backbone) -> None:
+        """Begin with what the generator has learned.
+
+        Raises:
+            LoraGANError: It shares no architecture with it.
+        """
+        raise LoraGANError(f"{type(self).__name__} cannot start from the generator's adapter; AdapterDiscriminator can")
+
+
+class AdapterDiscriminator(DiscriminatorModel):
+    """The second LoRA adapter on the shared base, with a linear head at the completion's last token.
+
+    Args:
+        input_format: What it reads; by default the completion behind its prompt.
+    """
+
+    differentiable = True
+
+    def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
+        return backbone.score_branches(self.tree(backbone, batch))
+
+    def tree(self, backbone: Backbone, batch: DiscriminatorBatch) -> PromptTree:
+        return _tree(self.input_format(batch, backbone.tokenizer), backbone.context_length)
+
+    def score_embedded(self, backbone: Backbone, tree: PromptTree, embedded: Tensor) -> dict[str, Tensor]:
+        return backbone.score_branches(tree, embedded)
+
+    def trainable(self, backbone: Backbone) -> list[nn.Parameter]:
+        return backbone.parameters_of(DISCRIMINATOR)
+
+    @contextmanager
+    def mode(self, backbone: Backbone) -> Iterator[None]:
+        with backbone.discriminator():
+            yield
+
+    def start_from_generator(self, backbone: Backbone) -> None:
+        backbone.copy_adapter(GENERATOR, DISCRIMINATOR)
+
+
+class OwnBaseDiscriminator(DiscriminatorModel):
+    """Another, larger language model with LoRA of its own and a linear head; it reads texts, by its own tokenizer.
+
+    Args:
+        base: "builtin", a hub id or a local folder.
+        lora: Shape of its adapter.
+        input_format: What it reads; by default the completion behind its prompt.
+        dtype: Number format of its frozen weights.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        lora: LoraSettings = LoraSettings(),
+        input_format: InputFormat | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(input_format)
+        model = load_base(base, dtype)
+        self.tokenizer = load_tokenizer(base)
+        self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
+        self.lm = get_peft_model(model, peft_config(model, lora), adapter_name=DISCRIMINATOR)
+        self.head = nn.Linear(model.config.hidden_size, 2)
+        self.train(False)
+
+    def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
+        reading = self.input_format(self._translated(batch, backbone.tokenizer), self.tokenizer)
+        tree = _tree(reading, self.context_length)
+        hidden = (
+            self.lm.get_base_model()
+            .base_model(
+                input_ids=tree.ids, attention_mask=tree.attention_mask, position_ids=tree.position_ids, use_cache=False
+            )
+            .last_hidden_state
+        )
+        return {kind: self.head(hidden[b.row, b.last].float()) for kind, b in tree.branches.items()}
+
+    def train(self, mode: bool = True) -> OwnBaseDiscriminator:
+        return super().train(False)
+
+    def _translated(self, batch: DiscriminatorBatch, theirs: PreTrainedTokenizerBase) -> DiscriminatorBatch:
+        """The same texts as ids of the own tokenizer."""
+        prompts = tuple(self._ids(p, theirs) for p in batch.prompts)
+        targets = tuple(self._ids(t, theirs, ends=True) for t in batch.targets)
+        completions = {
+            kind: [[self._ids(completion, theirs, ends=True) for completion in row] for row in rows]
+            for kind, rows in batch.completions.items()
+        }
+        return DiscriminatorBatch(prompts, targets, completions)
+
+    def _ids(self, ids: Tensor, theirs: PreTrainedTokenizerBase, ends: bool = False) -> Tensor:
+        text = theirs.decode(ids, skip_special_tokens=True)
+        if ends:
+            return ids.new_tensor(encode_completions(self.tokenizer, [text])[0])
+        return ids.new_tensor(self.tokenizer.encode(text, add_special_tokens=False) or [self.tokenizer.eos_token_id])
+
+
+class HiddenStatesDiscriminator(DiscriminatorModel):
+    """A small transformer encoder and a classifier over the generator's last hidden states of the completion.
+
+    The states have seen the prompt; they are read without gradient, so that nothing of the discriminator's loss reaches
+    the generator (RLGAF, arXiv 2305.06176).
+
+    Args:
+        width: Size of the encoder's vectors.
+        layers: Encoder layers.
+        heads: Attention heads; a divisor of ``width``.
+        input_format: What the generator reads; by default the completion behind its prompt.
+    """
+
+    def __init__(
+        self, width: int = 128, layers: int = 2, heads: int = 4, input_format: InputFormat | None = None
+    ) -> None:
+        super().__init__(input_format)
+        if min(width, layers, heads) < 1 or width % heads:
+            raise LoraGANError(f"width {width} must be a multiple of heads {heads}, and all of them at least 1")
+        self.width = width
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 2)
+
+    def build(self, backbone: Backbone) -> None:
+        self.project = nn.Sequential(nn.LayerNorm(backbone.hidden_size), nn.Linear(backbone.hidden_size, self.width))
+
+    def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
+        tree = _tree(self.input_format(batch, backbone.tokenizer), backbone.context_length)
+        with backbone.generator(), torch.no_grad():
+            hidden = backbone.hidden(tree).float()
+        kinds = {kind: b for kind, b in tree.branches.items() if len(b.row)}
+        scores = {kind: self._classify(hidden[b.row[:, None], b.columns], b.mask) for kind, b in kinds.items()}
+        return {kind: scores.get(kind, hidden.new_zeros(0, 2)) for kind in tree.branches}
+
+    def _classify(self, states: Tensor, mask: Tensor) -> Tensor:
+        """(M, T, H) → (M, 2), the mean over each completion's tokens."""
+        encoded = self.encoder(self.project(states), src_key_padding_mask=~mask)
+        outputs: Tensor = self.head(torch.where(mask[..., None], encoded, 0).sum(1) / mask.sum(1, keepdim=True))
+        return outputs
+
+
+def _tree(reading: DiscriminatorInput, context: int) -> PromptTree:
+    """What is read, as a prompt tree that fits into the reader's context."""
+    longest = max(
+        len(start) + max((len(branch) for rows in reading.branches.values() for branch in rows[b]), default=0)
+        for b, start in enumerate(reading.beginnings)
+    )
+    if longest > context:
+        raise LoraGANError(
+            f"the discriminator would read {longest} tokens, more than its model's context of {context}: lower "
+            "data.max_prompt_tokens or sampling.max_new_tokens, or let it read less (discriminator.model.input_format)"
+        )
+    return grow(reading.beginnings, reading.branches)

@@ -1,0 +1,320 @@
+"""Objectives of the discriminator: its scores of targets, samples and worse completions → its loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
+
+from lora_gan.errors import LoraGANError
+from lora_gan.types import ACCURACY, DiscriminatorOutput, LossTerm
+
+SAMPLED, TARGET, OPPONENT = "sampled", "target", "opponent"
+
+
+class DiscriminatorObjective(ABC):
+    """Turns the discriminator's outputs into its loss."""
+
+    @abstractmethod
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        """The loss of one update.
+
+        Args:
+            outputs: By kind: "target", "sampled", in self-play "opponent"; every other kind is a negative.
+        """
+
+
+class RewardRegression(DiscriminatorObjective):
+    """Predict the reward: mean squared error; samples, targets and negatives weigh the same.
+
+    Negatives are labelled by hand, because a similarity reward gives a fluent wrong completion nearly the target's
+    score.
+
+    Args:
+        negative_reward: The label of negatives.
+    """
+
+    def __init__(self, negative_reward: float = 0.0) -> None:
+        self.negative_reward = negative_reward
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        worse = _all(outputs, negatives(outputs)).score
+        losses = {
+            kind: (x.score - x.reward).square().mean()
+            for kind, x in outputs.items()
+            if x.reward is not None and len(x.score)
+        }
+        if len(worse):
+            losses["negatives"] = (worse - self.negative_reward).square().mean()
+        return _mean_of(outputs, losses, "discriminator/error_")
+
+
+class ClosenessBCE(DiscriminatorObjective):
+    """Is the completion as good as the target? Binary cross-entropy of σ(score), GPT2Twin's P(close).
+
+    Targets are close, negatives are not; a sampled completion is where it is the target or its reward says so.
+
+    Args:
+        close_from: Smallest reward of a sampled completion that counts as close.
+    """
+
+    def __init__(self, close_from: float = 0.9) -> None:
+        self.close_from = close_from
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        labels = {
+            kind: torch.ones_like(x.score) if kind == TARGET else (_closeness(x) >= self.close_from).float()
+            for kind, x in outputs.items()
+        }
+        return _each_kind(outputs, labels, binary_cross_entropy_with_logits)
+
+
+class ClosenessRegression(DiscriminatorObjective):
+    """How close is the completion to the target, from 0 to 1? Squared error of σ(score), GPT2Twin's regression.
+
+    Targets are 1, negatives 0, sampled completions their reward, cut to [0, 1].
+    """
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        labels = {kind: torch.ones_like(x.score) if kind == TARGET else _closeness(x) for kind, x in outputs.items()}
+        return _each_kind(outputs, labels, lambda score, label: (score.sigmoid() - label).square().mean())
+
+
+class ClosenessOrdinal(DiscriminatorObjective):
+    """Which of k ordered grades of closeness does the completion have? The cumulative-link model (McCullagh 1980).
+
+    P(grade ≥ j) = σ(score − θ_j) with θ_j = logit(j/k): σ(score) is a closeness from 0 to 1 as in the other two, and
+    the grade is the one of k equal parts of [0, 1] into which it falls. The loss is the negative log-likelihood.
+
+    Args:
+        grades: k, at least 2.
+    """
+
+    def __init__(self, grades: int = 5) -> None:
+        if grades < 2:
+            raise LoraGANError(f"grades must be at least 2, got {grades}")
+        self.grades = grades
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        labels = {kind: torch.ones_like(x.score) if kind == TARGET else _closeness(x) for kind, x in outputs.items()}
+        return _each_kind(outputs, labels, self._likelihood)
+
+    def _likelihood(self, score: Tensor, closeness: Tensor) -> Tensor:
+        borders = (torch.arange(self.grades + 1, device=score.device) / self.grades).logit()  # θ_0 = −∞, θ_k = ∞
+        grade = (closeness * self.grades).floor().clamp(max=self.grades - 1).long()
+        low, high = borders[grade], borders[grade + 1]
+        # σ(s − low) − σ(s − high) = σ(s − low)·σ(high − s)·(1 − exp(low − high)), which neither cancels nor saturates
+        likelihood = logsigmoid(score - low) + logsigmoid(high - score) + (-(low - high).exp()).log1p()
+        return -likelihood.mean()
+
+
+class GanBCE(DiscriminatorObjective):
+    """Tell targets from everything else: binary cross-entropy (GAN, arXiv 1406.2661; RLGAF, arXiv 2305.06176).
+
+    Targets and the others weigh the same.
+
+    Args:
+        label_smoothing: Targets are labelled 1 − this, one-sided (arXiv 1606.03498).
+    """
+
+    def __init__(self, label_smoothing: float = 0.1) -> None:
+        if not 0 <= label_smoothing < 0.5:
+            raise LoraGANError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        others = _all(outputs, [kind for kind in outputs if kind != TARGET]).score
+        real = outputs[TARGET].score
+        losses = {}
+        if len(real):
+            label = torch.full_like(real, 1 - self.label_smoothing)
+            losses["real"] = binary_cross_entropy_with_logits(real, label)
+        if len(others):
+            losses["generated"] = binary_cross_entropy_with_logits(others, torch.zeros_like(others))
+        return _mean_of(outputs, losses, "discriminator/error_")
+
+
+class BradleyTerry(DiscriminatorObjective):
+    """Target ≻ sample ≻ negative for the same prompt: −log σ(score of the better − score of the worse).
+
+    As in Generative Adversarial Distillation (arXiv 2511.10643), with negatives below the samples. Pairs of one kind
+    are averaged, and so are the kinds. A sample that is the target word for word is compared with negatives only.
+
+    Args:
+        samples_over_negatives: Whether samples are ranked above negatives. Where negatives are as good as the samples
+            (wrong objects in a right sentence), leave it off.
+    """
+
+    def __init__(self, samples_over_negatives: bool = True) -> None:
+        self.samples_over_negatives = samples_over_negatives
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        generated = _all(outputs, [kind for kind in (SAMPLED, OPPONENT) if kind in outputs])
+        worse = _all(outputs, negatives(outputs))
+        margins = {
+            "target_sampled": margin(outputs[TARGET], generated),
+            "target_negative": margin(outputs[TARGET], worse),
+        }
+        if self.samples_over_negatives:
+            margins["sampled_negative"] = margin(generated, worse)
+        losses = {name: softplus(-m).mean() for name, m in margins.items() if len(m)}
+        return _mean_of(outputs, losses, "discriminator/error_")
+
+
+class ListwiseSoftmax(DiscriminatorObjective):
+    """Find the target among the other completions to its prompt: cross-entropy of a softmax over all of their scores.
+
+    With one other completion this is TextGAIL's pair (arXiv 2004.13796). Completions that are the target word for word
+    are left out.
+    """
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        target = outputs[TARGET]
+        others = _all(outputs, [kind for kind in outputs if kind != TARGET])
+        rival = (others.prompt[None, :] == target.prompt[:, None]) & ~others.is_target[None, :]  # (B, M)
+        scores = torch.where(rival, others.score[None, :], -torch.inf)
+        total = torch.cat([target.score[:, None], scores], 1).logsumexp(1)
+        asked = rival.any(1)
+        losses = (total - target.score)[asked]
+        return _mean_of(outputs, {"softmax": losses.mean()} if len(losses) else {}, "discriminator/error_")
+
+
+class Auxiliary(DiscriminatorObjective):
+    """Let the auxiliary head predict one part of the reward, perplexity say: mean squared error.
+
+    Args:
+        part: Name of the reward.
+    """
+
+    def __init__(self, part: str = "perplexity") -> None:
+        self.part = part
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        known = {kind: x for kind, x in outputs.items() if x.reward is not None and len(x.score)}
+        for x in known.values():
+            if self.part not in x.parts:
+                names = ", ".join(x.parts) or "none"
+                raise LoraGANError(f"no reward is called {self.part!r}, so none can be predicted; there are: {names}")
+        errors = {kind: (x.auxiliary - x.parts[self.part]).square().mean() for kind, x in known.items()}
+        return _mean_of(outputs, errors, "discriminator/auxiliary_error_")
+
+
+class Combined(DiscriminatorObjective):
+    """A weighted sum of objectives. A metric that several of them log gets the objective's number behind its name.
+
+    Args:
+        objectives: What is learned at once.
+        weights: One for each; all 1 if not given.
+    """
+
+    def __init__(self, objectives: list[DiscriminatorObjective], weights: list[float] | None = None) -> None:
+        self.objectives = objectives
+        self.weights = weights or [1.0] * len(objectives)
+        if not objectives or len(self.weights) != len(objectives):
+            raise LoraGANError(
+                f"{len(objectives)} objectives need as many weights, at least one; got {len(self.weights)}"
+            )
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        terms = [objective(outputs) for objective in self.objectives]
+        loss = torch.stack([w * term.loss for w, term in zip(self.weights, terms, strict=True)]).sum()
+        metrics: dict[str, Tensor] = {}
+        for number, term in enumerate(terms, 1):
+            metrics |= {f"{name}_{number}" if name in metrics else name: x for name, x in term.metrics.items()}
+        return LossTerm(loss, metrics)
+
+
+class _Scored(NamedTuple):
+    """Scores of several kinds together."""
+
+    score: Tensor
+    prompt: Tensor
+    is_target: Tensor
+
+
+def negatives(outputs: Mapping[str, DiscriminatorOutput]) -> list[str]:
+    """The kinds that are neither targets nor generated."""
+    return [kind for kind in outputs if kind not in (TARGET, SAMPLED, OPPONENT)]
+
+
+def margin(better: DiscriminatorOutput | _Scored, worse: DiscriminatorOutput | _Scored) -> Tensor:
+    """Score of the better less that of the worse, for all pairs of completions of the same prompt.
+
+    Pairs of a target with itself do not count.
+    """
+    same = better.prompt[:, None] == worse.prompt[None, :]
+    pairs = same & ~(better.is_target[:, None] & worse.is_target[None, :])
+    return (better.score[:, None] - worse.score[None, :])[pairs]
+
+
+def discriminator_metrics(outputs: Mapping[str, DiscriminatorOutput]) -> dict[str, Tensor]:
+    """How good the discriminator was on completions that it had not learned from.
+
+    ``discriminator/accuracy`` is the share of pairs in which it scores the target above another completion to the same
+    prompt, and ``discriminator/accuracy_<kind>`` that of one kind. ``discriminator/length_accuracy`` is what the better
+    of the two rules "the longer" and "the shorter one is the target" reaches on the same pairs.
+    """
+    metrics = {f"discriminator/score_{kind}": x.score.mean() for kind, x in outputs.items() if len(x.score)}
+    target = outputs[TARGET]
+    others = {kind: x for kind, x in outputs.items() if kind != TARGET}
+    margins = {kind: margin(target, x) for kind, x in others.items()}
+    metrics |= {f"discriminator/accuracy_{kind}": _share_won(m) for kind, m in margins.items() if len(m)}
+    together = torch.cat(list(margins.values()))
+    if len(together):
+        metrics[ACCURACY] = _share_won(together)
+        longer = _share_won(torch.cat([margin(_by_length(target), _by_length(x)) for x in others.values()]))
+        metrics["discriminator/length_accuracy"] = torch.maximum(longer, 1 - longer)
+    sampled = outputs[SAMPLED]
+    if sampled.reward is not None and len(sampled.reward) > 1:
+        metrics["discriminator/correlation"] = _correlation(sampled.score, sampled.reward)
+    return metrics
+
+
+def _share_won(margins: Tensor) -> Tensor:
+    """Share of positive margins; ties count half."""
+    return ((margins > 0).float() + (margins == 0).float() / 2).mean()
+
+
+def _by_length(outputs: DiscriminatorOutput) -> _Scored:
+    return _Scored(outputs.length.float(), outputs.prompt, outputs.is_target)
+
+
+def _all(outputs: Mapping[str, DiscriminatorOutput], kinds: Sequence[str]) -> _Scored:
+    """The completions of several kinds together."""
+    chosen = [outputs[kind] for kind in kinds]
+    if not chosen:
+        none = outputs[TARGET].prompt[:0]
+        return _Scored(outputs[TARGET].score[:0], none, none.bool())
+    fields = zip(*((x.score, x.prompt, x.is_target) for x in chosen), strict=True)
+    return _Scored(*(torch.cat(field) for field in fields))
+
+
+def _closeness(outputs: DiscriminatorOutput) -> Tensor:
+    """(M,) in [0, 1]: 1 for the target itself, the reward where it is known, 0 for negatives."""
+    known = torch.zeros_like(outputs.score) if outputs.reward is None else outputs.reward.clamp(0, 1)
+    return torch.where(outputs.is_target, 1.0, known).detach()
+
+
+def _each_kind(outputs: Mapping[str, DiscriminatorOutput], labels: Mapping[str, Tensor], loss: object) -> LossTerm:
+    assert callable(loss)
+    kinds = [kind for kind, x in outputs.items() if len(x.score) and (kind != OPPONENT or x.reward is not None)]
+    losses = {kind: loss(outputs[kind].score, labels[kind]) for kind in kinds}
+    return _mean_of(outputs, losses, "discriminator/error_")
+
+
+def _mean_of(outputs: Mapping[str, DiscriminatorOutput], losses: Mapping[str, Tensor], prefix: str) -> LossTerm:
+    """The losses weigh the same; 0 where there are none."""
+    metrics = {f"{prefix}{name}": loss.detach() for name, loss in losses.items()}
+    nothing = outputs[TARGET].score.new_zeros((), requires_grad=True)
+    total = torch.stack(list(losses.values())).mean() if losses else nothing
+    return LossTerm(total, metrics)
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's; 0 where one of them does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    return torch.nn.functional.cosine_similarity(x, y, dim=0)

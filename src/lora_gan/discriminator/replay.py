@@ -1,0 +1,73 @@
+"""Old samples for the discriminator, so that it does not forget what the generator has given up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_gan.errors import LoraGANError
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One prompt of an old step with the completions it got and their rewards."""
+
+    prompt: Tensor  # (P,)
+    target: Tensor  # (T,), ends with EOS
+    completions: tuple[Tensor, ...]  # K tensors (T,), ending with EOS
+    reward: Tensor  # (K,)
+    parts: Mapping[str, Tensor]  # name → (K,)
+    target_reward: Tensor  # ()
+    target_parts: Mapping[str, Tensor]  # name → ()
+
+    def to(self, device: torch.device | str) -> Episode:
+        """The same episode on ``device``: a checkpoint's are loaded to the processor."""
+        return Episode(
+            self.prompt.to(device),
+            self.target.to(device),
+            tuple(completion.to(device) for completion in self.completions),
+            self.reward.to(device),
+            {name: part.to(device) for name, part in self.parts.items()},
+            self.target_reward.to(device),
+            {name: part.to(device) for name, part in self.target_parts.items()},
+        )
+
+
+class Replay:
+    """A bounded buffer of old episodes; the oldest leave first. It feeds the discriminator only.
+
+    Args:
+        capacity: Prompts kept; 0 turns replay off and changes nothing at all, random numbers included.
+        per_step: Prompts drawn from it for each update.
+    """
+
+    def __init__(self, capacity: int = 0, per_step: int = 4) -> None:
+        if capacity < 0 or per_step < 1:
+            raise LoraGANError(f"replay needs capacity >= 0 and per_step >= 1, got {capacity} and {per_step}")
+        self.capacity = capacity
+        self.per_step = per_step
+        self.episodes: list[Episode] = []
+
+    def draw(self) -> list[Episode]:
+        """Up to ``per_step`` different episodes."""
+        if not self.episodes:
+            return []
+        return [self.episodes[i] for i in torch.randperm(len(self.episodes))[: self.per_step].tolist()]
+
+    def add(self, episodes: list[Episode]) -> None:
+        """Keep new episodes and forget as many of the oldest as must be."""
+        if self.capacity:
+            self.episodes = (self.episodes + episodes)[-self.capacity :]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors in the processor's memory, loadable under ``weights_only``."""
+        return {"episodes": [vars(e.to("cpu")) | {"completions": list(e.completions)} for e in self.episodes]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the episodes of another buffer, as many as fit."""
+        episodes = [Episode(**{**fields, "completions": tuple(fields["completions"])}) for fields in state["episodes"]]
+        self.episodes = episodes[-self.capacity :] if self.capacity else []

@@ -1,0 +1,62 @@
+"""A gradient from the discriminator into the generator, through relaxed samples instead of a reward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lora_gan.backbone import Backbone, Predicted
+from lora_gan.discriminator.models import DiscriminatorModel
+from lora_gan.discriminator.objectives import SAMPLED
+from lora_gan.errors import LoraGANError
+from lora_gan.losses import straight_through
+from lora_gan.types import DiscriminatorBatch, PromptBatch, Rollout
+
+
+class StraightThrough:
+    """−log P(close), P = σ(score), differentiated through straight-through Gumbel samples (arXiv 1611.01144).
+
+    The discriminator reads the sampled words; the gradient that arrives at their embeddings goes on into the
+    generator's distribution at each word. Where a completion ends is not differentiated.
+
+    Args:
+        temperature: Of the relaxation.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        if temperature <= 0:
+            raise LoraGANError(f"temperature of the straight-through samples must be > 0, got {temperature}")
+        self.temperature = temperature
+
+    def __call__(
+        self, backbone: Backbone, model: DiscriminatorModel, predicted: Predicted, rollout: Rollout, batch: PromptBatch
+    ) -> Tensor:
+        """Mean loss of the completions; its gradient reaches the generator only.
+
+        Args:
+            backbone: In any mode.
+            model: A differentiable one, such as ``AdapterDiscriminator``.
+            predicted: The generator's pass over the sampled completions, with gradient.
+            rollout: The sampled completions.
+            batch: Their prompts and targets.
+        """
+        completions = {SAMPLED: rollout.ended(len(batch), backbone.tokenizer.eos_token_id)}
+        tree = model.tree(backbone, DiscriminatorBatch(batch.prompt_ids, batch.target_ids, completions))
+        ids = rollout.ids[rollout.mask]
+        uniform = torch.rand(predicted.logits.shape, device=ids.device).clamp(1e-9, 1 - 1e-7)
+        words = backbone.embed(straight_through(predicted.logits, ids, self.temperature, uniform))
+        is_word = rollout.mask.clone()
+        last = rollout.mask.sum(-1) - 1
+        is_word[torch.arange(len(last)), last] = rollout.truncated  # an EOS is no word
+        branches = tree.branches[SAMPLED]
+        rows = branches.row[:, None].expand_as(is_word)[is_word]
+        columns = branches.columns[:, : is_word.shape[1]][is_word]
+
+        embedded = backbone.causal_lm.get_input_embeddings()(tree.ids).detach().requires_grad_()
+        with model.mode(backbone):
+            loss = -logsigmoid(model.score_embedded(backbone, tree, embedded)[SAMPLED][:, 0]).mean()
+            (gradient,) = torch.autograd.grad(loss, embedded)
+        passed_on = (words[is_word[rollout.mask]] * gradient[rows, columns]).sum()
+        result: Tensor = loss.detach() + passed_on - passed_on.detach()
+        return result

@@ -1,0 +1,75 @@
+"""The discriminator's score as a reward of the generator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lora_gan.errors import LoraGANError
+from lora_gan.types import DiscriminatorScores
+
+
+class AdversarialReward(ABC):
+    """Turns the discriminator's scores of the sampled completions into a reward, (N,)."""
+
+    needs_opponent = False  # True: completions of an earlier generator for the same prompts are needed
+
+    @abstractmethod
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        """(N,) the reward of each sampled completion."""
+
+
+class Logit(AdversarialReward):
+    """D, the score itself: for discriminators that predict a reward, and for Bradley–Terry (arXiv 2511.10643)."""
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        return disc_scores.sampled
+
+
+class Probability(AdversarialReward):
+    """σ(D), in [0, 1]."""
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        return disc_scores.sampled.sigmoid()
+
+
+class LogProbability(AdversarialReward):
+    """log σ(D), at most 0: −log P(close) as a cost, the coupled loss of GPT2Twin (arXiv 1406.2661)."""
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        return logsigmoid(disc_scores.sampled)
+
+
+class GailReward(AdversarialReward):
+    """−log(1 − σ(D)), at least 0, the reward of adversarial imitation (GAIL, arXiv 1606.03476)."""
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        return -logsigmoid(-disc_scores.sampled)
+
+
+class AgainstTarget(AdversarialReward):
+    """σ(D(completion) − D(target)), in [0, 1]: the probability of a pair softmax (TextGAIL, arXiv 2004.13796)."""
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        if len(disc_scores.target) != len(disc_scores.per_prompt):
+            raise LoraGANError(
+                "AgainstTarget compares with targets, and some prompts have none; choose another adversarial reward"
+            )
+        return (disc_scores.per_prompt - disc_scores.target[:, None]).sigmoid().flatten()
+
+
+class WinRate(AdversarialReward):
+    """Self-play: the share of the opponent's completions to the same prompt that the discriminator ranks below this
+    one.
+
+    Ties count half. The opponent is the generator's last snapshot (``lora_gan.callbacks.Snapshot``).
+    """
+
+    needs_opponent = True
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        mine, theirs = disc_scores.per_prompt, disc_scores.opponent.view(-1, disc_scores.num_generations)
+        lead = mine[:, :, None] - theirs[:, None, :]  # (B, K, K)
+        return (lead.sign() / 2 + 0.5).mean(-1).flatten()

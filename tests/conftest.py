@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from rounds import Build, share_of_a
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -27,11 +26,13 @@ from transformers import (
 )
 
 from lora_gan.advantages import LeaveOneOut
-from lora_gan.backbone import Backbone, LoraSettings
+from lora_gan.backbone import Backbone, BackboneSettings, LoraSettings
 from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
 from lora_gan.types import Example, Negative, PromptBatch
+from tests.helpers.settings import grouped
+from tests.helpers.steps import Build, share_of_a
 
 torch.set_num_threads(1)  # models this small gain nothing from a second thread and lose much on a busy machine
 
@@ -86,7 +87,7 @@ def make_backbone(bases: dict[str, str]) -> Callable[..., Backbone]:
 
     def make(architecture: str = "gpt2", dtype: str = "float32", trained: bool = True) -> Backbone:
         torch.manual_seed(2)
-        backbone = Backbone(bases[architecture], LoraSettings(4, 8), LoraSettings(2, 4), dtype)
+        backbone = Backbone(bases[architecture], LoraSettings(4, 8), LoraSettings(2, 4), BackboneSettings(dtype))
         if trained:
             randomise(backbone)
         return backbone
@@ -125,7 +126,7 @@ def tiny(base: str) -> dict[str, Any]:
     """Settings of a module on a small base that needs no encoder."""
     return {
         "base": base,
-        "answers_per_prompt": 2,
+        "num_generations": 2,
         "sampling": Sampling(max_new_tokens=5),
         "rewards": [FunctionReward(share_of_a)],
         "advantage": LeaveOneOut(),
@@ -140,7 +141,7 @@ def build(bases: dict[str, str]) -> Build:
 
     def build(architecture: str = "gpt2", **settings: Any) -> LoraGANModule:
         torch.manual_seed(4)
-        return LoraGANModule(**{**tiny(bases[architecture]), **settings})
+        return LoraGANModule(**grouped({**tiny(bases[architecture]), **settings}))
 
     return build
 

@@ -21,21 +21,23 @@ from .population import compare_population
 from .setting import SIZES, Size, save_model
 from .timing import HEADER, Comparison
 
-CASES = ("tree", "sampler", "population", "round")
+CASES = ("tree", "sampler", "population", "step")
 
 
 def main() -> None:
-    """Run the benchmarks that are asked for and print their table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Speed, ours beside others'.")
+    """Run the chosen benchmarks and print their table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description="Speed against the usual alternatives."
+    )
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["gpt2", "builtin"])
     parser.add_argument("--only", choices=CASES, nargs="+", default=CASES)
     parser.add_argument("--repeats", type=int, default=5, help="pairs that count, after one to warm up")
     parser.add_argument("--threads", type=int, default=2, help="with 1, CPU time is measured instead of wall time")
-    parser.add_argument("--json", type=Path, help="write all seconds to this file too")
+    parser.add_argument("--json", type=Path, help="also write all seconds to this file")
     chosen = parser.parse_args()
-    if "round" in chosen.only and find_spec("trl") is None:
+    if "step" in chosen.only and find_spec("trl") is None:
         parser.error(
-            "rounds are measured beside TRL's: pip install trl==1.16.0, or choose --only tree sampler population"
+            "steps are measured against TRL's: pip install trl==1.16.0, or choose --only tree sampler population"
         )
     torch.set_num_threads(chosen.threads)
     _be_quiet()
@@ -56,14 +58,14 @@ def _measure(size: Size, wanted: Sequence[str], repeats: int) -> Iterator[Compar
         yield from compare_passes(size, folder, repeats, wanted)
         if "population" in wanted:
             yield from compare_population(size, folder, repeats)
-        if "round" in wanted:
-            from .rounds import compare_rounds  # needs TRL
+        if "step" in wanted:
+            from .steps import compare_steps  # needs TRL
 
-            yield from compare_rounds(size, folder, repeats)
+            yield from compare_steps(size, folder, repeats)
 
 
 def _be_quiet() -> None:
-    """The table is all that should be seen."""
+    """Print nothing but the table."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     disable_progress_bar()
     warnings.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""A population that answers in one decode, beside setting each member's weights and calling ``generate``."""
+"""A population in one decode against loading each member's weights and calling ``generate``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_gan.backbone import Backbone
-from lora_gan.evolution.batched import sample_population
 from lora_gan.evolution.lowrank import Weights
+from lora_gan.evolution.multi_lora import sample_population
 from lora_gan.evolution.population import read_weights, write_weights
 from lora_gan.sampling import Sampling, draw_uniform
 from lora_gan.types import Rollout
@@ -21,12 +21,12 @@ from .timing import Comparison, compare
 MEMBERS, PROMPTS = 8, 16
 
 
-class Contest:
-    """One frozen model, its members and its prompts; both methods let every member answer every prompt once."""
+class PopulationSides:
+    """One frozen model, its members and its prompts; on both sides each member completes each prompt once."""
 
     def __init__(self, size: Size, folder: Path, members: int = MEMBERS, prompts: int = PROMPTS) -> None:
         self.backbone = Backbone(str(folder), LORA, LORA)
-        self.how = Sampling(max_new_tokens=size.answer_tokens)
+        self.how = Sampling(max_new_tokens=size.completion_tokens)
         items = make_items(size, self.backbone.tokenizer)
         self.prompts = [torch.tensor(items[i % len(items)].prompt_ids) for i in range(prompts)]
         self.members = [self._member() for _ in range(members)]
@@ -46,16 +46,16 @@ class Contest:
     @torch.no_grad()
     def one_by_one(self) -> list[Tensor]:
         """Each member by transformers, without log-probabilities."""
-        answers = []
+        completions = []
         for weights in self.members:
             write_weights(self.backbone, weights)
             with self.backbone.generator():
-                answers.append(generated(self.backbone, self.padded, self.real, self.how.max_new_tokens))
-        return answers
+                completions.append(generated(self.backbone, self.padded, self.real, self.how.max_new_tokens))
+        return completions
 
 
 def compare_population(size: Size, folder: Path, repeats: int) -> Iterator[Comparison]:
     """8 members × 16 prompts."""
-    contest = Contest(size, folder)
+    sides = PopulationSides(size, folder)
     what = f"{MEMBERS} members × {PROMPTS} prompts"
-    yield compare(size.name, what, "`generate` by turns", contest.together, contest.one_by_one, 2.5, repeats)
+    yield compare(size.name, what, "`generate` for each member", sides.together, sides.one_by_one, 2.5, repeats)

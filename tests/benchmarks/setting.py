@@ -1,4 +1,4 @@
-"""What both sides of a benchmark work on: a random model, its tokenizer, prompts with targets."""
+"""Input of both sides of a benchmark: a random model, its tokenizer, prompts with targets."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LORA = LoraSettings(rank=8, alpha=16)
 
 @dataclass(frozen=True)
 class Size:
-    """A model and the shape of its round."""
+    """A model and the shape of its step."""
 
     name: str
     model: dict[str, Any]
     prompts: int
-    prompt_tokens: int  # on average: lengths differ by up to a tenth, as those of real prompts do
-    answer_tokens: int
-    k: int = 4
+    prompt_tokens: int  # on average; lengths differ by up to a tenth
+    completion_tokens: int
+    num_generations: int = 4
 
 
 BUILTIN_MODEL = {
@@ -41,14 +41,16 @@ BUILTIN_MODEL = {
     "activation_function": "gelu_pytorch_tanh",
 }
 SIZES = {
-    "gpt2": Size("GPT-2 124M", {}, prompts=4, prompt_tokens=70, answer_tokens=48),
-    "builtin": Size("built-in size", BUILTIN_MODEL, prompts=16, prompt_tokens=20, answer_tokens=16),
-    "tiny": Size("tiny", BUILTIN_MODEL | {"n_layer": 1, "n_embd": 32}, prompts=2, prompt_tokens=10, answer_tokens=4),
+    "gpt2": Size("GPT-2 124M", {}, prompts=4, prompt_tokens=70, completion_tokens=48),
+    "builtin": Size("built-in size", BUILTIN_MODEL, prompts=16, prompt_tokens=20, completion_tokens=16),
+    "tiny": Size(
+        "tiny", BUILTIN_MODEL | {"n_layer": 1, "n_embd": 32}, prompts=2, prompt_tokens=10, completion_tokens=4
+    ),
 }
 
 
 def save_model(size: Size, folder: Path) -> Path:
-    """Write random weights and a tokenizer whose words are "t0", "t1", …; EOS is never drawn."""
+    """Write random weights and a tokenizer with the words "t0", "t1", …; EOS is never drawn."""
     torch.manual_seed(0)
     vocabulary = size.model.get("vocab_size", GPT2Config().vocab_size)
     eos = vocabulary - 1
@@ -66,7 +68,7 @@ def save_model(size: Size, folder: Path) -> Path:
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts as rows (B, P), and which of their tokens are real."""
+    """Prompts as rows (B, P), and their mask."""
     width = max(map(len, prompts))
     ids, real = ([pad(x, (width - len(x), 0)) for x in rows] for rows in (prompts, map(torch.ones_like, prompts)))
     return torch.stack(ids), torch.stack(real)
@@ -75,7 +77,7 @@ def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def generated(
     backbone: Backbone, padded: Tensor, real: Tensor, new_tokens: int, k: int = 1, top_p: float = 1.0
 ) -> Tensor:
-    """(B·k, T) answers by transformers, in the active mode, without log-probabilities."""
+    """(B·k, T) completions by transformers, in the active mode, without log-probabilities."""
     sequences: Tensor = backbone.causal_lm.generate(
         input_ids=padded,
         attention_mask=real,
@@ -91,7 +93,7 @@ def generated(
 
 
 def make_items(size: Size, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
-    """The prompts of a round, with targets as long as the answers."""
+    """The prompts of a step, with targets as long as the completions."""
     generator = torch.Generator().manual_seed(1)
     spread = torch.linspace(-0.1, 0.1, size.prompts) * size.prompt_tokens
     lengths = [size.prompt_tokens + round(d) for d in spread.tolist()]
@@ -99,5 +101,5 @@ def make_items(size: Size, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
     def text(length: int) -> str:
         return " ".join(f"t{i}" for i in torch.randint(0, len(tokenizer) - 1, (length,), generator=generator).tolist())
 
-    examples = [Example(text(n), text(size.answer_tokens - 1), group=str(b)) for b, n in enumerate(lengths)]
+    examples = [Example(text(n), text(size.completion_tokens - 1), group=str(b)) for b, n in enumerate(lengths)]
     return encode(tokenizer, examples)

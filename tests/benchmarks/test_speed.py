@@ -1,4 +1,4 @@
-"""Both sides of each benchmark do the same work; of time nothing is said here: see ``python -m tests.benchmarks``."""
+"""Both sides of each benchmark do the same work; ``python -m tests.benchmarks`` measures the time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .passes import Passes
-from .population import Contest
+from .population import PopulationSides
 from .setting import SIZES, save_model
 
 pytestmark = pytest.mark.benchmark
@@ -31,24 +31,24 @@ def test_tree_and_rows_give_the_same_gradient(folder: Path) -> None:
 def test_sampler_and_generate_draw_as_many_tokens(folder: Path, top_p: float) -> None:
     side = Passes(TINY, folder)
     rollout, generated = side.sampler(top_p), side.generate(top_p)
-    assert rollout.ids.shape == generated.shape == (TINY.prompts * TINY.k, TINY.answer_tokens)
+    assert rollout.ids.shape == generated.shape == (TINY.prompts * TINY.num_generations, TINY.completion_tokens)
     assert rollout.mask.all()
     assert not (generated == side.backbone.tokenizer.eos_token_id).any()
 
 
 def test_a_population_and_its_members_draw_as_many_tokens(folder: Path) -> None:
-    contest = Contest(TINY, folder, members=3, prompts=2)
-    together, one_by_one = contest.together(), contest.one_by_one()
+    sides = PopulationSides(TINY, folder, members=3, prompts=2)
+    together, one_by_one = sides.together(), sides.one_by_one()
     assert len(together) == len(one_by_one) == 3
-    assert {r.ids.shape for r in together} == {g.shape for g in one_by_one} == {(2, TINY.answer_tokens)}
+    assert {r.ids.shape for r in together} == {g.shape for g in one_by_one} == {(2, TINY.completion_tokens)}
     assert all(r.mask.all() for r in together)
 
 
-def test_rounds_play_answers_of_equal_length(folder: Path) -> None:
+def test_steps_have_completions_of_equal_length(folder: Path) -> None:
     pytest.importorskip("trl")
-    from .rounds import play
+    from .steps import time_steps
 
-    assert {name: len(seconds) for name, seconds in play(TINY, folder, repeats=1).items()} == {
+    assert {name: len(seconds) for name, seconds in time_steps(TINY, folder, repeats=1).items()} == {
         "trl": 1,
         "rl": 1,
         "adversarial": 1,

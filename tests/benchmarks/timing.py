@@ -1,4 +1,4 @@
-"""Two sides that take turns, and the ratio of each pair."""
+"""Timing of two sides in turns, and the ratio of each pair."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Comparison:
     other: str
     ours_seconds: tuple[float, ...]
     other_seconds: tuple[float, ...]
-    target: float  # how many times faster we want to be
+    target: float  # wanted ratio
 
     @property
     def ratios(self) -> list[float]:
@@ -40,7 +40,7 @@ class Comparison:
 
 
 HEADER = """\
-| size | ours | beside | ours, s | beside, s | times faster, median [min–max] | wanted |
+| size | ours | baseline | ours, s | baseline, s | times faster, median [min–max] | wanted |
 |---|---|---|---:|---:|---:|---:|"""
 
 
@@ -61,7 +61,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def clock() -> float:
-    """Seconds of the wall; with one thread of the CPU, on which whatever else the machine does has little influence."""
+    """Wall time in seconds; with one thread CPU time, which depends little on other load."""
     return process_time() if torch.get_num_threads() == 1 else perf_counter()
 
 

@@ -1,0 +1,368 @@
+"""The command line as a user meets it: one whole experiment on a tiny model, and what mistakes look like."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jsonargparse import Namespace
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_gan.backbone import Backbone, LoraSettings
+from lora_gan.cli import last_of_each_kind, main
+from lora_gan.inference import load_backbone
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted((ROOT / "configs").glob("overlay/*.yaml")) + sorted((ROOT / "configs").glob("data/*.yaml"))
+IDS = torch.tensor([[72, 101, 108, 108, 111]])
+
+
+def share_of_a(response: str, target: str) -> float:
+    """The reward of these runs, named by its import path."""
+    return response.count("a") / max(len(response), 1)
+
+
+def settings(base: str, data: Path, run: Path) -> list[str]:
+    """configs/gan.yaml on a tiny base and a file of one's own, four steps."""
+    reward = {"class_path": "lora_gan.rewards.FunctionReward", "init_args": {"function": f"{__name__}.share_of_a"}}
+    return [
+        f"--config={ROOT / 'configs' / 'gan.yaml'}",
+        f"--config={ROOT / 'configs' / 'overlay' / 'few_steps.yaml'}",
+        f"--model.init_args.base={base}",
+        f"--model.init_args.rewards={json.dumps([reward])}",
+        "--model.init_args.sampling.max_new_tokens=4",
+        "--data.init_args.source=lora_gan.data.Alpaca",
+        f"--data.init_args.path={data}",
+        "--data.init_args.batch_size=3",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=4",
+        "--trainer.val_check_interval=2",
+        f"--trainer.logger.init_args.save_dir={run}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "mine.json"
+    rows = [{"instruction": f"Say number {n}.", "input": "", "output": f"It is {n}."} for n in range(40)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path  # of the logger's version
+    printed: str
+    settings: list[str]
+    base: str
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+@contextlib.contextmanager
+def torch_state() -> Iterator[None]:
+    """The command line seeds everything; the tests after it should not see that."""
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One fit of four steps."""
+    folder = tmp_path_factory.mktemp("run")
+    given = settings(bases["gpt2"], data, folder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), torch_state():
+        main(["fit", *given])
+    versions = list(folder.glob("gan/version_*"))
+    assert len(versions) == 1, versions
+    return Run(versions[0], printed.getvalue(), given, bases["gpt2"])
+
+
+# fit
+
+
+def test_fit_ends_with_the_table_and_what_to_do_next(run: Run) -> None:
+    assert "Held-out test split, " in run.printed
+    assert "| metric | base | trained | trained, sampled |" in run.printed
+    for metric in ("reward", "exact_match", "rouge_l", "semantic", "distinct_2", "truncated"):
+        assert f"| {metric} |" in run.printed
+    closing = [line.split()[0] for line in run.printed.splitlines()[-6:]]
+    assert closing == ["run", "adapters", "checkpoints", "resume", "chat", "export"]
+    assert (run.folder / "held_out.md").read_text(encoding="utf-8").strip() in run.printed
+    assert (run.folder / "config.yaml").exists()
+
+
+def test_fit_writes_checkpoints_and_adapters(run: Run) -> None:
+    names = {path.name for path in (run.folder / "checkpoints").iterdir()}
+    assert names - {"best-2.ckpt", "best-4.ckpt"} == {"last.ckpt", "previous.ckpt"} and len(names) == 3
+    saved = torch.load(run.last, weights_only=True)
+    assert saved["global_step"] == 4
+    assert not any("base_layer" in name for name in saved["state_dict"])
+    (best,) = (run.folder / "checkpoints").glob("best-*.ckpt")
+    trained = load_backbone(str(best))
+    for role in ("generator", "discriminator"):
+        plain = AutoModelForCausalLM.from_pretrained(run.base)
+        adapted = PeftModel.from_pretrained(plain, str(run.folder / "adapters" / role))
+        with torch.no_grad(), trained._mode(role):
+            wanted = trained.causal_lm(input_ids=IDS).logits
+            torch.testing.assert_close(adapted(input_ids=IDS).logits, wanted, atol=1e-5, rtol=0)
+    with trained.generator(), torch.no_grad():
+        completion = trained.causal_lm(input_ids=IDS).logits
+    with trained.reference():
+        assert (completion - trained.causal_lm(input_ids=IDS).logits).abs().max() > 1e-4, "four steps changed something"
+
+
+def test_tensorboard_counts_steps(run: Run) -> None:
+    events = EventAccumulator(str(run.folder)).Reload()
+    names = events.Tags()["scalars"]
+    assert [event.step for event in events.Scalars("loss/generator")] == [0, 1, 2, 3]
+    assert [event.step for event in events.Scalars("coefficient/baseline")] == [0, 1, 2, 3]
+    assert {"reward/target", "loss/supervised", "text/exact_match", "text/rouge_l", "test/base/reward"} <= set(names)
+    assert "test/trained/exact_match" in names
+    assert {"samples/text_summary", "held_out/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_resume_continues(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    more = [f"--ckpt_path={run.last}", "--trainer.max_steps=6", "--test_after_fit=false"]
+    with torch_state():
+        main(["fit", *run.settings, *more, f"--trainer.logger.init_args.save_dir={tmp_path}"])
+    (folder,) = tmp_path.glob("gan/version_*")
+    steps = [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss/generator")]
+    assert steps == [4, 5]
+    assert "Held-out" not in capsys.readouterr().out
+
+
+def test_a_learning_rate_changed_on_resume_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = [f"--ckpt_path={run.last}", "--model.init_args.generator.optimizer.init_args.lr=0.007"]
+    with torch_state(), pytest.raises(SystemExit) as stopped:
+        main(["fit", *run.settings, *changed, "--trainer.max_steps=6"])
+    assert stopped.value.code == 2
+    assert "generator.optimizer.lr: 0.002 there, 0.007 here" in capsys.readouterr().err
+
+
+# from a checkpoint
+
+
+def test_validate_and_test(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    there = [f"--ckpt_path={run.last}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    with torch_state():
+        main(["validate", *run.settings, *there])
+        main(["test", *run.settings, *there])
+    printed = capsys.readouterr().out
+    assert "text/exact_match" in printed
+    table = next(tmp_path.glob("gan/version_*/held_out.md")).read_text(encoding="utf-8")
+
+    def deterministic(text: str) -> list[list[str]]:
+        return [line.split("|")[1:4] for line in text.splitlines() if "|" in line][:8]
+
+    after_fit = (run.folder / "held_out.md").read_text(encoding="utf-8")
+    assert [row[:2] for row in deterministic(table)] == [row[:2] for row in deterministic(after_fit)], (
+        "the base's column"
+    )
+
+
+def test_predict_writes_completions(run: Run, tmp_path: Path) -> None:
+    more = [
+        "--trainer.callbacks+=lora_gan.callbacks.PredictionWriter",
+        f"--ckpt_path={run.last}",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    ]
+    with torch_state():
+        main(["predict", *run.settings, *more])
+    (path,) = tmp_path.glob("gan/version_*/predictions.jsonl")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(records) >= 4
+    for record in records:
+        assert set(record) == {"prompt", "completion", "target", "reward"}
+        assert record["prompt"].startswith("### Prompt:\nSay number ")
+        assert record["reward"] == pytest.approx(share_of_a(record["completion"], ""))
+
+
+def test_chat(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say number 3.\nSay number 3.\n\nnot asked\n"))
+    main(["chat", f"--ckpt_path={run.last}", "--max_new_tokens=4"])
+    printed = capsys.readouterr().out
+    assert printed.count("(discriminator ") == 2
+    backbone = load_backbone(str(run.last))
+    prompt = torch.tensor([backbone.tokenizer.encode("### Prompt:\nSay number 3.\n\n### Response:\n")])
+    with backbone.generator(), torch.no_grad():
+        ids = backbone.causal_lm.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=4
+        )
+    completion = backbone.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert printed.count(f"{completion}   (discriminator") == 2
+
+
+def test_export_an_adapter_and_a_merged_model(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["export", f"--ckpt_path={run.last}", f"--output={tmp_path / 'adapter'}"])
+    main(["export", f"--ckpt_path={run.last}", f"--output={tmp_path / 'merged'}", "--merge=true"])
+    assert f"written to {tmp_path / 'merged'}" in capsys.readouterr().out
+    trained = load_backbone(str(run.last))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.base), str(tmp_path / "adapter"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name in merged.state_dict())
+    with torch.no_grad(), trained.generator():
+        wanted = trained.causal_lm(input_ids=IDS).logits
+        torch.testing.assert_close(adapted(input_ids=IDS).logits, wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(merged(input_ids=IDS).logits, wanted, atol=1e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("abc") == trained.tokenizer.encode("abc")
+    Backbone(str(tmp_path / "merged"), LoraSettings(), LoraSettings())  # an exported model is a base again
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("--model.init_args.num_generations=0", "num_generations must be at least 1, got 0"),
+        ("--model.init_args.sampling.temperature=0", "for greedy decoding set do_sample: false"),
+        ("--model.init_args.generator.lora.rank=0", "rank must be at least 1"),
+        ("--model.init_args.base=no/such-model", "no/such-model"),
+        ("--model.init_args.backbone.dtype=float31", "float31"),
+        ("--data.init_args.path=missing.json", "missing.json"),
+        ("--model.init_args.no_such_key=1", "no_such_key"),
+        ("--trainer.no_such_key=1", "no_such_key"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    mistake: str, message: str, bases: dict[str, str], data: Path, work_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped, torch_state():
+        main(["fit", *settings(bases["gpt2"], data, work_in), mistake])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in printed
+    assert "Traceback" not in printed
+    assert len(printed.splitlines()) < 25, printed
+
+
+@pytest.mark.parametrize("command", ["chat", "export"])
+def test_a_missing_checkpoint(command: str, work_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--ckpt_path=nowhere.ckpt"])
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "error: no checkpoint at nowhere.ckpt; fit prints the checkpoint paths when it ends\n"
+    )
+
+
+def test_an_unknown_key_in_a_file_from_the_shell(work_in: Path) -> None:
+    """As a program of its own: exit status 2, the key, no traceback."""
+    Path("mine.yaml").write_text("model:\n  init_args:\n    temprature: 0.5\n", encoding="utf-8")
+    command = [sys.executable, "-m", "src.cli", "fit", "--config=configs/gan.yaml", f"--config={work_in / 'mine.yaml'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 2
+    assert "temprature" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_every_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"--config={config}", "--print_config"])
+    assert stopped.value.code == 0
+    assert "class_path:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=[path.stem for path in OVERLAYS])
+def test_every_overlay_parses_over_the_default(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"--config={ROOT / 'configs' / 'gan.yaml'}", f"--config={overlay}", "--print_config"])
+    assert stopped.value.code == 0
+    assert "lora_gan.module.LoraGANModule" in capsys.readouterr().out
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *files: Path) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *(f"--config={file}" for file in files), "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+def test_a_file_anywhere_extends_the_base(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "extends: base.yaml\ntrainer: {max_steps: 3, logger: {init_args: {name: mine}}}\n", encoding="utf-8"
+    )
+    config = printed_config(capsys, mine)
+    assert config["trainer"]["max_steps"] == 3 and config["trainer"]["max_epochs"] == -1
+    assert config["trainer"]["logger"]["init_args"]["name"] == "mine"
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "lightning_logs"
+    mine.write_text("extends: base.yaml\n", encoding="utf-8")
+    (tmp_path / "base.yaml").write_text("seed_everything: 7\n", encoding="utf-8")
+    config = printed_config(capsys, mine)
+    assert config["seed_everything"] == 7 and config["trainer"]["max_epochs"] is None, "the one beside the file"
+
+
+def test_an_extended_file_that_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: nothing.yaml\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"--config={tmp_path / 'mine.yaml'}"])
+    assert stopped.value.code == 2
+    assert "extends nothing.yaml, and there is no such file" in capsys.readouterr().err
+
+
+def test_replaced_callbacks_are_logged(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    gan, ppo = ROOT / "configs" / "gan.yaml", ROOT / "configs" / "ppo.yaml"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("trainer: {callbacks+: [lora_gan.callbacks.Throughput]}\n", encoding="utf-8")
+    other = tmp_path / "other.yaml"
+    other.write_text("trainer: {callbacks: [{class_path: lora_gan.callbacks.TextMetrics}]}\n", encoding="utf-8")
+    with caplog.at_level("WARNING", "lora_gan"):
+        printed_config(capsys, gan, mine, ROOT / "configs" / "overlay" / "few_steps.yaml")
+        assert not caplog.messages, "nothing is replaced"
+        printed_config(capsys, ppo, mine, other)
+    (message,) = caplog.messages
+    assert f"{other} replaces the callbacks before it" in message
+    for name in ("StepProgressBar", "ModelCheckpoint", "Curriculum", "AdaptiveKL", "Throughput"):
+        assert name in message
+    assert "TextMetrics" not in message
+
+
+def test_a_later_callback_takes_the_place_of_one_of_its_kind() -> None:
+    def callback(name: str, **init_args: Any) -> Namespace:
+        return Namespace(class_path=f"some.{name}", init_args=Namespace(**init_args))
+
+    best = callback("ModelCheckpoint", dirpath=None, filename="best", monitor="a")
+    newer = callback("ModelCheckpoint", dirpath=None, filename="best", monitor="b")
+    other = callback("ModelCheckpoint", dirpath=None, filename="each", monitor="a")
+    last, later = callback("LastCheckpoint", every_n_steps=100), callback("LastCheckpoint", every_n_steps=2)
+    schedule = callback("KLSchedule", coefficient="kl"), callback("KLSchedule", coefficient="kl_penalty")
+    assert last_of_each_kind([best, last, *schedule, other, newer, later]) == [newer, later, *schedule, other]
+
+
+def test_help_names_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--model.help=lora_gan.module.LoraGANModule"])
+    assert stopped.value.code == 0
+    assert "num_generations" in capsys.readouterr().out
+
+
+def test_the_default_optimizer_can_be_saved(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run whose configuration names no optimizer can be resumed from the configuration that it saves."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=lora_gan.LoraGANModule", "--data=lora_gan.InstructionDataModule", "--print_config"])
+    printed = capsys.readouterr().out
+    assert printed.count("optimizer: lora_gan.optimization.adamw") == 2
+    assert "Unable to serialize" not in printed

@@ -1,0 +1,124 @@
+"""Every objective × advantage × policy loss × architecture of the discriminator plays one step in the real trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from functools import lru_cache
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_gan.advantages import (
+    AdvantageEstimator,
+    GroupNormalised,
+    LeaveOneOut,
+    MovingAverage,
+    PredictedReward,
+    ValueGAE,
+)
+from lora_gan.backbone import GENERATOR, LoraSettings, load_base
+from lora_gan.callbacks import MovingAverageBaseline
+from lora_gan.discriminator import (
+    AdapterDiscriminator,
+    DiscriminatorModel,
+    HiddenStatesDiscriminator,
+    OwnBaseDiscriminator,
+)
+from lora_gan.discriminator.objectives import (
+    Auxiliary,
+    BradleyTerry,
+    ClosenessBCE,
+    ClosenessOrdinal,
+    ClosenessRegression,
+    Combined,
+    DiscriminatorObjective,
+    GanBCE,
+    ListwiseSoftmax,
+    RewardRegression,
+)
+from lora_gan.losses import ClippedPPO, PolicyLoss, Reinforce
+from lora_gan.module import LoraGANModule
+from lora_gan.sampling import Sampling
+from lora_gan.types import PromptBatch
+from tests.helpers.steps import Build, fit, moved
+
+OBJECTIVES: dict[str, Callable[[], DiscriminatorObjective]] = {
+    "reward regression": RewardRegression,
+    "yes or no": ClosenessBCE,
+    "score": ClosenessRegression,
+    "grades": ClosenessOrdinal,
+    "real or generated": GanBCE,
+    "Bradley–Terry": BradleyTerry,
+    "pair softmax": ListwiseSoftmax,
+    "auxiliary": lambda: Auxiliary("share_of_a"),
+    "combined": lambda: Combined([BradleyTerry(), Auxiliary("share_of_a")], [1.0, 0.5]),
+}
+ADVANTAGES: list[Callable[[], AdvantageEstimator]] = [
+    MovingAverage,
+    LeaveOneOut,
+    GroupNormalised,
+    PredictedReward,
+    ValueGAE,
+]
+POLICY_LOSSES: list[Callable[[], PolicyLoss]] = [Reinforce, lambda: ClippedPPO(num_iterations=1, num_minibatches=2)]
+MODELS: dict[str, Callable[[str], DiscriminatorModel]] = {
+    "adapter": lambda base: AdapterDiscriminator(),
+    "own base": lambda base: OwnBaseDiscriminator(base, LoraSettings(2, 4)),
+    "hidden states": lambda base: HiddenStatesDiscriminator(width=8, layers=1, heads=2),
+}
+
+
+loaded = lru_cache(load_base)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the same folder hundreds of times would take most of the time."""
+    for place in ("backbone", "discriminator.models"):
+        monkeypatch.setattr(f"lora_gan.{place}.load_base", lambda *given: deepcopy(loaded(*given)))
+
+
+def parameters(module: LoraGANModule) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+
+
+def learners(module: LoraGANModule, model: str) -> set[str]:
+    """Groups of parameters that a step has to move."""
+    values = {"generator.value_head."} if module.generator.value_head is not None else set()
+    theirs = {"adapter": {".discriminator.", "backbone.score_head."}}.get(model, {"discriminator.model."})
+    return {f".{GENERATOR}."} | values | theirs
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_combination_plays_a_round(
+    model: str, objective: str, build: Build, bases: dict[str, str], make_batch: Callable[..., PromptBatch]
+) -> None:
+    """All advantages with both policy losses: the report is finite, both roles move, and nothing else does."""
+    batch = make_batch(("Say a", "a", "b"), ("Hi", "yes", "no"))
+    for advantage, policy_loss in product(ADVANTAGES, POLICY_LOSSES):
+        module = build(
+            model=MODELS[model](bases["llama"]),
+            objective=OBJECTIVES[objective](),
+            advantage=advantage(),
+            policy_loss=policy_loss(),
+            sampling=Sampling(max_new_tokens=3),
+            adversarial=0.5,
+            generator_lora=LoraSettings(2, 4, ["c_attn"]),
+            discriminator_lora=LoraSettings(2, 4, ["c_attn"]),
+        )
+        before = parameters(module)
+        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        recorder, _ = fit(module, [batch], 1, MovingAverageBaseline())
+        (report,) = recorder.reports
+        assert all(math.isfinite(value) for value in report.values())
+        assert {"loss/policy", "loss/discriminator", "reward/total", "discriminator/accuracy"} <= set(report)
+        changed = moved(before, parameters(module))
+        assert all(torch.isfinite(tensor).all() for tensor in parameters(module).values())
+        wanted = learners(module, model)
+        assert all(any(group in name for name in changed) for group in wanted)
+        assert not changed & frozen and all(any(group in name for group in wanted) for name in changed)

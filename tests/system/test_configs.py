@@ -1,0 +1,139 @@
+"""Every experiment runs: its own parts and callbacks, on a tiny model, its phases pressed into the first steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lora_gan.cli import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+EXPERIMENTS = ["gan", "reinforce", "ppo", "twin", "lora_gan", "rlgaf", "gad", "self_play", "online"]
+VARIANTS = {
+    "textgail": "reinforce",
+    "own_discriminator": "reinforce",
+    "ordinal": "twin",
+    "critic": "reinforce",
+    "beams": "reinforce",
+}
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "mine.jsonl"
+    lines = [{"instruction": f"Say {n} twice.", "input": "", "output": f"{n} and {n}."} for n in range(60)]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    return path
+
+
+def pressed(experiment: str, base: str, rows: Path, folder: Path) -> dict[str, Any]:
+    """The experiment with its phases in steps 0, 1, 2, …"""
+    config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{experiment}.yaml").read_text(encoding="utf-8"))
+    model = config.setdefault("model", {}).setdefault("init_args", {})
+    model |= {"base": base, "sampling": {"max_new_tokens": 4}, "num_generations": 2}
+    data = config.setdefault("data", {}).setdefault("init_args", {})
+    data |= {"source": {"class_path": "lora_gan.data.Alpaca"}, "path": str(rows), "batch_size": 3}
+    if experiment == "online":
+        data |= {"validation_rows": 4, "stop_after_seconds": 0.0}
+    trainer = config["trainer"]
+    for callback in trainer.get("callbacks", trainer.get("callbacks+", [])):
+        settings = callback.get("init_args", {})
+        for number, phase in enumerate(settings.get("phases", [])):
+            phase["start"] = number
+        settings |= {"start": 0} if callback["class_path"].endswith(("Snapshot", "EasyFirst", "KLSchedule")) else {}
+    trainer |= {"max_steps": STEPS, "val_check_interval": 4, "log_every_n_steps": 1, "accelerator": "cpu"}
+    trainer["logger"]["init_args"]["save_dir"] = str(folder)
+    return config
+
+
+def fit(config: dict[str, Any], folder: Path, *overlays: Path) -> dict[str, list[float]]:
+    """Fit, and what was logged."""
+    path = folder / "pressed.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    main(["fit", f"--config={path}", *(f"--config={overlay}" for overlay in overlays)])
+    (run,) = folder.glob("*/version_0")
+    assert (run / "adapters" / "generator" / "adapter_model.safetensors").is_file()
+    return logged_by(run)
+
+
+def logged_by(run: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(run)).Reload()  # type: ignore[no-untyped-call]
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}  # type: ignore[no-untyped-call]
+
+
+def check(logged: dict[str, list[float]]) -> None:
+    """Both roles learned, and every value is finite."""
+    bad = [name for name, values in logged.items() if not all(map(math.isfinite, values))]
+    assert not bad
+    assert {
+        "loss/policy",
+        "loss/discriminator",
+        "discriminator/accuracy",
+        "discriminator/length_accuracy",
+        "policy/kl",
+    } <= set(logged)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_all_its_phases(
+    experiment: str, bases: dict[str, str], rows: Path, tmp_path: Path
+) -> None:
+    check(fit(pressed(experiment, bases["gpt2"], rows, tmp_path), tmp_path))
+
+
+def test_supervised_learning_alone_samples_nothing(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    logged = fit(pressed("sft", bases["gpt2"], rows, tmp_path), tmp_path)
+    assert len(logged["loss/supervised"]) == STEPS
+    assert "completions/mean_length" not in logged and "loss/discriminator" not in logged
+
+
+def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    config = pressed("evolve", bases["gpt2"], rows, tmp_path)
+    settings = config["model"]["init_args"]
+    settings["start"]["init_args"] |= {"trunk": 2, "branch": 1}
+    logged = fit(config, tmp_path)
+    assert len(logged["fitness/best"]) == STEPS and len(logged["loss/policy"]) == STEPS
+    assert all(map(math.isfinite, [*logged["fitness/held_out"], *logged["population/diversity"]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_runs(variant: str, bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    config = pressed(VARIANTS[variant], bases["gpt2"], rows, tmp_path)
+    check(fit(config, tmp_path, CONFIGS / "overlay" / f"{variant}.yaml"))
+
+
+def test_the_saved_configuration_of_a_run_resumes_it(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    fit(pressed("reinforce", bases["gpt2"], rows, tmp_path), tmp_path)
+    (run,) = tmp_path.glob("reinforce/version_0")
+    saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["extends"] is None, "it is complete"
+    last = run / "checkpoints" / "last.ckpt"
+    main(["fit", f"--config={run / 'config.yaml'}", f"--ckpt_path={last}", f"--trainer.max_steps={STEPS + 2}"])
+    assert len(logged_by(run)["loss/generator"]) == STEPS + 2
+    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) == saved | {
+        "ckpt_path": str(last),
+        "trainer": saved["trainer"] | {"max_steps": STEPS + 2},
+    }
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_hold_what_they_are(path: Path) -> None:
+    """What they share is in base.yaml, and gan.yaml explains every key."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.split("#")[0].strip()]
+    assert len(lines) <= 35 or path.stem in ("base", "gan")
+
+
+def test_every_experiment_and_variant_is_tried_here() -> None:
+    found = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert found == {*EXPERIMENTS, "base", "evolve", "sft", "gpt2_alpaca", "pretrain"}
+    assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu"} == {
+        path.stem for path in (CONFIGS / "overlay").glob("*.yaml")
+    }

@@ -1,0 +1,69 @@
+"""The examples run as they stand there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from examples.minimal_step import K, MinimalGAN, main, reward
+
+
+def weights(gan: MinimalGAN) -> dict[str, Tensor]:
+    named = {**gan.model.state_dict(), **{f"head.{name}": p for name, p in gan.score_head.named_parameters()}}
+    return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_the_minimal_step_gives_finite_numbers() -> None:
+    history = main(steps=3)
+    assert len(history) == 3
+    assert all(math.isfinite(value) for metrics in history for value in metrics.values())
+    assert set(history[0]) == {"reward", "discriminator_loss", "generator_loss"}
+
+
+def test_each_update_moves_its_own_parameters_only() -> None:
+    torch.manual_seed(0)
+    gan = MinimalGAN()
+    prompt = gan.tokenizer(
+        "### Prompt:\nWhat is the capital of France?\n\n### Response:\n", return_tensors="pt"
+    ).input_ids
+    ids, start = gan.sample(prompt), prompt.shape[1]
+    mask = torch.ones(K, ids.shape[1] - start, dtype=torch.bool)
+    last = torch.full((K,), ids.shape[1] - 1)
+
+    one = weights(gan)
+    gan.update_discriminator(ids, last, torch.linspace(0, 1, K), ids[:1])
+    two = weights(gan)
+    gan.update_generator(ids, mask, torch.linspace(-1, 1, K), ids[:1], start)
+    three = weights(gan)
+
+    discriminator, generator = changed(one, two), changed(two, three)
+    assert {"head.weight", "head.bias"} < discriminator
+    assert all(".discriminator." in name for name in discriminator - {"head.weight", "head.bias"})
+    assert generator and all(".generator." in name for name in generator)
+    # B starts at 0, so A has no gradient in the first update: every B moves, in every layer
+    for role, moved in (("generator", generator), ("discriminator", discriminator)):
+        assert {name for name in one if f"lora_B.{role}." in name} <= moved
+
+
+def test_a_step_trains_both_adapters_and_not_the_base() -> None:
+    torch.manual_seed(0)
+    gan = MinimalGAN()
+    before = weights(gan)
+    gan.step("What is the capital of France?", "The capital of France is Paris.")
+    moved = changed(before, weights(gan))
+    assert any(".generator." in name for name in moved) and any(".discriminator." in name for name in moved)
+    base = {name for name in before if "lora_" not in name and not name.startswith("head.")}
+    assert base and not base & moved
+
+
+def test_its_reward_is_the_overlap_of_words() -> None:
+    assert reward("The capital is Paris.", "The capital is Paris.") == 1
+    assert reward("Paris", "The capital is Paris.") == 0
+    assert reward("", "a") == 0
+    assert reward("a b", "b c") == 0.5

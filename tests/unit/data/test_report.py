@@ -1,0 +1,61 @@
+"""The ``data`` command: what a configuration will train on, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_gan.cli import main
+
+ROOT = Path(__file__).parents[3]
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+SAMPLES = {
+    "own": ("alpaca.json", "--data.init_args.source.init_args.template={instruction}", "--data.source.target=output"),
+    "alpaca": ("alpaca.json",),
+    "dolly": ("dolly.jsonl",),
+    "oasst": ("oasst_trees.jsonl",),
+    "truthfulqa": ("truthfulqa.csv",),
+    "arc": ("arc.jsonl",),
+    "twon": ("twon_replies.jsonl",),
+}
+
+
+def run(*arguments: str) -> None:
+    main(["data", "--config", str(ROOT / "configs" / "gan.yaml"), *arguments])
+
+
+def test_the_report_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--data.source", "lora_gan.data.ARC", "--data.source.path", str(FIXTURES / "arc.jsonl")]
+    run(*settings, "--data.validation", "0", "--data.test", "0", "--data.max_target_tokens", "4")
+    printed = capsys.readouterr().out
+    assert "arc.jsonl)\ntokenizer builtin; room for 510 tokens of prompt, 4 of target, 512 together" in printed
+    table = [line.split() for line in printed.splitlines()]
+    kept = next(int(row[1]) for row in table if row[:1] == ["arc"])
+    dropped = sum(int(row[-1]) for row in table if row[:2] == ["train:", "target_too_long"])
+    assert kept + dropped == 4
+    assert f"fits: {kept / 4:.1%} of the examples" in printed
+    assert ["dropped:", "needs_its_choices", "1"] in table
+    assert printed.count("──── example ") == min(kept, 3)
+    assert "──── target (" in printed and "──── negative (wrong_choice)\n" in printed
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_data_set_by_its_overlay(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file, *more = SAMPLES[name]
+    overlay = ["--config", str(ROOT / "configs" / "data" / f"{name}.yaml"), "--data.path", str(FIXTURES / file)]
+    run(*overlay, "--data.max_prompt_tokens", "90", *more)
+    printed = capsys.readouterr().out
+    assert f"Data: {name if name != 'own' else 'ownfile'} (" in printed
+    assert "──── example 1" in printed
+
+
+def test_a_stream_is_not_described(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--config", str(ROOT / "configs" / "data" / "stream.yaml"))
+    assert "error: the data command tells about lora_gan.data.InstructionDataModule" in capsys.readouterr().err
+
+
+def test_every_overlay_is_tried_or_a_stream_or_a_mixture() -> None:
+    overlays = {path.stem for path in (ROOT / "configs" / "data").glob("*.yaml")}
+    assert overlays == {*SAMPLES, "stream", "mixture"}

@@ -1,0 +1,468 @@
+"""What each data set becomes, by hand-written rows; and the counts that real samples have, where they are here."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_gan.data import ARC, OASST, TWON, Alpaca, Dolly, Mixture, OwnFile, Source, TruthfulQA
+from lora_gan.data.splits import assign_splits
+from lora_gan.errors import DataError, LoraGANError
+from lora_gan.types import Example, Message, Negative
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+SAMPLES = Path(__file__).parents[4] / "shared" / "data"
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="../shared/data (real samples) is not here")
+
+
+def fixture(name: str) -> str:
+    return str(FIXTURES / name)
+
+
+def read(source: Source) -> list[Example]:
+    examples = list(source.rows())
+    assert all(example.references[0] == example.target for example in examples)
+    assert all(example.messages[-1].role == "user" for example in examples)
+    return examples
+
+
+def texts(example: Example) -> list[str]:
+    return [negative.text for negative in example.negatives]
+
+
+def write(path: Path, rows: Iterable[Any]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+# Dolly
+
+
+def test_dolly_row_by_row() -> None:
+    source = Dolly(fixture("dolly.jsonl"))
+    bridge, fruit, _, letter = read(source)
+    assert source.dropped == Counter(response_is_context=1)
+    assert source.repaired == Counter(citation=1)
+    assert bridge.prompt == (
+        "### Prompt:\nWhen was the bridge opened?\n"
+        "The old bridge was opened in 1911. It was rebuilt in 1954.\n\n### Response:\n"
+    )
+    assert (fruit.prompt, fruit.target) == (
+        "### Prompt:\nWhich of these is a fruit: apple, chair?\n\n### Response:\n",
+        "Apple",
+    )
+    ((start, end),) = letter.cuttable
+    assert letter.prompt[:start] == "### Prompt:\nWho wrote the letter?\n"
+    assert letter.prompt[end:] == "\n\n### Response:\n"
+    assert [e.target for e in Dolly(fixture("dolly.jsonl"), categories=["closed_qa"]).rows()] == [bridge.target]
+
+
+# TruthfulQA
+
+
+def test_truthfulqa_row_by_row() -> None:
+    source = TruthfulQA(fixture("truthfulqa.csv"))
+    cats, sugar = read(source)
+    assert source.repaired == Counter(semicolon_at_the_end=1)
+    assert cats.prompt == "Q: Do cats always land on their feet?\nA:"
+    assert cats.references == ("No, not always", "Cats sometimes fail to land on their feet", "I have no comment")
+    assert cats.negatives == tuple(
+        Negative(text, "incorrect") for text in ("Yes, always", "Cats never fall", "Unknown")
+    )
+    assert texts(sugar) == ["Yes, it does", "Sugar doubles energy"]
+    assert 'children "hyper"?' in sugar.prompt
+    (whistle,) = read(TruthfulQA(fixture("truthfulqa.bom.csv")))
+    assert (whistle.references, texts(whistle)) == (("Yes", "It is legal"), ["No", "It is a crime"])
+
+
+def test_truthfulqa_is_held_out_unless_allowed() -> None:
+    held_out = assign_splits(read(TruthfulQA(fixture("truthfulqa.csv"))), {"validation": 0.0, "test": 0.0}, seed=0)
+    assert [len(held_out[name].examples) for name in held_out] == [0, 0, 2]
+    source = TruthfulQA(fixture("truthfulqa.csv"), allow_train=True)
+    allowed = assign_splits(read(source), {"validation": 0.0, "test": 0.0}, seed=0)
+    assert len(allowed["train"].examples) == 2
+    assert "I have no comment" not in allowed["train"].examples[0].references
+    assert "no benchmark scores" in source.note
+
+
+def test_truthfulqa_choices_of_both_forms(tmp_path: Path) -> None:
+    dicts = {"question": "Q?", "mc1_targets": {"b": 1, "x": 0}, "mc2_targets": {"a": 1, "b": 1, "x": 0, "y": 0}}
+    lists = {
+        "question": "Q?",
+        "mc1_targets": {"choices": ["b", "x"], "labels": [1, 0]},
+        "mc2_targets": {"choices": ["a", "b", "x", "y"], "labels": [1, 1, 0, 0]},
+    }
+    for row in (dicts, lists):
+        (example,) = read(TruthfulQA(write(tmp_path / "mc.jsonl", [row])))
+        assert (example.target, example.references, texts(example)) == ("b", ("b", "a"), ["x", "y"])
+    with pytest.raises(DataError, match=r"mc\.jsonl, line 1: the field 'mc1_targets' is not {answer: 0 or 1}"):
+        read(TruthfulQA(write(tmp_path / "mc.jsonl", [{**dicts, "mc1_targets": {"b": 2}}])))
+
+
+@needs_samples
+def test_real_truthfulqa() -> None:
+    source = TruthfulQA(str(SAMPLES / "truthfulqa" / "TruthfulQA.csv"))
+    examples = read(source)
+    assert len(examples) == 790
+    assert source.repaired == Counter(semicolon_at_the_end=22, correct_and_incorrect=2)
+    assert sum("I have no comment" in example.references for example in examples) == 86
+    assert sum(len(example.negatives) for example in examples) == 3251 + 1 - 2  # one best was missing; 2 are correct
+    assert len(read(TruthfulQA(str(SAMPLES / "truthfulqa" / "mc_task.json")))) == 790
+
+
+# ARC
+
+
+def test_arc_row_by_row() -> None:
+    source = ARC(fixture("arc.jsonl"))
+    bat, gas, ice, mass = read(source)
+    assert source.dropped == Counter(needs_its_choices=1)
+    assert (bat.prompt, bat.target, texts(bat)) == (
+        "Question: Which is a mammal?\nAnswer:",
+        "bat",
+        ["cod", "ant", "eel"],
+    )
+    assert (gas.target, ice.target, mass.target) == ("carbon dioxide", "ice", "kilogram")
+    assert [len(example.negatives) for example in (bat, gas, ice, mass)] == [3, 3, 2, 4]
+    (same,) = read(ARC(fixture("arc_ai2_original_format.jsonl")))
+    assert (same.prompt, same.target, same.negatives, same.group) == (gas.prompt, gas.target, gas.negatives, gas.group)
+
+
+def test_arc_multiple_choice() -> None:
+    magnet = read(ARC(fixture("arc.jsonl"), mode="mcq"))[-1]
+    assert magnet.prompt == ("Question: A magnet will pull on\nA. wood\nB. iron\nC. iron\nD. all of the above\nAnswer:")
+    assert (magnet.target, texts(magnet)) == ("B. iron", ["A. wood", "D. all of the above"])
+    letters = read(ARC(fixture("arc.jsonl"), mode="mcq", answer="letter"))
+    assert [example.target for example in letters] == ["A", "B", "A", "E", "B"]
+    assert texts(letters[1]) == ["A", "C", "D"]
+
+
+def test_arc_third_format_and_official_splits(tmp_path: Path) -> None:
+    rows = [{"query": f"Q{i}", "choices": ["Bb", "bb", "bb"], "gold": 1} for i in range(2)]
+    train, test = write(tmp_path / "train.jsonl", rows[:1]), write(tmp_path / "test.jsonl", rows[1:])
+    examples = read(ARC(train, test_path=test))
+    assert [example.meta["split"] for example in examples] == ["train", "test"]
+    assert (examples[0].target, texts(examples[0])) == ("bb", ["Bb"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answerKey": "F"}, "the answerKey 'F' is not one of the labels A, B"),
+        ({"answerKey": None}, "the answerKey None is not one of"),
+        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "the answerKey 'A' is not one of"),
+        ({"choices": {"text": ["a", "b"], "label": ["A"]}}, "2 choices .* with 1 labels"),
+        ({"choices": {"text": ["a"], "label": ["A"]}}, "1 choices"),
+        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}}, "none may be empty"),
+        ({"choices": {"text": ["a", 2], "label": ["A", "B"]}}, "'choices' is list, not a list of texts"),
+        ({"choices": ["a", "b"]}, "'choices' is missing"),
+        ({"question": 3}, "'question' is missing or not text"),
+        ({"question": {"stem": "s", "choices": "a"}}, "0 choices"),
+    ],
+)
+def test_a_bad_arc_row_is_reported_or_dropped(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    good = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    path = write(tmp_path / "arc.jsonl", [good, {**good, **change}])
+    with pytest.raises(DataError, match=rf"arc\.jsonl, line 2: .*{message}"):
+        read(ARC(path))
+    source = ARC(path, on_bad_row="drop")
+    assert [example.target for example in read(source)] == ["b"]
+    assert source.dropped == Counter(bad_row=1)
+
+
+@needs_samples
+def test_real_arc() -> None:
+    source = ARC(str(SAMPLES / "arc" / "ARC-Challenge.test.jsonl"))
+    assert len(read(source)) == 1158
+    assert source.dropped == Counter(needs_its_choices=14)
+    choices = Counter(len(e.negatives) + 1 for e in read(ARC(source.path, mode="mcq")))
+    assert choices.total() == 1172
+    assert choices.total() - choices[4] == 7
+
+
+# OASST
+
+
+@pytest.mark.parametrize("name", ["oasst_messages.jsonl", "oasst_trees.jsonl"])
+def test_oasst_row_by_row(name: str) -> None:
+    source = OASST(fixture(name))
+    egg, soft, number = read(source)
+    orphans = {"orphan": 1} if name == "oasst_messages.jsonl" else {}
+    assert source.dropped == Counter(
+        rejected=1, deleted=1, other_language=2, below_one_left_out=1, no_reply=2, **orphans
+    )
+    assert (egg.target, egg.negatives) == (
+        "Put it in boiling water for eight minutes.",
+        (Negative("Boil it.", "lower_rank"),),
+    )
+    assert (soft.target, soft.negatives) == ("About five minutes.", ())
+    assert (number.target, texts(number)) == ("Seven.", ["A number."])
+    assert [e.group for e in (egg, soft, number)] == ["t1", "t1", "t5"]
+    assert soft.prompt == (
+        "### Prompt:\nHow do I boil an egg?\n\n### Response:\nPut it in boiling water for eight minutes.\n\n"
+        "### Prompt:\nAnd for a soft one?\n\n### Response:\n"
+    )
+    assert [soft.prompt[slice(*span)] for span in soft.cuttable] == [egg.messages[0].content, egg.target]
+    assert [(m.role, m.content) for m in soft.messages] == [
+        ("user", "How do I boil an egg?"),
+        ("assistant", egg.target),
+        ("user", "And for a soft one?"),
+    ]
+
+
+def test_oasst_settings() -> None:
+    def targets(**settings: Any) -> list[str]:
+        return [example.target for example in read(OASST(fixture("oasst_messages.jsonl"), **settings))]
+
+    assert targets(turns="first") == targets(max_turns=1) == ["Put it in boiling water for eight minutes.", "Seven."]
+    assert targets(limit=1) == ["Put it in boiling water for eight minutes."]
+    assert targets(langs=["en", "es"])[2] == "Lima."
+    (soft,) = [e for e in read(OASST(fixture("oasst_messages.jsonl"), history=False)) if e.target.startswith("About")]
+    assert soft.prompt == "### Prompt:\nAnd for a soft one?\n\n### Response:\n"
+    gaps = [texts(e) for e in OASST(fixture("oasst_messages.jsonl"), min_rank_gap=2).rows()]
+    assert gaps == [[], [], ["A number."]]
+    chat = OASST(fixture("oasst_messages.jsonl"), user_turn="User: {text}\n\n", assistant_turn="Assistant: {text}\n\n")
+    assert read(chat)[0].prompt == "User: How do I boil an egg?\n\nAssistant: "
+
+
+def message(id: str, parent: str | None, **change: Any) -> dict[str, Any]:
+    role = "prompter" if id.startswith("p") else "assistant"
+    known = {"message_tree_id": "t", "text": id, "lang": "en", "review_result": True, "deleted": False}
+    return {"message_id": id, "parent_id": parent, "role": role, **known, **change}
+
+
+def test_oasst_takes_a_subtree_along(tmp_path: Path) -> None:
+    rows = [
+        message("p0", None),
+        message("a1", "p0", deleted=True),
+        message("p2", "a1"),
+        message("a3", "p2"),
+        message("a4", "p0", review_result=None),
+        message("p5", "p0"),
+        message("a6", "p0", labels={"name": ["spam"], "value": [0.5]}),
+        message("a7", "p0", labels={"spam": {"value": 0.4}, "quality": {"value": 0.1}}),
+        message("a8", "p0", labels={"spam": {"value": 0.4}, "quality": {"value": 0.9}}),
+        message("p9", "a7"),
+        message("a10", "p9"),
+    ]
+    path = write(tmp_path / "m.jsonl", rows)
+    source = OASST(path)
+    assert [(e.target, e.negatives) for e in read(source)] == [("a8", ())]  # no ranks: the quality decides
+    assert source.dropped == Counter(deleted=1, below_one_left_out=2, unreviewed=1, wrong_role=1, spam=1)
+    assert [e.target for e in read(OASST(path, all_paths=True))] == ["a8", "a10"]
+    assert [e.target for e in read(OASST(path, unreviewed=True))] == ["a8"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([message("p0", None), message("p0", None)], "line 2: the message_id 'p0' occurs twice"),
+        ([message("p0", "a1"), message("a1", "p0")], "line 1: the message 'p0' is its own ancestor"),
+        ([message("p0", "p0")], "'p0' is its own ancestor"),
+        ([message("p0", None, role="system")], "the role 'system' is neither"),
+        ([message("p0", 3)], "'parent_id' of the message 'p0' is empty or of the wrong type"),
+        ([message("p0", None, rank=0.5)], "rank 0.5 is not a whole number"),
+        ([message("p0", None, rank=float("inf"))], "rank inf is not a whole number"),
+        ([message("p0", None, message_tree_id=None)], "'message_tree_id'"),
+        ([message("p0", None, text=None)], "the field 'text' is null"),
+        ([{"message_tree_id": "t", "prompt": message("p0", None, replies=[1])}], "replies of 'p0' are not a list"),
+    ],
+)
+def test_a_broken_tree_is_reported_or_dropped(tmp_path: Path, rows: list[Any], message: str) -> None:
+    path = write(tmp_path / "m.jsonl", rows)
+    with pytest.raises(DataError, match=message):
+        read(OASST(path))
+    source = OASST(path, on_bad_row="drop")
+    assert read(source) == []
+    assert source.dropped["bad_row"] > 0
+
+
+def test_nan_is_no_rank(tmp_path: Path) -> None:
+    rows = [message("p0", None), message("a1", "p0", rank=float("nan")), message("a2", "p0", rank=0.0)]
+    assert [e.target for e in read(OASST(write(tmp_path / "m.jsonl", rows)))] == ["a2"]
+
+
+@needs_samples
+def test_real_oasst_messages() -> None:
+    path = SAMPLES / "oasst" / "oasst1.en.validation.messages.sample.jsonl"
+    rows = [json.loads(line) for line in path.open()]
+    source = OASST(str(path))
+    examples = read(source)
+    ids = {row["message_id"] for row in rows}
+    orphans = [row for row in rows if row["parent_id"] and row["parent_id"] not in ids]
+    deleted = [row for row in rows if row["deleted"]]
+    rejected = [row for row in rows if row["review_result"] is False and not row["deleted"] and row not in orphans]
+    assert (len(rows), len(deleted), len(rejected), len(orphans)) == (1182, 26, 28, 2)
+    assert {key: source.dropped[key] for key in ("deleted", "rejected", "orphan")} == {
+        "deleted": 26,
+        "rejected": 28,
+        "orphan": 2,
+    }
+    by_text = {row["text"].strip(): row for row in rows}
+    for example in examples:
+        ranks = [by_text[text]["rank"] for text in [example.target, *texts(example)] if text in by_text]
+        assert example.negatives == () or (None not in ranks and ranks[0] == min(ranks))
+    assert len(examples) == 165
+
+
+@needs_samples
+def test_real_oasst_trees() -> None:
+    examples = read(OASST(str(SAMPLES / "oasst" / "oasst_en_100_tree.jsonl")))
+    assert len({example.group for example in examples}) <= 100
+    assert len(examples) == 147
+
+
+# TWON
+
+
+def test_twon_replies() -> None:
+    source = TWON(fixture("twon_replies.jsonl"))
+    first, second = read(source)
+    assert source.dropped == Counter(empty_target=1, short_target=1, repost=1)
+    assert first.references == ("Great news, my kids will love it!", "finally. Took you long enough [link]")
+    assert second.references == first.references[::-1]
+    assert first.group == second.group
+    assert "library downtown. & the cafe too!\n\n### Response:\n" in first.prompt
+    assert first.messages[0] == Message("system", "You are a social media user. Reply to the following post.")
+
+
+def test_twon_posts() -> None:
+    source = TWON(
+        fixture("twon_posts.jsonl"),
+        instruction="Write a post to the topic.",
+        data_label="annotation",
+        target_label="full_text",
+        template="{instruction} {data}:",
+    )
+    bikes, soup = read(source)
+    assert source.dropped == Counter(refusal=1)
+    assert bikes.prompt == "Write a post to the topic. Announcement of a new bike lane:"
+    assert soup.target == "What soup do you cook when it snows…"
+
+
+@needs_samples
+def test_real_synthetic_posts() -> None:
+    path = str(SAMPLES / "twon" / "etmaal2024.synthetic_posts.english.json")
+    examples = read(TWON(path, data_label="topic", target_label="text"))
+    assert len(examples) == 345
+    assert not any("http" in example.target for example in examples)
+
+
+# Files of your own
+
+
+def test_own_file(tmp_path: Path) -> None:
+    rows = [{"q": "Q?", "text": "long", "a": "A", "more": ["A", "B"], "no": ["A", "C", "C"], "who": "x", "s": "test"}]
+    path = write(tmp_path / "own.jsonl", [*rows, {**rows[0], "a": ""}])
+    source = OwnFile(
+        path, "{q} <{text}> ", target="a", references="more", negatives="no", group="who", split="s", on_bad_row="drop"
+    )
+    (example,) = read(source)
+    assert example.prompt == "Q? <long> "
+    assert [example.prompt[slice(*span)] for span in example.cuttable] == ["long"]
+    assert (example.references, texts(example)) == (("A", "B"), ["C"])
+    assert (example.group, example.meta) == ("x", {"split": "test"})
+    assert source.dropped == Counter(empty_target=1)
+
+
+def test_prompts_without_targets(tmp_path: Path) -> None:
+    source = OwnFile(write(tmp_path / "own.jsonl", [{"q": "Q?"}, {"q": ""}]), "{q}", target=None)
+    assert [(e.prompt, e.target, e.references) for e in source.rows()] == [("Q?", "", ())]
+    assert source.dropped == Counter(empty_prompt=1)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{}", "must name its fields"), ("none", "must name"), ("{a", "cannot be read"), ("{a.b}", "must name")],
+)
+def test_a_bad_template_is_reported(template: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        OwnFile("a.json", template)
+    with pytest.raises(DataError, match="cuttable names b, but the template has a only"):
+        OwnFile("a.json", "{a}", cuttable=["b"])
+
+
+def test_an_unknown_template_field_names_the_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"own\.jsonl, line 1: the field 'x' is missing \(fields found: q\)"):
+        read(OwnFile(write(tmp_path / "own.jsonl", [{"q": "a"}]), "{x}"))
+
+
+# Mixtures
+
+
+class Numbers(Source):
+    def __init__(self, letter: str, count: int) -> None:
+        super().__init__()
+        self.letter, self.count = letter, count
+
+    @property
+    def name(self) -> str:
+        return self.letter
+
+    def rows(self) -> list[Example]:
+        self.dropped["odd"] = 1
+        return [Example(f"{self.letter}{i}", "t", group=f"{self.letter}{i}") for i in range(self.count)]
+
+
+def test_weights_are_shares() -> None:
+    mixture = Mixture([Numbers("a", 100), Numbers("b", 30), Numbers("c", 5)], weights=[2, 1, 0])
+    prompts = [example.prompt for example in mixture.rows()]
+    assert Counter(prompt[0] for prompt in prompts) == Counter(a=60, b=30)
+    assert len(set(prompts)) == 90
+    assert mixture.dropped == Counter(
+        {"a/odd": 1, "b/odd": 1, "c/odd": 1, "a/over_its_weight": 40, "c/over_its_weight": 5}
+    )
+    assert [example.prompt for example in mixture.rows()] == prompts
+    assert len(list(Mixture([Numbers("a", 3), Numbers("b", 4)]).rows())) == 7
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([1], "1 weights for 2 sources"), ([1, -0.5], "must be >= 0, got -0.5"), ([0, 0], "all weights .* are 0")],
+)
+def test_weights_are_checked(weights: list[float], message: str) -> None:
+    with pytest.raises(LoraGANError, match=message):
+        Mixture([Numbers("a", 1), Numbers("b", 1)], weights)
+
+
+def test_a_mixture_without_sources() -> None:
+    with pytest.raises(LoraGANError, match="at least one source"):
+        Mixture([])
+
+
+# What is left out
+
+
+def test_the_command_line_takes_every_source(tmp_path: Path) -> None:
+    from jsonargparse import ArgumentParser
+
+    sources = [
+        {"class_path": f"lora_gan.data.{name}", "init_args": {"path": fixture(file), "on_bad_row": "drop"}}
+        for name, file in (
+            ("Alpaca", "alpaca.json"),
+            ("Dolly", "dolly.jsonl"),
+            ("TruthfulQA", "truthfulqa.csv"),
+            ("ARC", "arc.jsonl"),
+            ("OASST", "oasst_trees.jsonl"),
+            ("TWON", "twon_replies.jsonl"),
+            ("OwnFile", "alpaca.json"),
+        )
+    ]
+    sources[-1]["init_args"] |= {"template": "{instruction}", "target": "output"}
+    config = {"class_path": "lora_gan.data.Mixture", "init_args": {"sources": sources}}
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Source, "source")
+    mixture = parser.instantiate(parser.parse_args([f"--source={json.dumps(config)}"])).source
+    counts = Counter(example.source for example in mixture.rows())
+    assert counts == Counter(alpaca=7, dolly=4, truthfulqa=2, arc=4, oasst=3, twon=2, ownfile=9)
+
+
+@pytest.mark.parametrize("make", [Alpaca, Dolly, TWON, OwnFile, ARC, TruthfulQA])
+def test_limits_are_checked(make: Callable[..., Source]) -> None:
+    with pytest.raises(LoraGANError, match="limit must be at least 1"):
+        make("a.json", limit=0)

@@ -1,0 +1,331 @@
+"""Architectures and input formats: every score against the same row computed alone, through transformers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
+from lora_gan.discriminator import (
+    AdapterDiscriminator,
+    CompletionAndTarget,
+    CompletionOnly,
+    DiscriminatorModel,
+    HiddenStatesDiscriminator,
+    InputFormat,
+    OwnBaseDiscriminator,
+    PromptAndCompletion,
+)
+from lora_gan.errors import LoraGANError
+from lora_gan.types import DiscriminatorBatch, PromptBatch
+from tests.conftest import randomise
+from tests.helpers.steps import Build, fit, moved, state
+
+END = "<|endoftext|>"
+PROMPTS = ("Say a", "Q: hello?")
+TARGETS = ("a", "hi")
+ANSWERS = {"sampled": (("b", "abc"), ("hi", "")), "odd": ((), ("hello hello",)), "none": ((), ())}
+READS = {
+    "prompt and completion": (PromptAndCompletion(), "{prompt}{completion}" + END),
+    "completion only": (CompletionOnly(), END + "{completion}" + END),
+    "completion and target": (CompletionAndTarget(), "GEN: {completion} || TAR: {target}" + END),
+}
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+    return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
+
+
+@pytest.fixture
+def disc_batch(tokenizer: PreTrainedTokenizerFast) -> DiscriminatorBatch:
+    return DiscriminatorBatch(
+        prompts=tuple(encode(tokenizer, text) for text in PROMPTS),
+        targets=tuple(encode(tokenizer, text + END) for text in TARGETS),
+        completions={
+            kind: [[encode(tokenizer, text + END) for text in row] for row in rows] for kind, rows in ANSWERS.items()
+        },
+    )
+
+
+def texts(pattern: str, kind: str) -> list[str]:
+    """What is read of each completion of a kind."""
+    return [
+        pattern.format(prompt=prompt, completion=completion, target=target)
+        for prompt, target, row in zip(PROMPTS, TARGETS, ANSWERS[kind], strict=True)
+        for completion in row
+    ]
+
+
+@pytest.fixture
+def other_base(tmp_path: Path) -> str:
+    """A Llama of another width with a tokenizer of its own: another order of the bytes, whole "hello", EOS first."""
+    alphabet = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True), "he", "ll", "hell", "hello"]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]
+    own = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, merges))
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>", model_max_length=64).save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(alphabet),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        bos_token_id=0,
+        initializer_range=0.3,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+# what is read
+
+
+def test_completion_and_target_reads_exactly_the_ids_of_gpt2twins_text(
+    disc_batch: DiscriminatorBatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reading = CompletionAndTarget()(disc_batch, tokenizer)
+    for kind in ANSWERS:
+        found = [
+            torch.cat([start, branch]).tolist()
+            for start, row in zip(reading.beginnings, reading.branches[kind], strict=True)
+            for branch in row
+        ]
+        assert found == [encode(tokenizer, text).tolist() for text in texts(READS["completion and target"][1], kind)]
+    first = torch.cat([reading.beginnings[0], reading.branches["sampled"][0][1]])
+    assert tokenizer.decode(first) == "GEN: abc || TAR: a<|endoftext|>"
+    with pytest.raises(LoraGANError, match="before must not be empty"):
+        CompletionAndTarget(before="")
+
+
+def test_completion_only_does_not_look_at_the_prompt(backbone: Backbone, disc_batch: DiscriminatorBatch) -> None:
+    other = DiscriminatorBatch(
+        (encode(backbone.tokenizer, "x"), encode(backbone.tokenizer, "A much longer prompt")),
+        disc_batch.targets,
+        disc_batch.completions,
+    )
+    for reads, alike in ((CompletionOnly(), True), (CompletionAndTarget(), True), (PromptAndCompletion(), False)):
+        model = AdapterDiscriminator(reads)
+        with model.mode(backbone), torch.no_grad():
+            left, right = (model(backbone, given)["sampled"] for given in (disc_batch, other))
+        assert torch.allclose(left, right, atol=1e-6) == alike
+
+
+# the second adapter
+
+
+@pytest.mark.parametrize("name", READS)
+def test_the_adapter_scores_each_row_as_if_it_stood_alone(
+    name: str, architecture: str, make_backbone: Callable[..., Backbone], disc_batch: DiscriminatorBatch
+) -> None:
+    reads, pattern = READS[name]
+    backbone, model = make_backbone(architecture), AdapterDiscriminator(reads)
+    with model.mode(backbone), torch.no_grad():
+        found = model(backbone, disc_batch)
+        for kind in ANSWERS:
+            for outputs, text in zip(found[kind], texts(pattern, kind), strict=True):
+                row = encode(backbone.tokenizer, text)
+                hidden = backbone.causal_lm.base_model(input_ids=row[None]).last_hidden_state[0, -1]
+                torch.testing.assert_close(outputs, backbone.score_head(hidden), atol=1e-5, rtol=1e-4)
+    assert {kind: tuple(outputs.shape) for kind, outputs in found.items()} == {
+        "sampled": (4, 2),
+        "odd": (1, 2),
+        "none": (0, 2),
+    }
+
+
+def test_the_discriminator_can_start_from_the_generator(backbone: Backbone, bases: dict[str, str]) -> None:
+    """Of one shape, which the fixture's are not: from then on both adapters say the same, until one of them learns."""
+    with pytest.raises(LoraGANError, match="same rank"):
+        AdapterDiscriminator().start_from_generator(backbone)
+    equal = Backbone(bases["gpt2"], LoraSettings(4, 8), LoraSettings(4, 8))
+    randomise(equal)
+    row, before = encode(equal.tokenizer, "Hello")[None], {n: p.clone() for n, p in equal.named_parameters()}
+    AdapterDiscriminator().start_from_generator(equal)
+    logits = []
+    for mode in (equal.generator, equal.discriminator, equal.reference):
+        with mode(), torch.no_grad():
+            logits.append(equal.causal_lm(input_ids=row).logits)
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    changed = {n for n, p in equal.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if f".{DISCRIMINATOR}." in n}
+    with torch.no_grad():
+        equal.parameters_of(GENERATOR)[0].add_(1)
+    with equal.discriminator(), torch.no_grad():
+        assert torch.equal(equal.causal_lm(input_ids=row).logits, logits[1]), "a copy, not the same weights"
+    with pytest.raises(LoraGANError, match="HiddenStatesDiscriminator cannot start from the generator's adapter"):
+        HiddenStatesDiscriminator().start_from_generator(equal)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_more_than_fits_the_context_is_refused(name: str, backbone: Backbone) -> None:
+    """256 places. The prompt has 100 tokens and the target 90: 157 more are too long behind either, 256 behind EOS."""
+    long = DiscriminatorBatch(
+        (torch.zeros(100, dtype=torch.long),),
+        (encode(backbone.tokenizer, "t" * 89 + END),),
+        {"sampled": [[encode(backbone.tokenizer, "a" * 157)]]},
+    )
+    if name == "completion only":
+        long = DiscriminatorBatch(long.prompts, long.targets, {"sampled": [[encode(backbone.tokenizer, "a" * 256)]]})
+    with pytest.raises(LoraGANError, match=r"more than its model's context of 256: lower .*max_new_tokens"):
+        AdapterDiscriminator(READS[name][0])(backbone, long)
+
+
+# an own base
+
+
+@pytest.mark.parametrize("name", READS)
+def test_an_own_base_reads_the_same_text_in_its_own_tokens(
+    name: str, backbone: Backbone, disc_batch: DiscriminatorBatch, other_base: str
+) -> None:
+    reads, pattern = READS[name]
+    torch.manual_seed(4)
+    model = OwnBaseDiscriminator(other_base, LoraSettings(2, 4), reads)
+    randomise(model)  # type: ignore[arg-type]
+    with model.mode(backbone), torch.no_grad():
+        found = model(backbone, disc_batch)
+        for kind in ANSWERS:
+            for outputs, text in zip(found[kind], texts(pattern, kind), strict=True):
+                row = encode(model.tokenizer, text.replace(END, "</s>"))
+                hidden = model.lm.get_base_model().model(input_ids=row[None]).last_hidden_state[0, -1]
+                torch.testing.assert_close(outputs, model.head(hidden), atol=1e-5, rtol=1e-4)
+    assert len(model._ids(encode(backbone.tokenizer, "hello hello" + END), backbone.tokenizer, ends=True)) == 4, (
+        "hello, space, hello, EOS"
+    )
+
+
+def test_an_completion_that_spells_the_end_out_does_not_end_there(backbone: Backbone, other_base: str) -> None:
+    model = OwnBaseDiscriminator(other_base)
+    found = model._ids(encode(backbone.tokenizer, "</s>!" + END), backbone.tokenizer, ends=True).tolist()
+    assert found.count(0) == 1 and found[-1] == 0 and len(found) == 6
+
+
+def test_an_own_base_is_frozen_and_learns_its_lora_and_head(build: Build, batch: PromptBatch, other_base: str) -> None:
+    model = OwnBaseDiscriminator(other_base, LoraSettings(2, 4))
+    module = build(model=model)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {name for name, _ in model.named_parameters() if "lora_" in name or name.startswith("head.")}
+    learned = {id(p) for p in model.trainable(module.backbone)}
+    assert learned == {id(p) for name, p in model.named_parameters() if name in names}
+    before, shared = {name: p.clone() for name, p in model.state_dict().items()}, state(module)
+    recorder, runner = fit(module, [batch], 3)
+    assert moved(before, model.state_dict()) == names
+    assert all(f".{GENERATOR}." in name for name in moved(shared, recorder.weights[-1])), "the shared adapter rests"
+    assert not any(part.training for part in model.modules()), "dropout stays off"
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    saved = {name for name in checkpoint["state_dict"] if name.startswith("discriminator.")}
+    assert saved == {f"discriminator.model.{name}" for name in names}, "its base is not stored"
+    assert runner.global_step == 3
+
+
+def test_an_own_base_has_a_context_of_its_own(
+    backbone: Backbone, disc_batch: DiscriminatorBatch, other_base: str
+) -> None:
+    """64 places: 100 bytes fit into the generator's 256, not into these."""
+    long = DiscriminatorBatch(
+        disc_batch.prompts[:1], disc_batch.targets[:1], {"sampled": [[encode(backbone.tokenizer, "a" * 100 + END)]]}
+    )
+    AdapterDiscriminator()(backbone, long)
+    with pytest.raises(LoraGANError, match="context of 64"):
+        OwnBaseDiscriminator(other_base)(backbone, long)
+
+
+# on the generator's hidden states
+
+
+@pytest.fixture
+def encoder(backbone: Backbone) -> Callable[..., HiddenStatesDiscriminator]:
+    def make(reads: InputFormat | None = None) -> HiddenStatesDiscriminator:
+        torch.manual_seed(5)
+        model = HiddenStatesDiscriminator(width=16, layers=2, heads=2, input_format=reads)
+        model.build(backbone)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("name", READS)
+def test_the_encoder_reads_the_generators_states_of_the_completion(
+    name: str, backbone: Backbone, disc_batch: DiscriminatorBatch, encoder: Callable[..., HiddenStatesDiscriminator]
+) -> None:
+    """Row by row and without padding: states behind the beginning → projection → encoder → mean → head."""
+    reads, pattern = READS[name]
+    model = encoder(reads)
+    beginnings = {
+        "prompt and completion": PROMPTS,
+        "completion only": (END, END),
+        "completion and target": ("GEN: ", "GEN: "),
+    }
+    found = model(backbone, disc_batch)
+    for kind, rows in ANSWERS.items():
+        starts = [start for start, row in zip(beginnings[name], rows, strict=True) for _ in row]
+        for outputs, text, start in zip(found[kind], texts(pattern, kind), starts, strict=True):
+            row = encode(backbone.tokenizer, text)
+            with backbone.generator(), torch.no_grad():
+                states = backbone.causal_lm.base_model(input_ids=row[None]).last_hidden_state
+            behind = states[:, len(encode(backbone.tokenizer, start)) :]
+            wanted = model.head(model.encoder(model.project(behind)).mean(1))[0]
+            torch.testing.assert_close(outputs, wanted, atol=1e-5, rtol=1e-4)
+    assert found["none"].shape == (0, 2)
+
+
+def test_the_encoders_loss_never_reaches_the_generator(
+    backbone: Backbone, disc_batch: DiscriminatorBatch, encoder: Callable[..., HiddenStatesDiscriminator]
+) -> None:
+    model = encoder()
+    with model.mode(backbone):
+        model(backbone, disc_batch)["sampled"].square().sum().backward()
+    assert all(p.grad is None for p in backbone.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert len(model.trainable(backbone)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_changes_nothing_for_the_encoder(
+    training: bool,
+    backbone: Backbone,
+    disc_batch: DiscriminatorBatch,
+    encoder: Callable[..., HiddenStatesDiscriminator],
+) -> None:
+    """A one-letter completion alone and beside one of 40; outside of training torch takes another path."""
+    model = encoder().train(training)
+    prompts, targets = disc_batch.prompts[:1], disc_batch.targets[:1]
+    short, long = encode(backbone.tokenizer, "b" + END), encode(backbone.tokenizer, "abcd" * 10 + END)
+    with torch.set_grad_enabled(training):
+        alone = model(backbone, DiscriminatorBatch(prompts, targets, {"sampled": [[short]]}))["sampled"]
+        beside = model(backbone, DiscriminatorBatch(prompts, targets, {"sampled": [[short, long]]}))["sampled"]
+    torch.testing.assert_close(alone[0], beside[0], atol=1e-6, rtol=1e-5)
+    assert (beside[0] - beside[1]).abs().max() > 1e-3
+
+
+def test_the_encoder_alone_learns_in_a_run(build: Build, batch: PromptBatch) -> None:
+    model = HiddenStatesDiscriminator(width=16, layers=1, heads=2)
+    module = build(model=model)
+    before, shared = {name: p.clone() for name, p in model.state_dict().items()}, state(module)
+    recorder, _ = fit(module, [batch], 2)
+    assert moved(before, model.state_dict()) == set(before)
+    assert all(f".{GENERATOR}." in name for name in moved(shared, recorder.weights[-1]))
+
+
+@pytest.mark.parametrize("settings", [{"width": 10, "heads": 4}, {"layers": 0}, {"heads": 0}])
+def test_the_encoders_shape_is_checked(settings: dict[str, int]) -> None:
+    with pytest.raises(LoraGANError, match="multiple of heads"):
+        HiddenStatesDiscriminator(**settings)
+
+
+def test_only_the_adapter_can_be_differentiated_through() -> None:
+    found: list[type[DiscriminatorModel]] = [
+        j for j in (AdapterDiscriminator, HiddenStatesDiscriminator, OwnBaseDiscriminator) if j.differentiable
+    ]
+    assert found == [AdapterDiscriminator]

@@ -1,0 +1,71 @@
+"""What the discriminator's score earns, worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lora_gan.rewards.adversarial import (
+    AdversarialReward,
+    AgainstTarget,
+    GailReward,
+    Logit,
+    LogProbability,
+    Probability,
+    WinRate,
+)
+from lora_gan.types import DiscriminatorScores
+
+LN3 = math.log(3)  # σ(ln 3) = ¾
+
+
+def disc_scores(sampled: list[float], target: list[float], opponent: list[float], k: int) -> DiscriminatorScores:
+    return DiscriminatorScores(torch.tensor(sampled), torch.tensor(target), torch.tensor(opponent), k, {})
+
+
+@pytest.mark.parametrize(
+    ("adversarial_reward", "wanted"),
+    [
+        (Logit(), [LN3, 0.0, -LN3]),
+        (Probability(), [3 / 4, 1 / 2, 1 / 4]),
+        (LogProbability(), [math.log(3 / 4), math.log(1 / 2), math.log(1 / 4)]),
+        (GailReward(), [-math.log(1 / 4), -math.log(1 / 2), -math.log(3 / 4)]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_scores_become_rewards(adversarial_reward: AdversarialReward, wanted: list[float]) -> None:
+    """Scores ln 3, 0 and −ln 3 are the probabilities ¾, ½ and ¼."""
+    found = adversarial_reward(disc_scores([LN3, 0.0, -LN3], [], [], 1))
+    torch.testing.assert_close(found, torch.tensor(wanted))
+    assert not adversarial_reward.needs_opponent
+
+
+@pytest.mark.parametrize(
+    "adversarial_reward", [Logit(), Probability(), LogProbability(), GailReward(), AgainstTarget()]
+)
+def test_a_better_score_earns_more_however_sure_the_discriminator_is(adversarial_reward: AdversarialReward) -> None:
+    found = adversarial_reward(disc_scores([-90.0, -1.0, 1.0, 90.0], [0.0] * 4, [], 1))
+    assert found.isfinite().all()
+    assert (found.diff() > 0).all()
+
+
+def test_against_the_target_of_the_same_prompt() -> None:
+    """Two prompts with targets 1 and 0 and two completions each: σ(0), σ(ln 3), σ(−ln 3), σ(0)."""
+    found = AgainstTarget()(disc_scores([1.0, 1 + LN3, -LN3, 0.0], [1.0, 0.0], [], 2))
+    torch.testing.assert_close(found, torch.tensor([1 / 2, 3 / 4, 1 / 4, 1 / 2]))
+
+
+def test_a_win_is_the_share_of_the_opponents_completions_that_are_beaten() -> None:
+    """Prompt 0: 5 beats 1 and 2; 1 ties with 1 and loses to 2. Prompt 1: 0 loses to 9 and beats −1; 9 ties and wins."""
+    found = WinRate()(disc_scores([5.0, 1.0, 0.0, 9.0], [], [1.0, 2.0, 9.0, -1.0], 2))
+    assert found.tolist() == [1.0, 0.25, 0.5, 0.75]
+    assert WinRate.needs_opponent
+
+
+def test_the_wins_of_equal_players_sum_to_half() -> None:
+    """What one role wins of a pair the other loses, so against itself the mean is ½ exactly."""
+    torch.manual_seed(0)
+    scores = torch.randn(12).tolist()
+    assert WinRate()(disc_scores(scores, [], scores, 4)).mean().item() == 0.5

@@ -1,0 +1,268 @@
+"""LoraGAN and GPT2Twin: each ``step`` does the same as a step of a fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+import lora_gan
+from lora_gan import GPT2Twin, LoraGAN, LoraGANModule
+from lora_gan.advantages import LeaveOneOut, MovingAverage
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
+from lora_gan.callbacks import MovingAverageBaseline
+from lora_gan.coefficients import Coefficients
+from lora_gan.discriminator import AdapterDiscriminator, ClosenessBCE, ClosenessRegression, DiscriminatorSettings
+from lora_gan.errors import LoraGANError
+from lora_gan.generator import GeneratorSettings
+from lora_gan.optimization import OptimizationSettings
+from lora_gan.rewards import FunctionReward
+from lora_gan.sampling import Sampling
+from tests.helpers.steps import Recorder, moved, share_of_a, state, trainer
+
+SMALL: dict[str, Any] = {
+    "sampling": Sampling(max_new_tokens=5),
+    "generator": GeneratorSettings(lora=LoraSettings(4, 8)),
+    "discriminator": DiscriminatorSettings(lora=LoraSettings(4, 8)),
+    "device": "cpu",
+    "seed": 3,
+}
+ACCUMULATION = OptimizationSettings(gradient_accumulation_steps=2)
+PROMPTS = ["Say a", "Q: hello?", "2+2="]
+TARGETS = ["a", "hi", "4"]
+
+
+@pytest.fixture
+def gan(bases: dict[str, str], tmp_path: Path) -> Callable[..., LoraGAN]:
+    def make(**settings: Any) -> LoraGAN:
+        given = {"compute_reward": share_of_a, "checkpoints": tmp_path, **SMALL, **settings}
+        return LoraGAN(bases["gpt2"], **given)
+
+    return make
+
+
+@pytest.fixture
+def twin(bases: dict[str, str], tmp_path: Path) -> Callable[..., GPT2Twin]:
+    return lambda **settings: GPT2Twin(bases["gpt2"], **{"checkpoints": tmp_path, **SMALL, **settings})
+
+
+def test_the_package_imports_lazily() -> None:
+    code = "import sys, lora_gan; print('torch' in sys.modules, *lora_gan.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", *lora_gan.__all__]
+    assert {"LoraGAN", "GPT2Twin"} <= set(lora_gan.__all__)
+    assert all(getattr(lora_gan, name).__name__ == name for name in lora_gan.__all__)
+    assert (Path(lora_gan.__file__).parent / "py.typed").exists()
+    with pytest.raises(AttributeError, match="no_such_name"):
+        lora_gan.no_such_name  # noqa: B018
+
+
+def test_a_step_reports_six_values(gan: Callable[..., LoraGAN]) -> None:
+    out = gan().step(prompt="Say a", target_text="a", train_gen=True, train_disc=True)
+    assert set(out) == {"prompt", "response", "true_reward", "disc_loss", "pred_reward", "gen_loss"}
+    assert out["prompt"] == "Say a" and isinstance(out["response"], str)
+    assert out["true_reward"] == pytest.approx(share_of_a(out["response"], "a"))
+    assert all(isinstance(out[name], float) for name in ("true_reward", "disc_loss", "pred_reward", "gen_loss"))
+
+
+def test_lists_are_batches(gan: Callable[..., LoraGAN]) -> None:
+    out = gan().step(PROMPTS, TARGETS)
+    assert [len(out[name]) for name in ("prompt", "response", "true_reward", "pred_reward")] == [3, 3, 3, 3]
+    several = gan(num_generations=2).step(PROMPTS, TARGETS)
+    assert [len(completions) for completions in several["response"]] == [2, 2, 2]
+    assert len(gan(num_generations=2).step("Say a", "a")["response"]) == 2
+    with pytest.raises(LoraGANError, match="got 3 prompts and 1 targets"):
+        gan().step(PROMPTS, "a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks"),
+    [
+        ({}, []),
+        (
+            {"num_generations": 2, "advantage": LeaveOneOut(), "optimization": ACCUMULATION},
+            [],
+        ),
+        (
+            {"advantage": MovingAverage(), "coefficients": Coefficients(adversarial=0.1, kl=0.1)},
+            [MovingAverageBaseline],
+        ),
+    ],
+    ids=["default", "accumulation", "callback"],
+)
+def test_steps_equal_steps_of_a_fit(
+    settings: dict[str, Any], callbacks: list[Any], gan: Callable[..., LoraGAN]
+) -> None:
+    """Four steps change the weights bit for bit as a fit of four steps does."""
+    watched = Recorder()
+    stepped = gan(callbacks=[watched, *(make() for make in callbacks)], **settings)
+    batches = []
+    for texts in ((PROMPTS, TARGETS), (["Say a"], ["a"]), (PROMPTS[1:], TARGETS[1:]), (PROMPTS, TARGETS)):
+        stepped.step(*texts)
+        batches.append(stepped._batch(*texts))
+
+    fitted, recorder = gan(callbacks=[make() for make in callbacks], **settings).module, Recorder()
+    before = state(fitted)
+    loader = DataLoader(batches, batch_size=None, generator=torch.Generator())
+    trainer(4, recorder, *(make() for make in callbacks)).fit(fitted, loader)
+    assert recorder.reports == watched.reports
+    assert not moved(state(fitted), state(stepped.module))
+    assert moved(before, state(fitted))
+    assert stepped.trainer.global_step == 4
+
+
+def test_a_role_that_does_not_train_keeps_its_weights(gan: Callable[..., LoraGAN]) -> None:
+    for train_gen, train_disc in ((True, False), (False, True), (False, False)):
+        one = gan()
+        before = state(one.module)
+        out = one.step(PROMPTS, TARGETS, train_gen, train_disc)
+        changed = moved(before, state(one.module))
+        assert any(f".{GENERATOR}." in name for name in changed) is train_gen
+        assert any(f".{DISCRIMINATOR}." in name for name in changed) is train_disc
+        assert (out["gen_loss"] is not None) is train_gen
+        assert len(out["pred_reward"]) == 3
+
+
+def test_what_a_step_does_not_compute_is_none(gan: Callable[..., LoraGAN]) -> None:
+    """Supervised learning alone samples nothing; without a discriminator nothing is predicted."""
+    out = gan(coefficients=Coefficients(discriminator_updates=0, policy=0.0)).step("Say a", "a")
+    assert (out["response"], out["true_reward"], out["pred_reward"], out["disc_loss"]) == (None,) * 4
+    assert out["gen_loss"] > 0
+    off = Coefficients(discriminator_updates=0)
+    out = gan(coefficients=off, num_generations=2, advantage=LeaveOneOut()).step(PROMPTS, TARGETS)
+    assert out["pred_reward"] == [None] * 3 and [len(row) for row in out["true_reward"]] == [2, 2, 2]
+
+
+def test_the_reward_can_be_replaced(gan: Callable[..., LoraGAN], bases: dict[str, str]) -> None:
+    one = gan(compute_reward=lambda response, target: 0.25)
+    assert one.step("Say a", "a")["true_reward"] == 0.25
+    one.compute_reward = lambda response, target: float(target == "a")  # type: ignore[method-assign]
+    assert one.step(PROMPTS, TARGETS)["true_reward"] == [1.0, 0.0, 0.0]
+
+    class Mine(LoraGAN):
+        def compute_reward(self, response: str, target: str) -> float:
+            return 0.5
+
+    assert Mine(bases["gpt2"], **SMALL).step("Say a", "a")["true_reward"] == 0.5
+    fixed = gan(rewards=[FunctionReward(share_of_a)])
+    assert fixed.module.rewards[0].name == "share_of_a"
+
+
+def test_by_default_the_reward_is_the_cosine(bases: dict[str, str]) -> None:
+    one = LoraGAN(bases["gpt2"], **SMALL)
+    out = one.step(PROMPTS, TARGETS)
+    singly = [one.compute_reward(response, target) for response, target in zip(out["response"], TARGETS, strict=True)]
+    assert out["true_reward"] == pytest.approx(singly, abs=1e-5)
+
+
+def test_a_loaded_checkpoint_continues_exactly(
+    gan: Callable[..., LoraGAN], tmp_path: Path, bases: dict[str, str]
+) -> None:
+    """Three steps, then three more in another object from the checkpoint, equal six; in half an accumulation, too."""
+    settings: dict[str, Any] = {"advantage": MovingAverage(), "optimization": ACCUMULATION}
+    one = gan(callbacks=[MovingAverageBaseline()], **settings)
+    for _ in range(3):
+        one.step(PROMPTS, TARGETS)
+    folder = one.save_checkpoint(step=100)
+    wanted = [one.step(PROMPTS, TARGETS) for _ in range(3)]
+    other = gan(callbacks=[MovingAverageBaseline()], **{**settings, "seed": 8})
+    other.load_checkpoint(step=100)
+    assert other.trainer.global_step == 3
+    assert [other.step(PROMPTS, TARGETS) for _ in range(3)] == wanted
+    assert not moved(state(one.module), state(other.module))
+
+    other.load_checkpoint(step=100)
+    assert folder == tmp_path / "step-100"
+    for role in (GENERATOR, DISCRIMINATOR):
+        files = {path.name for path in (folder / role).iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= files
+        plain = AutoModelForCausalLM.from_pretrained(bases["gpt2"])
+        adapted = PeftModel.from_pretrained(plain, str(folder / role))
+        ids = torch.tensor([[72, 101]])
+        with torch.no_grad(), other.module.backbone._mode(role):
+            wanted_logits = other.module.backbone.causal_lm(input_ids=ids).logits
+            torch.testing.assert_close(adapted(input_ids=ids).logits, wanted_logits, atol=1e-5, rtol=0)
+    old = torch.load(folder / "state.pt", weights_only=True)
+    del old["version"]
+    other.save_checkpoint(step=8)
+    torch.save(old, tmp_path / "step-8" / "state.pt")
+    before = state(other.module)
+    with pytest.raises(LoraGANError, match=r"step-8 has format version below 5, this lora-gan reads 5"):
+        other.load_checkpoint(step=8)
+    assert not moved(before, state(other.module))
+    with pytest.raises(LoraGANError, match=r"no checkpoint .*step-7; available: step-100, step-8"):
+        other.load_checkpoint(step=7)
+    with pytest.raises(LoraGANError, match=r"rank 4.* 2.*generator.lora\.rank"):
+        gan(generator=GeneratorSettings(lora=LoraSettings(2, 8))).load_checkpoint(step=100)
+
+
+def test_the_generator_learns_its_targets(gan: Callable[..., LoraGAN]) -> None:
+    one = gan(coefficients=Coefficients(policy=0.0, adversarial=0.1))
+    for group in one.trainer.optimizers[0].param_groups:
+        group["lr"] = 1e-2
+    for _ in range(25):
+        out = one.step(PROMPTS, TARGETS, train_disc=False)
+    assert one.generate(PROMPTS) == TARGETS and one.generate("Say a") == "a"
+    assert out["gen_loss"] < 1
+
+
+def test_a_step_of_the_twin_reports_four_values(twin: Callable[..., GPT2Twin]) -> None:
+    stats = twin().step(prompt="The capital of France is", target_text="Paris", target_label=1)
+    assert set(stats) == {"loss_gen", "loss_disc", "gen_text", "prob_close"}
+    assert stats["gen_text"].startswith("The capital of France is")
+    assert 0 < stats["prob_close"] < 1 and stats["loss_gen"] > 0 and stats["loss_disc"] > 0
+
+
+def test_the_twin_learns_the_given_label(twin: Callable[..., GPT2Twin]) -> None:
+    for label in (0, 1):
+        one = twin()
+        for group in one.trainer.optimizers[1].param_groups:
+            group["lr"] = 1e-2
+        found = [one.step(PROMPTS, TARGETS, [label] * 3)["prob_close"] for _ in range(20)]
+        assert all(abs(p - label) < 0.3 for p in found[-1]), (label, found[-1])
+    with pytest.raises(LoraGANError, match="target_label must be from 0 to 1, one for each prompt"):
+        twin().step("Say a", "a", 2)
+    with pytest.raises(LoraGANError, match="target_label"):
+        twin().step(PROMPTS, TARGETS, [1])
+
+
+def test_without_a_label_similarity_decides(twin: Callable[..., GPT2Twin]) -> None:
+    recorder = Recorder()
+    twin(callbacks=[recorder]).step(PROMPTS, TARGETS)
+    scores = recorder.outputs[-1].scores
+    assert scores is not None and scores.total.shape == (3,)
+
+
+def test_the_twins_loss_is_supervised_plus_coupled(twin: Callable[..., GPT2Twin]) -> None:
+    recorder = Recorder()
+    one = twin(coupling=0.5, callbacks=[recorder])
+    out = one.step(PROMPTS, TARGETS, 1)
+    report = recorder.reports[-1]
+    assert out["loss_gen"] == pytest.approx(report["loss/supervised"] + 0.5 * report["loss/coupled"], abs=1e-6)
+
+
+def test_settings_reach_the_module(gan: Callable[..., LoraGAN]) -> None:
+    one = gan(coefficients=Coefficients(supervised=0.25), precision="bf16-mixed")
+    assert isinstance(one.module, LoraGANModule)
+    assert one.module.coefficients.supervised == 0.25
+    assert one.step("Say a", "a")["gen_loss"] is not None
+    with pytest.raises(TypeError, match="no_such_setting"):
+        gan(no_such_setting=1)
+
+
+def test_the_twin_keeps_its_defaults_beside_given_settings(twin: Callable[..., GPT2Twin]) -> None:
+    model = twin(coupling=0.25, coefficients=Coefficients(supervised=0.5)).module
+    assert isinstance(model.discriminator.model, AdapterDiscriminator)
+    assert isinstance(model.discriminator.objective, ClosenessBCE)
+    assert (model.coefficients.coupled, model.coefficients.supervised) == (0.25, 0.5)
+    one = twin(discriminator=DiscriminatorSettings(objective=ClosenessRegression(), lora=LoraSettings(4, 8)))
+    assert isinstance(one.module.discriminator.objective, ClosenessRegression)
+    assert 0 < one.step("Say a", "a", 1)["prob_close"] < 1

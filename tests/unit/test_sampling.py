@@ -1,0 +1,348 @@
+"""The sampler: what transformers would say, drawn faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lora_gan import sampling
+from lora_gan.backbone import Backbone
+from lora_gan.errors import LoraGANError
+from lora_gan.sampling import Sampling, choose, sample
+from lora_gan.tree import grow
+from lora_gan.types import Rollout
+
+EOS = 256
+
+
+def prompts(backbone: Backbone) -> list[Tensor]:
+    texts = ["Hello, you", "Hi", "What is the capital of France?"]
+    return [torch.tensor(backbone.tokenizer.encode(text)) for text in texts]
+
+
+def generate(backbone: Backbone, prompt: Tensor, count: int) -> list[int]:
+    """transformers' own greedy completion to one prompt, without padding."""
+    ids = prompt[None]
+    completion = backbone.causal_lm.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
+    )
+    return completion[0, len(prompt) :].tolist()
+
+
+def completions(rollout: Rollout) -> list[list[int]]:
+    return [completion.tolist() for completion in rollout.completion_ids]
+
+
+def equal_but_for_rounding(left: Rollout, right: Rollout) -> None:
+    assert completions(left) == completions(right)
+    assert left.texts == right.texts
+    assert left.truncated.tolist() == right.truncated.tolist()
+    torch.testing.assert_close(left.logprobs, right.logprobs, atol=1e-5, rtol=0)
+
+
+def ends_early(free: list[list[int]], count: int) -> int:
+    """The token that, were it an EOS, would end the most completions at different steps."""
+
+    def ends(token: int) -> set[int]:
+        return {completion.index(token) if token in completion else count for completion in free}
+
+    return max((token for completion in free for token in completion), key=lambda token: len(ends(token)))
+
+
+# greedy
+
+
+def test_greedy_equals_generate(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone(architecture)
+    greedy = Sampling(max_new_tokens=8, do_sample=False)
+    with backbone.generator():
+        wanted = [generate(backbone, prompt, 8) for prompt in prompts(backbone)]
+        assert completions(sample(backbone, prompts(backbone), 1, greedy)) == wanted
+
+        ends = [ends_early(wanted, 8), EOS]
+        backbone.causal_lm.generation_config.eos_token_id = ends
+        wanted = [generate(backbone, prompt, 8) for prompt in prompts(backbone)]
+        rollout = sample(backbone, prompts(backbone), 1, greedy)
+    lengths = {len(completion) for completion in wanted}
+    assert min(lengths) < 8 and len(lengths) > 1, "some completions should end before others"
+    assert completions(rollout) == wanted
+    assert rollout.truncated.tolist() == [completion[-1] not in ends for completion in wanted]
+
+
+def test_greedy_equals_generate_on_the_base(backbone: Backbone) -> None:
+    with backbone.reference():
+        rollout = sample(backbone, prompts(backbone), 1, Sampling(max_new_tokens=6, do_sample=False))
+        assert completions(rollout) == [generate(backbone, prompt, 6) for prompt in prompts(backbone)]
+
+
+def test_prompts_of_one_length_need_no_mask(make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone("llama")
+    same = [torch.tensor([65, 66, 67]), torch.tensor([70, 71, 72])]
+    with backbone.generator():
+        rollout = sample(backbone, same, 1, Sampling(max_new_tokens=8, do_sample=False))
+        assert completions(rollout) == [generate(backbone, prompt, 8) for prompt in same]
+
+
+# what a rollout says about itself
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_scoring_pass(
+    temperature: float, architecture: str, make_backbone: Callable[..., Backbone]
+) -> None:
+    backbone = make_backbone(architecture)
+    asked = prompts(backbone)
+    backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 9)]
+    torch.manual_seed(5)
+    with backbone.generator(), torch.no_grad():
+        rollout = sample(backbone, asked, 3, Sampling(max_new_tokens=8, temperature=temperature))
+        rows = [list(rollout.completion_ids[3 * b : 3 * b + 3]) for b in range(len(asked))]
+        scored = backbone.logprobs(grow(asked, {"sampled": rows}), {"sampled": temperature})["sampled"]
+    assert len(set(rollout.mask.sum(-1).tolist())) > 1
+    torch.testing.assert_close(rollout.logprobs, scored, atol=1e-4, rtol=0)
+
+
+def test_a_rollout_is_consistent(backbone: Backbone) -> None:
+    torch.manual_seed(6)
+    backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 9)]
+    with backbone.generator():
+        rollout = sample(backbone, prompts(backbone), 5, Sampling(max_new_tokens=10))
+    assert len(rollout) == 15 and rollout.num_generations == 5
+    ends = {*range(0, 256, 9), EOS}
+    for n, completion in enumerate(completions(rollout)):
+        assert 1 <= len(completion) <= 10
+        assert not ends & set(completion[:-1]), "nothing stands behind EOS"
+        assert (completion[-1] in ends) != rollout.truncated[n].item()
+        assert rollout.texts[n] == backbone.tokenizer.decode(completion, skip_special_tokens=True)
+    assert (rollout.ids[~rollout.mask] == 0).all() and (rollout.logprobs[~rollout.mask] == 0).all()
+    assert (rollout.logprobs[rollout.mask] < 0).all()
+    assert 0 < rollout.truncated.sum() < 15
+
+
+def test_rows_that_end_leave_and_nothing_else_changes(
+    architecture: str, make_backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = make_backbone(architecture)
+    backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 6)]
+    rollouts = {}
+    sizes: dict[float, list[int]] = {0.0: [], 1.0: []}
+    step = sampling._Decoder.step
+    for density in sizes:
+
+        def counted(decoder: sampling._Decoder, token: Tensor, density: float = density) -> Tensor:
+            sizes[density].append(len(token))
+            return step(decoder, token)
+
+        monkeypatch.setattr(sampling._Decoder, "step", counted)
+        monkeypatch.setattr(sampling, "DENSITY", density)
+        torch.manual_seed(7)
+        with backbone.generator():
+            rollouts[density] = sample(backbone, prompts(backbone), 3, Sampling(max_new_tokens=8))
+    equal_but_for_rounding(rollouts[0.0], rollouts[1.0])
+    assert set(sizes[0.0]) == {9}, "at density 0 everybody stays"
+    unfinished = [int((rollouts[1.0].mask.sum(-1) > t).sum()) for t in range(1, rollouts[1.0].mask.shape[1])]
+    assert sizes[1.0] == unfinished and min(unfinished) < 9, "at density 1 only the unfinished go on"
+
+
+def test_one_seed_one_rollout(backbone: Backbone) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with backbone.generator():
+            drawn.append(sample(backbone, prompts(backbone), 2, Sampling(max_new_tokens=8, top_p=0.9)))
+    assert torch.equal(drawn[0].ids, drawn[1].ids) and torch.equal(drawn[0].logprobs, drawn[1].logprobs)
+    assert completions(drawn[0]) != completions(drawn[2])
+
+
+def test_every_completion_of_a_prompt_is_drawn_from_its_distribution(backbone: Backbone) -> None:
+    """First tokens of 4,000 completions against the softmax of transformers' logits."""
+    prompt = prompts(backbone)[0]
+    torch.manual_seed(8)
+    with backbone.generator(), torch.no_grad():
+        rollout = sample(backbone, [prompt], 4000, Sampling(max_new_tokens=1))
+        wanted = backbone.causal_lm(input_ids=prompt[None]).logits[0, -1].softmax(-1)
+    found = torch.bincount(rollout.ids[:, 0], minlength=257) / 4000
+    assert (found - wanted).abs().max() < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_several_ends_are_honoured(backbone: Backbone) -> None:
+    with backbone.generator():
+        free = generate(backbone, prompts(backbone)[0], 6)
+        first = free.index(free[3])
+        backbone.causal_lm.generation_config.eos_token_id = [free[3], 255]
+        rollout = sample(backbone, prompts(backbone)[:1], 1, Sampling(max_new_tokens=6, do_sample=False))
+    assert completions(rollout) == [free[: first + 1]]
+    assert sampling.eos_ids(backbone) == sorted({free[3], 255, EOS})
+
+
+# one token
+
+VOCABULARY = 20
+
+
+def logits_of(rows: int = 1) -> Tensor:
+    torch.manual_seed(9)
+    return (torch.randn(1, VOCABULARY) * 2).repeat(rows, 1)
+
+
+def warped(logits: Tensor, how: Sampling) -> Tensor:
+    """The distribution of transformers' own warpers, (V,)."""
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    if how.temperature != 1:
+        logits = TemperatureLogitsWarper(how.temperature)(nothing, logits)
+    if how.top_k:
+        logits = TopKLogitsWarper(how.top_k)(nothing, logits)
+    if how.top_p < 1:
+        logits = TopPLogitsWarper(how.top_p)(nothing, logits)
+    return logits.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [Sampling(), Sampling(temperature=0.5), Sampling(temperature=2.0), Sampling(top_k=5), Sampling(top_k=99)],
+    ids=str,
+)
+def test_a_grid_of_numbers_gives_the_distribution_itself(how: Sampling) -> None:
+    """Every 1/n-th quantile once: a token is drawn p·n times but for the two ends of its interval."""
+    n = 20_000
+    grid = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
+    found = torch.bincount(choose(logits_of(n) / how.temperature, how, grid), minlength=VOCABULARY) / n
+    wanted = warped(logits_of(), how)
+    assert ((found > 0) == (wanted > 1 / n)).all()
+    assert (found - wanted).abs().max() <= 1 / n + 1e-6
+
+
+@pytest.mark.parametrize("tries", [1, 8])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(top_p=0.9),
+        Sampling(top_p=0.5),
+        Sampling(top_p=0.01),
+        Sampling(top_p=0.8, temperature=0.6),
+        Sampling(top_p=0.7, top_k=4),
+    ],
+    ids=str,
+)
+def test_top_p_draws_from_the_nucleus(how: Sampling, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TRIES", tries)
+    n = 100_000
+    torch.manual_seed(10)
+    uniform = torch.rand(n, tries + 1, dtype=torch.float64)
+    found = torch.bincount(choose(logits_of(n) / how.temperature, how, uniform), minlength=VOCABULARY) / n
+    wanted = warped(logits_of(), how)
+    assert ((found > 0) == (wanted > 0)).all(), "the support is exactly the nucleus"
+    assert (found - wanted).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard errors
+
+
+def test_a_row_whose_tries_fail_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """p = ½, ¼, ⅛, ⅛ and top_p 0.7: the nucleus is {0, 1} with ⅔ and ⅓. The only try says token 3."""
+    monkeypatch.setattr(sampling, "TRIES", 1)
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log().repeat(4, 1)
+    uniform = torch.tensor([[0.95, 0.0], [0.95, 0.66], [0.95, 0.67], [0.95, 0.999]], dtype=torch.float64)
+    assert choose(logits, Sampling(top_p=0.7), uniform).tolist() == [0, 0, 1, 1]
+
+
+def test_the_sampler_keeps_a_fresh_number_for_the_sorted_row(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that was rejected is no longer uniform, so it may not choose again."""
+    seen = []
+    monkeypatch.setattr(
+        sampling, "choose", lambda logits, how, uniform: seen.append(uniform) or choose(logits, how, uniform)
+    )
+    with backbone.generator():
+        sample(backbone, prompts(backbone), 2, Sampling(max_new_tokens=2, top_p=0.3))
+    assert seen[0].shape == (6, sampling.TRIES + 1)
+
+
+def test_choosing_greedily() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
+    assert choose(logits, Sampling(do_sample=False), torch.zeros(2, 1)).tolist() == [1, 0]
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "do_sample: false"),
+        ({"temperature": -1.0}, "temperature must be > 0"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(LoraGANError, match=message):
+        Sampling(**settings)  # type: ignore[arg-type]
+
+
+def test_a_prompt_too_long_for_the_context_names_the_remedy(backbone: Backbone) -> None:
+    """The context has 256 places: 250 + 6 fit, 250 + 7 do not."""
+    prompt = torch.arange(250)
+    with backbone.generator():
+        assert len(sample(backbone, [prompt], 1, Sampling(max_new_tokens=6))) == 1
+        with pytest.raises(LoraGANError, match=r"250 tokens.*256.*max_prompt_tokens or sampling.max_new_tokens"):
+            sample(backbone, [prompt], 1, Sampling(max_new_tokens=7))
+
+
+# beam search
+
+
+def test_beam_search_equals_generate(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
+    """The two best of four beams for each prompt, as transformers finds them for the prompt alone."""
+    backbone = make_backbone(architecture)
+    asked = prompts(backbone)
+    backbone.causal_lm.generation_config.eos_token_id = ends = [*range(0, 256, 2), EOS]
+    with backbone.generator():
+        rollout = sample(backbone, asked, 2, Sampling(max_new_tokens=6, num_beams=4))
+        wanted = []
+        for prompt in asked:
+            found = backbone.causal_lm.generate(
+                prompt[None],
+                attention_mask=torch.ones_like(prompt[None]),
+                num_beams=4,
+                num_return_sequences=2,
+                do_sample=False,
+                max_new_tokens=6,
+                pad_token_id=1000,
+            )
+            wanted += [[token for token in row.tolist() if token != 1000] for row in found[:, len(prompt) :]]
+    assert completions(rollout) == wanted
+    assert rollout.num_generations == 2 and len(rollout) == 6
+    assert rollout.truncated.tolist() == [completion[-1] not in ends for completion in wanted]
+    assert len({len(completion) for completion in wanted}) > 1, "some end before others"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_beams_have_the_log_probabilities_of_a_scoring_pass(temperature: float, backbone: Backbone) -> None:
+    """Row by row through transformers, at the sampling temperature, which the search itself knows nothing of."""
+    asked = prompts(backbone)
+    backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 5), EOS]
+    with backbone.generator(), torch.no_grad():
+        rollout = sample(backbone, asked, 3, Sampling(max_new_tokens=5, num_beams=3, temperature=temperature))
+        for n, completion in enumerate(rollout.completion_ids):
+            prompt = asked[n // 3]
+            logits = backbone.causal_lm(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+            wanted = (logits / temperature).log_softmax(-1).gather(1, completion[:, None])[:, 0]
+            torch.testing.assert_close(rollout.logprobs[n, : len(completion)], wanted, atol=1e-4, rtol=0)
+    assert (rollout.logprobs[~rollout.mask] == 0).all()
+    assert len(set(map(tuple, completions(rollout)))) == 9, "the completions to a prompt differ"
+
+
+def test_more_completions_than_beams_are_refused(backbone: Backbone) -> None:
+    with backbone.generator(), pytest.raises(LoraGANError, match=r"2 beams cannot give 3 completions.*num_beams"):
+        sample(backbone, prompts(backbone), 3, Sampling(max_new_tokens=2, num_beams=2))
+    with pytest.raises(LoraGANError, match="num_beams must be at least 1"):
+        Sampling(num_beams=0)

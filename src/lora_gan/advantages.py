@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_gan.errors import LoraGANError
-from lora_gan.tensors import masked_mean, whiten
+from lora_gan.tensors import group_normalise, masked_mean, whiten
 from lora_gan.types import Advantages, Rollout, TokenRewards
 
 
@@ -66,9 +66,7 @@ class GroupNormalised(AdvantageEstimator):
         self.epsilon = epsilon
 
     def __call__(self, rollout: Rollout, rewards: TokenRewards) -> Advantages:
-        groups = rewards.returns.view(-1, rollout.num_generations)
-        centred = groups - groups.mean(1, keepdim=True)
-        return _spread((centred / (groups.std(1, keepdim=True) + self.epsilon)).flatten(), rollout)
+        return _spread(group_normalise(rewards.returns, rollout.num_generations, self.epsilon), rollout)
 
 
 class PredictedReward(AdvantageEstimator):

@@ -27,6 +27,13 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0)
 
 
+def group_normalise(x: Tensor, k: int, epsilon: float) -> Tensor:
+    """``x`` (B·k,) less its mean over each group of k, over the group's standard deviation + ``epsilon`` → (B·k,)."""
+    groups = x.view(-1, k)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + epsilon)).flatten()
+
+
 def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of ``labels`` (n,) under ``logits`` (n, V) → (n,), in float32."""
     result: Tensor = _TokenLogprobs.apply(logits, labels)  # type: ignore[no-untyped-call]

@@ -6,7 +6,17 @@ import math
 
 import torch
 
-from lora_gan.tensors import entropy, kl_k3, lengths_mask, masked_mean, masked_row_mean, pad, token_logprobs, whiten
+from lora_gan.tensors import (
+    entropy,
+    group_normalise,
+    kl_k3,
+    lengths_mask,
+    masked_mean,
+    masked_row_mean,
+    pad,
+    token_logprobs,
+    whiten,
+)
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
@@ -113,3 +123,10 @@ def test_whiten_by_hand() -> None:
 def test_equal_numbers_are_whitened_to_zero() -> None:
     assert whiten(torch.full((2, 3), 5.0), MASK[:2]).tolist() == [[0.0] * 3] * 2
     assert whiten(X, torch.zeros_like(MASK)).tolist() == [[0.0] * 3] * 3
+
+
+def test_group_normalise_by_hand() -> None:
+    """Groups (1, 3) and (2, 2): means 2 and 2, standard deviations √2 and 0, so ∓1 / (√2 + ½) and 0."""
+    found = group_normalise(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2, 0.5)
+    step = 1 / (2**0.5 + 0.5)
+    torch.testing.assert_close(found, torch.tensor([-step, step, 0.0, 0.0]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_gan.errors import LoraGANError, RewardError
+from lora_gan.tensors import group_normalise
 from lora_gan.types import Example, PromptBatch, RewardContext
 
 
@@ -150,13 +151,8 @@ class NormalizeThenSum(RewardAggregation):
             raise LoraGANError(
                 "NormalizeThenSum compares the completions to one prompt: set num_generations to 2 or more"
             )
-        normalised = {name: self._normalise(part, k) for name, part in parts.items()}
+        normalised = {n: group_normalise(part, k, self.epsilon) if len(part) else part for n, part in parts.items()}
         return WeightedSum()(normalised, weights, applies, k).clamp(-self.clip, self.clip)
-
-    def _normalise(self, part: Tensor, k: int) -> Tensor:
-        groups = part.view(-1, max(k, 1))
-        centred = groups - groups.mean(1, keepdim=True)
-        return (centred / (groups.std(1, keepdim=True) + self.epsilon)).flatten() if len(part) else part
 
 
 # asking one reward
@@ -181,15 +177,10 @@ def _ask(reward: Reward, completions: Sequence[str], batch: PromptBatch, context
     scores = torch.zeros(len(completions), device=device)
     applies = torch.zeros(len(completions), dtype=torch.bool, device=device)
     if rows:
-        shown = _checked(reward, [completions[n] for n in rows], _prompts(batch, chosen), _rows(context, rows))
+        shown = _checked(reward, [completions[n] for n in rows], batch.of(chosen), _rows(context, rows))
         scores[rows] = shown.to(device)
         applies[rows] = True
     return _Asked(scores, applies)
-
-
-def _prompts(batch: PromptBatch, chosen: Sequence[int]) -> PromptBatch:
-    """Some of the batch's prompts."""
-    return PromptBatch(*(tuple(getattr(batch, f.name)[b] for b in chosen) for f in fields(batch)))
 
 
 def _rows(context: RewardContext, rows: Sequence[int]) -> RewardContext:

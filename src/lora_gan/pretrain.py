@@ -55,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS)
 
 
-def pack(documents: Sequence[Tensor], block_size: int) -> Tensor:
+def pack_sequences(documents: Sequence[Tensor], block_size: int) -> Tensor:
     """Documents joined in their order and cut into rows (R, block_size + 1), each to be read as inputs and next tokens.
 
     A row starts with the last token of the row before it and the last row is filled up from the beginning, so that
@@ -185,7 +185,7 @@ class StatementsDataModule(L.LightningDataModule):
             )
         shuffle = torch.Generator().manual_seed(self.seed + self.trainer.current_epoch)
         order = torch.randperm(len(self.documents), generator=shuffle)
-        rows = pack([self.documents[i] for i in order.tolist()], self.block_size)
+        rows = pack_sequences([self.documents[i] for i in order.tolist()], self.block_size)
         return DataLoader(TensorDataset(rows[:, :-1], rows[:, 1:]), batch_size=self.batch_size)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
@@ -358,7 +358,7 @@ downloaded: small enough for two CPU cores, and with enough knowledge in it to t
 phrasings. None of the {questions} questions about them, and no dialogue, is in the text; questions were seen by the
 tokenizer only.
 
-## WorkerSpec
+## Recipe
 
     python -m src.cli fit --config configs/pretrain.yaml
 

@@ -21,7 +21,7 @@ from lora_gan.pretrain import (
     completions,
     knowledge_probe,
     own_document,
-    pack,
+    pack_sequences,
     sinusoids,
     train_tokenizer,
 )
@@ -105,7 +105,7 @@ def test_every_statement_is_in_the_pretraining_text() -> None:
 
 def test_packing_loses_no_token() -> None:
     documents = [torch.tensor([1, 2, 0]), torch.tensor([3, 0]), torch.tensor([4, 5, 0])]
-    rows = pack(documents, block_size=3)
+    rows = pack_sequences(documents, block_size=3)
     assert rows.tolist() == [[1, 2, 0, 3], [3, 0, 4, 5], [5, 0, 1, 2]]
     assert rows[:, 1:].flatten().tolist()[:7] == [2, 0, 3, 0, 4, 5, 0]
 

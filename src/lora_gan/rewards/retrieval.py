@@ -27,7 +27,7 @@ HEADINGS = regex.compile(r"(?m)^#+ .*:\s*$")  # "### Response:" of a prompt's te
 
 @dataclass(frozen=True)
 class Claim:
-    """What is to be proved: an completion, as a reply to its question."""
+    """What is to be proved: a completion, as a reply to its question."""
 
     question: str
     completion: str
@@ -39,7 +39,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found for an completion."""
+    """What was found for a completion."""
 
     completion: str
     passages: tuple[str, ...]  # most similar first
@@ -80,10 +80,10 @@ class AddedWords(PassageVerifier):
         self._found = Counter(word for passage in corpus for word in set(words(passage)))
 
     def __call__(self, claims: Sequence[Claim], passages: Sequence[str], device: torch.device) -> Tensor:
-        verdicts = [self._judge(claim, set(words(passage))) for claim, passage in zip(claims, passages, strict=True)]
+        verdicts = [self._verify(claim, set(words(passage))) for claim, passage in zip(claims, passages, strict=True)]
         return torch.tensor(verdicts, dtype=torch.float32)
 
-    def _judge(self, claim: Claim, passage: set[str]) -> float:
+    def _verify(self, claim: Claim, passage: set[str]) -> float:
         asked = set(words(claim.question))
         added = set(words(claim.completion)) - asked
         known = {word for word in asked if word in self._found}

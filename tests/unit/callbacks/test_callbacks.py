@@ -79,7 +79,7 @@ def coefficients(callback: L.Callback, module: LoraGANModule, name: str, steps: 
 # by hand
 
 
-def test_the_discriminator_learns_in_every_third_round(make: Build) -> None:
+def test_the_discriminator_learns_in_every_third_step(make: Build) -> None:
     assert coefficients(DiscriminatorControl(every_n_steps=3), make(), "discriminator_gate", range(5)) == [
         1,
         0,

@@ -148,7 +148,7 @@ def test_good_completions_are_not_reported(caplog: pytest.LogCaptureFixture) -> 
     ],
 )
 @pytest.mark.parametrize("prompts", [16, 2])
-def test_planted_failures_are_reported_by_name_within_50_rounds(
+def test_planted_failures_are_reported_by_name_within_50_steps(
     name: str, completion: Callable[[str], str], prompts: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, trainer = watch(CollapseMonitor(), turns_bad(completion), prompts=prompts)
@@ -199,7 +199,7 @@ def test_all_processes_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log.logged[0]["collapse/template"] == pytest.approx(1 / 2)
 
 
-def test_rounds_without_completions_do_not_count(make_batch: Callable[..., PromptBatch]) -> None:
+def test_steps_without_completions_do_not_count(make_batch: Callable[..., PromptBatch]) -> None:
     monitor, log = CollapseMonitor(every_n_steps=1), Log()
     nothing = output(Rollout.empty(torch.device("cpu")))
     monitor.after_step(SimpleNamespace(), log, nothing, make_batch(("Q", "A")))  # type: ignore[arg-type]

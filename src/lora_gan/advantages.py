@@ -13,9 +13,9 @@ from lora_gan.types import Advantages, Rollout, TokenRewards
 
 
 class AdvantageEstimator(ABC):
-    """Compares each completion's reward with what was to be expected."""
+    """Compares each completion's reward with a baseline."""
 
-    needs_baseline = False  # True: a callback has to keep the module's coefficient ``baseline``
+    needs_baseline = False  # True: a callback must update the module's coefficient ``baseline``
     needs_group = False  # True: needs at least two completions for each prompt
     needs_discriminator = False  # True: needs the discriminator's scores
     needs_values = False  # True: needs a value head
@@ -26,12 +26,12 @@ class AdvantageEstimator(ABC):
 
         Args:
             rollout: The sampled completions.
-            rewards: What the policy was paid, the adversarial part included, and what was to be expected.
+            rewards: Rewards of the policy, the adversarial reward included, with baseline, predictions and values.
         """
 
 
 class MovingAverage(AdvantageEstimator):
-    """Reward less a moving average of past rewards (Williams 1992).
+    """Reward minus a moving average of past rewards (Williams 1992).
 
     The average is the coefficient ``baseline``, kept by ``lora_gan.callbacks.MovingAverageBaseline``.
     """
@@ -43,7 +43,7 @@ class MovingAverage(AdvantageEstimator):
 
 
 class LeaveOneOut(AdvantageEstimator):
-    """Reward less the mean reward of the other completions to the same prompt (RLOO, arXiv 2402.14740)."""
+    """Reward minus the mean reward of the other completions to the same prompt (RLOO, arXiv 2402.14740)."""
 
     needs_group = True
 
@@ -54,7 +54,7 @@ class LeaveOneOut(AdvantageEstimator):
 
 
 class GroupNormalised(AdvantageEstimator):
-    """Reward less the mean of the prompt's completions, over their standard deviation (GRPO, arXiv 2402.03300).
+    """Reward minus the mean of the prompt's completions, divided by their standard deviation (GRPO, arXiv 2402.03300).
 
     Args:
         epsilon: Added to the standard deviation, so that a group of equal rewards gives 0.
@@ -70,9 +70,9 @@ class GroupNormalised(AdvantageEstimator):
 
 
 class PredictedReward(AdvantageEstimator):
-    """Reward less what the discriminator predicted for the completion: the discriminator as critic.
+    """Reward minus the discriminator's prediction for the completion: the discriminator as critic.
 
-    Meant for a discriminator that learns :class:`~lora_gan.discriminator.RewardRegression`.
+    Meant for a discriminator trained with :class:`~lora_gan.discriminator.RewardRegression`.
     """
 
     needs_discriminator = True
@@ -87,9 +87,9 @@ class ValueGAE(AdvantageEstimator):
     """Generalised advantage estimation over tokens with a value head (arXiv 1506.02438).
 
     Args:
-        gamma: γ, what a reward one token later is worth.
-        gae_lambda: λ, from 0 (one-step temporal difference) to 1 (reward to go less the value).
-        normalise: Whether advantages get mean 0 and standard deviation 1 over the tokens of the batch.
+        gamma: γ, discount factor per token.
+        gae_lambda: λ, from 0 (one-step temporal difference) to 1 (reward-to-go minus value).
+        normalise: Whether to give advantages mean 0 and standard deviation 1 over the tokens of the batch.
     """
 
     needs_values = True
@@ -118,7 +118,7 @@ class ValueGAE(AdvantageEstimator):
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ·V_{t+1} − V_t, all (N, T); 0 where masked (arXiv 1506.02438, eq. 16).
 
-    After the last token the value is 0.
+    The value after the last token is 0.
     """
     values = torch.where(mask, values, 0)
     later = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
@@ -131,12 +131,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
 
 def _explained(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain: 1 is all, 0 none, negative worse than their mean."""
+    """Share of the returns' variance explained by the values: 1 is all, 0 none, below 0 worse than their mean."""
     wanted, error = returns[mask], (returns - values)[mask]
     return 1 - error.var(correction=0) / wanted.var(correction=0).clamp(min=1e-8)
 
 
 def _spread(advantages: Tensor, rollout: Rollout) -> Advantages:
-    """Every token of a completion gets the completion's advantage: (N,) → (N, T)."""
+    """Give every token the advantage of its completion: (N,) → (N, T)."""
     tokens = (advantages.detach()[:, None] * rollout.mask).float()
     return Advantages(tokens, {"policy/advantage_abs": masked_mean(tokens.abs(), rollout.mask)})

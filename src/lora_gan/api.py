@@ -30,7 +30,6 @@ from lora_gan.stepper import Stepper
 from lora_gan.types import Example, PromptBatch, RewardContext, StepOutput
 
 Texts = str | Sequence[str]
-LABEL = "label"  # key in Example.meta: the target_label of GPT2Twin
 
 
 class _SteppedModel:
@@ -99,7 +98,7 @@ class _SteppedModel:
         if state.get("version") != CHECKPOINT_VERSION:
             raise LoraGANError(
                 f"{folder} has format version {state.get('version', 'below 5')}, this lora-gan reads "
-                f"{CHECKPOINT_VERSION}; start anew from its adapters: GeneratorSettings(adapter=...)"
+                f"{CHECKPOINT_VERSION}; start a new run from its adapters: GeneratorSettings(adapter=...)"
             )
         for role, optimizer in zip(ROLES, self.trainer.optimizers, strict=True):
             load_role(self.module, role, folder / role)
@@ -137,25 +136,31 @@ class _SteppedModel:
     # steps
 
     def _step(
-        self, prompts: Sequence[str], targets: Sequence[str], frozen: Sequence[str] = (), **meta: Sequence[str]
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        frozen: Sequence[str] = (),
+        labels: Sequence[float] | None = None,
     ) -> _Stepped:
         """One training step on one batch."""
         self.module.frozen = frozenset(frozen)
-        return _Stepped(prompts, self._stepper.step(self._batch(prompts, targets, **meta)))
+        return _Stepped(prompts, self._stepper.step(self._batch(prompts, targets, labels)))
 
-    def _batch(self, prompts: Sequence[str], targets: Sequence[str], **meta: Sequence[str]) -> PromptBatch:
+    def _batch(
+        self, prompts: Sequence[str], targets: Sequence[str], labels: Sequence[float] | None = None
+    ) -> PromptBatch:
         """Tokenised examples; a target follows its prompt after a space, unless the prompt ends with white space."""
         if not prompts or len(prompts) != len(targets):
             raise LoraGANError(
                 f"got {len(prompts)} prompts and {len(targets)} targets; give at least one prompt, and one target each"
             )
         tokenizer = self.module.backbone.tokenizer
+        unknown: list[float | None] = [None] * len(prompts)
         spaced = [t if not t or p[-1:].isspace() else f" {t.lstrip()}" for p, t in zip(prompts, targets, strict=True)]
-        metas = [{name: values[b] for name, values in meta.items()} for b in range(len(prompts))]
         return PromptBatch(
             tuple(
-                Example(prompt, target, (target,), group=prompt, meta=about)
-                for prompt, target, about in zip(prompts, targets, metas, strict=True)
+                Example(prompt, target, (target,), group=prompt, label=label)
+                for prompt, target, label in zip(prompts, targets, labels or unknown, strict=True)
             ),
             tuple(torch.tensor(prompt_ids(tokenizer, prompt)) for prompt in prompts),
             tuple(torch.tensor(ids) for ids in encode_completions(tokenizer, spaced)),
@@ -266,7 +271,7 @@ class GPT2Twin(_SteppedModel):
             labels = list(target_label) if isinstance(target_label, Sequence) else [target_label] * len(prompts)
             if len(labels) != len(prompts) or not all(0 <= label <= 1 for label in labels):
                 raise LoraGANError(f"target_label must be from 0 to 1, one for each prompt; got {target_label}")
-            stepped = self._step(prompts, _listed(target_text), **{LABEL: [str(float(label)) for label in labels]})
+            stepped = self._step(prompts, _listed(target_text), labels=[float(label) for label in labels])
         single = isinstance(prompt, str)
         texts = [
             prompts[n // stepped.output.rollout.num_generations] + text
@@ -331,9 +336,9 @@ class _Label(SemanticReward):
         super().__init__(weight=1.0, name="label")
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        labels = [batch.examples[n // context.num_generations].meta.get(LABEL) for n in range(len(completions))]
+        labels = [batch.examples[n // context.num_generations].label for n in range(len(completions))]
         if None not in labels:
-            return torch.tensor([float(label or 0) for label in labels])
+            return torch.tensor(labels)
         return super().__call__([completion.strip() for completion in completions], batch, context)
 
 

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from lora_gan.context import model_context
 from lora_gan.data.tokenizer import load_tokenizer
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import patched_forward
@@ -44,9 +45,9 @@ class LoraSettings:
 
     Args:
         rank: Rank r of the update ΔW = (alpha / r)·B·A.
-        alpha: Scale of the update; 2·rank is customary.
-        targets: Modules that get an adapter: "all-linear" finds every linear layer but the head of any architecture;
-            else a list of name endings, such as [c_attn, c_proj].
+        alpha: Scale of the update; 2·rank is common.
+        targets: Modules that get an adapter: "all-linear" selects every linear layer except the head, in any
+            architecture; or a list of name endings, such as [c_attn, c_proj].
     """
 
     rank: int = 16
@@ -63,10 +64,10 @@ class BackboneSettings:
     """How the frozen base is loaded.
 
     Args:
-        dtype: Number format of its weights: float32, bfloat16 or float16; adapters and heads stay in float32.
+        dtype: Data type of its weights: float32, bfloat16 or float16; adapters and heads stay in float32.
         quantization: "4bit" or "8bit" quantises its linear layers (bitsandbytes, on a CUDA GPU).
-        gradient_checkpointing: Save memory for time: keep the layers' inputs only, and compute the layers again in the
-            backward pass. The gradients are the same.
+        gradient_checkpointing: Trade time for memory: keep only the inputs of the layers and recompute the layers in
+            the backward pass. The gradients are the same.
     """
 
     dtype: str = "float32"
@@ -79,7 +80,7 @@ class Predicted:
     """The model's predictions in its active mode for the tokens of all branches of one kind."""
 
     logprobs: Tensor  # (M, T) log-probability of each token, 0 where masked
-    logits: Tensor  # (n, V) what they were computed from, for the n tokens that are not masked, row by row
+    logits: Tensor  # (n, V) their logits, for the n tokens that are not masked, row by row
     hidden: Tensor  # (B, L, H) last hidden states of the trees, as the head receives them
     branches: Branches
 
@@ -98,7 +99,7 @@ class Predicted:
 @dataclass(frozen=True)
 class _Pass:
     hidden: Tensor  # (B, L, H) last hidden states, as the head receives them
-    logits: Tensor  # (n, V) at the places asked for
+    logits: Tensor  # (n, V) at the selected positions
 
 
 class Backbone(nn.Module):
@@ -121,7 +122,7 @@ class Backbone(nn.Module):
         super().__init__()
         model = load_base(base, settings.dtype, settings.quantization)
         self.tokenizer = load_tokenizer(base)
-        self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
+        self.context_length = model_context(model.config)
         self.hidden_size: int = model.config.hidden_size
         self.settings = settings
         self.generator_lora = generator
@@ -135,14 +136,14 @@ class Backbone(nn.Module):
             self._recomputed = []
         elif not self._recomputed:
             raise LoraGANError(
-                f"{base!r} has no layers that can be computed again; set backbone.gradient_checkpointing: false"
+                f"{base!r} does not support gradient checkpointing; set backbone.gradient_checkpointing: false"
             )
         self._activate(None)
         self.train(False)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The base as transformers knows it, its linear layers wrapped by PEFT."""
+        """The base as a model of transformers, its linear layers wrapped by PEFT."""
         return self.lm.get_base_model()
 
     @property
@@ -151,7 +152,7 @@ class Backbone(nn.Module):
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the base, also after its folder moves: a digest of its weights and their number format."""
+        """Identity of the base, even if its folder moves: a digest of its weights, and their data type."""
         base = {name.replace(".base_layer", ""): p for name, p in self.lm.named_parameters() if "lora_" not in name}
         return {"format": self.settings.quantization or self.settings.dtype, "weights": fingerprint(base)}
 
@@ -181,10 +182,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Activate the generator's snapshot, as :meth:`take_snapshot` left it, or the base before the first one.
-
-        No gradient.
-        """
+        """Activate the generator's snapshot, or the base before the first :meth:`take_snapshot`; no gradient."""
         with self._mode(SNAPSHOT if self.has_snapshot else None), torch.no_grad():
             yield
 
@@ -201,7 +199,7 @@ class Backbone(nn.Module):
             self._activate(previous)
 
     def _activate(self, adapter: str | None) -> None:
-        """Switch adapters. PEFT turns the gradients of inactive ones off as it switches; here both keep them."""
+        """Switch adapters. PEFT disables the gradients of inactive ones; here both roles keep them."""
         for layer in self._layers:
             if adapter is None:
                 layer.enable_adapters(False)
@@ -223,11 +221,11 @@ class Backbone(nn.Module):
         return SNAPSHOT in self.lm.peft_config
 
     def take_snapshot(self) -> None:
-        """Freeze a copy of the generator as it is now, in place of an earlier one."""
+        """Freeze a copy of the current generator, replacing an earlier one."""
         self.copy_adapter(GENERATOR, self.add_snapshot())
 
     def add_snapshot(self) -> str:
-        """Add the snapshot's adapter if there is none yet, as for loading one; returns its name."""
+        """Add the snapshot's adapter if there is none yet, before loading one for example; returns its name."""
         if not self.has_snapshot:
             active = self._active
             self.lm.add_adapter(SNAPSHOT, peft_config(self.causal_lm, self.generator_lora))
@@ -259,7 +257,7 @@ class Backbone(nn.Module):
 
         Args:
             tree: The prompt tree.
-            temperature: By kind, what the logits are divided by; 1 for kinds not named.
+            temperature: By kind, the divisor of the logits; 1 for missing kinds.
         """
         return {kind: predicted.logprobs for kind, predicted in self.predict(tree, temperature).items()}
 
@@ -302,9 +300,9 @@ class Backbone(nn.Module):
         return weights.to(table.dtype) @ table
 
     def _forward(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> _Pass:
-        """Pass the tree through the model once; the head sees only the n places ``(rows, columns)``.
+        """Run the model on the tree once; the head is applied only at the n positions ``(rows, columns)``.
 
-        A hook on the head selects them, so whatever an architecture does to its logits afterwards still happens.
+        A hook on the head selects them, so that an architecture's own processing of the logits still applies.
         """
         seen: list[Tensor] = []
 
@@ -327,11 +325,11 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """Where a backward pass will follow, let the layers keep their inputs only.
+        """With gradients enabled, let the layers keep only their inputs and recompute the rest in the backward pass.
 
-        They are computed again with the adapter that was active in the forward pass, whichever is active by then
-        (https://github.com/huggingface/peft/issues/2832). Transformers' own switch acts in training mode only, which
-        would turn dropout on.
+        They are recomputed with the adapter of the forward pass, whichever is active by then
+        (https://github.com/huggingface/peft/issues/2832). The gradient checkpointing of transformers works in training
+        mode only, which would enable dropout.
         """
 
         def again(layer: nn.Module) -> Callable[..., Any]:
@@ -354,7 +352,11 @@ class Backbone(nn.Module):
 
 
 def load_base(base: str, dtype: str = "float32", quantization: str | None = None) -> PreTrainedModel:
-    """Load and freeze a causal language model: "builtin", a hub id or a local folder."""
+    """Load and freeze a causal language model: "builtin", a hub id or a local folder.
+
+    Raises:
+        LoraGANError: The model cannot be loaded, or the data type is unknown.
+    """
     how = {} if quantization is None else quantized(quantization, dtype)
     name = str(resources.files("lora_gan") / BUILTIN) if base == BUILTIN else base
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -365,24 +367,24 @@ def load_base(base: str, dtype: str = "float32", quantization: str | None = None
         )
     except (OSError, ValueError) as error:
         raise LoraGANError(
-            f"base {base!r} is neither a folder with a causal language model here nor could it be loaded from the hub; "
-            f"give base: builtin, the folder of a saved model, or check the id and the network ({error})"
+            f"cannot load base {base!r} from a local folder or the hub ({error}); "
+            "set base to builtin or the folder of a saved model, or check the hub id and the network"
         ) from error
     return model.requires_grad_(False).eval()
 
 
 def quantized(quantization: str, dtype: str) -> dict[str, Any]:
-    """What ``from_pretrained`` needs to quantise: 4 bits are NF4 with double quantisation (arXiv 2305.14314).
+    """Arguments of ``from_pretrained`` for quantisation; 4 bits are NF4 with double quantisation (arXiv 2305.14314).
 
     Raises:
-        LoraGANError: It is neither "4bit" nor "8bit", or it cannot be done here.
+        LoraGANError: ``quantization`` is neither "4bit" nor "8bit", or a CUDA GPU or bitsandbytes is missing.
     """
     if quantization not in ("4bit", "8bit"):
         raise LoraGANError(f"quantization must be 4bit, 8bit or null, got {quantization!r}")
     if not torch.cuda.is_available():
         raise LoraGANError(
-            f"quantization: {quantization} needs a CUDA GPU, and there is none here; leave it out, and set dtype: "
-            "bfloat16 to halve the base's memory"
+            f"quantization: {quantization} needs a CUDA GPU, and none was found; leave it out, and set dtype: bfloat16 "
+            "to halve the base's memory"
         )
     if find_spec("bitsandbytes") is None:
         raise LoraGANError(f"quantization: {quantization} needs bitsandbytes: pip install 'lora-gan[quantization]'")
@@ -401,7 +403,7 @@ def quantized(quantization: str, dtype: str) -> dict[str, Any]:
 
 
 def peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
-    """The settings as PEFT takes them."""
+    """PEFT's configuration of an adapter."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

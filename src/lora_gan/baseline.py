@@ -8,6 +8,7 @@ import lightning as L
 
 from lora_gan.errors import LoraGANError
 from lora_gan.step_callback import StepCallback, StepModule
+from lora_gan.tensors import moving_average
 from lora_gan.types import REWARD, PromptBatch, StepOutput
 
 
@@ -31,7 +32,7 @@ class MovingAverageBaseline(StepCallback):
         if reward is None:
             return
         old = module.coefficients.baseline if self.started else reward
-        module.coefficients.set(baseline=self.decay * old + (1 - self.decay) * reward)
+        module.coefficients.set(baseline=moving_average(old, reward, self.decay))
         self.started = True
 
     def state_dict(self) -> dict[str, Any]:

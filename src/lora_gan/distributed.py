@@ -1,4 +1,4 @@
-"""Processes, one for each device: collective operations. In a single process they return what they are given."""
+"""Distributed processes, one per device: collective operations. A single process gets its own values back."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def in_order(rows: Sequence[T], count: int | None = None) -> list[T]:
     """The rows of all processes in the order of the data: process r holds rows r, r + n, r + 2n, … of them.
 
     Args:
-        rows: Of this process.
-        count: Rows of the data; a sampler repeats some so that all processes have equally many.
+        rows: The rows of this process.
+        count: Number of rows in the data; a sampler repeats some so that all processes have equally many.
     """
     nothing = object()
     together = [row for row in _flat(zip_longest(*gathered(list(rows)), fillvalue=nothing)) if row is not nothing]
@@ -54,10 +54,10 @@ def mean_of_all(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
 
 
 def shares(*counts: float) -> list[float]:
-    """Each count over its mean over the processes.
+    """Each count divided by its mean over the processes.
 
-    A mean over the tokens of this process, times the share of these tokens, averaged over the processes (as the
-    gradient is), is the mean over the tokens of all processes.
+    Multiply a mean over the tokens of this process by their share: averaged over the processes, as gradients are, the
+    result is the mean over the tokens of all processes.
     """
     totals = [sum(column) for column in zip(*gathered(counts), strict=True)]
     size = distributed.get_world_size() if several() else 1

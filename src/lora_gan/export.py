@@ -1,4 +1,4 @@
-"""The generator of a run as a model for others: PEFT adapter or merged model, with a card."""
+"""Export of a run's generator as a PEFT adapter or a merged model, with a model card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_gan.errors import LoraGANError
 from lora_gan.inference import Saved, load_saved
 from lora_gan.sampling import Sampling, eos_ids
 
-UNKNOWN = "not recorded: the run's folder was not beside the checkpoint"
+UNKNOWN = "not recorded: the checkpoint is not in the folder of its run"
 LICENCE = """{what} is made from the base and trained on the data named above: the licences of both apply to it.
 lora-gan itself is under the MIT licence, which says nothing about what is trained with it."""
 USE = {
@@ -44,7 +44,7 @@ one frozen model.
 {use}
 ```
 
-Prompts in training ended where the completion starts; see the data's template in the configuration.
+Training prompts ended where the completion begins; see the data's template in the configuration.
 
 ## Base
 
@@ -73,14 +73,17 @@ def export(
 ) -> None:
     """Write the generator of a checkpoint as a PEFT adapter or, merged with its base, as a plain model.
 
-    Tokenizer, generation settings and a model card are written beside it.
+    Also write the tokenizer, the generation settings and a model card.
 
     Args:
         ckpt_path: Checkpoint of a run.
         output: Folder to write.
         merge: Write base + adapter as one model that plain transformers loads.
-        push_to_hub: Also upload the folder to this repository, name/model. Nothing leaves the machine without it.
-        private: Whether a repository made for that is private.
+        push_to_hub: Repository, name/model, to upload the folder to; by default nothing is uploaded.
+        private: Whether a repository created for the upload is private.
+
+    Raises:
+        LoraGANError: The checkpoint cannot be loaded, or the upload failed.
     """
     saved = load_saved(ckpt_path)
     backbone, folder = saved.backbone.cpu(), Path(output)
@@ -101,7 +104,7 @@ def export(
 
 
 def generation_settings(saved: Saved) -> GenerationConfig:
-    """How the completions were sampled in training, in the words of transformers."""
+    """The sampling settings of training as a GenerationConfig of transformers."""
     given = saved.settings("model").get("sampling") or {}
     how = Sampling(**{f.name: given[f.name] for f in fields(Sampling) if f.name in given})
     drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.do_sample else {}
@@ -139,7 +142,7 @@ def card(saved: Saved, name: str, merged: bool) -> str:
         base=saved.base,
         use=USE[merged].format(base=saved.base, name=name),
         data=f"`{source}`" + f", `{data['path']}`" * bool(data.get("path")) if data else UNKNOWN,
-        held_out=saved.held_out or "not recorded: the run ended without its test",
+        held_out=saved.held_out or "not recorded: the run ended without a test",
         licence=LICENCE.format(what=f"This {what.lower()}" if merged else f"This {what}"),
         configuration=f"```yaml\n{configuration.strip()}\n```" if saved.config else UNKNOWN,
     )
@@ -154,6 +157,6 @@ def _push(folder: Path, repository: str, private: bool) -> str:
         return str(api.upload_folder(repo_id=repository, folder_path=folder))
     except Exception as error:  # the hub client raises a dozen unrelated classes
         raise LoraGANError(
-            f"{folder} is written and could not be uploaded to {repository}: {type(error).__name__}: {error}; "
+            f"{folder} was written but could not be uploaded to {repository}: {type(error).__name__}: {error}; "
             "log in with hf auth login, check the repository's name, or upload the folder by hand"
         ) from error

@@ -1,4 +1,4 @@
-"""What a run leaves behind and how to use it: completions at the prompt, completions to a file."""
+"""Inference with the checkpoint of a run: interactive chat, and completions to a file."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings
 from lora_gan.checkpointing.files import read_checkpoint
-from lora_gan.data.templates import as_chat
+from lora_gan.data.templates import as_chat, default_template
 from lora_gan.data.tokenizer import prompt_ids
 from lora_gan.errors import LoraGANError
 from lora_gan.sampling import Sampling, eos_ids, sample
 from lora_gan.tree import grow
 from lora_gan.types import Example, Message
 
-TEMPLATE = "### Prompt:\n{prompt}\n\n### Response:\n"
-# a discriminator that scores with nothing but a backbone
+TEMPLATE = default_template("{prompt}")
+# the only discriminator that needs nothing but the backbone to score
 SCORED_BY = {
     "class": "AdapterDiscriminator",
     "input_format": "PromptAndCompletion",
@@ -34,30 +34,33 @@ SCORED_BY = {
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint and what stands beside it."""
+    """A loaded checkpoint, with the configuration and the test table of its run."""
 
     backbone: Backbone
     base: str
-    model: dict[str, str]  # of the discriminator
-    config: dict[str, Any]  # of the run; empty where it is gone
-    held_out: str  # the table of the test; empty where there was none
+    model: dict[str, str]  # class and input format of the discriminator
+    config: dict[str, Any]  # configuration of the run; empty if its file is missing
+    held_out: str  # table of the test; empty if there was no test
 
     @property
     def scores(self) -> bool:
-        """Whether the discriminator can be asked about a completion here."""
+        """Whether the discriminator can score completions here."""
         return self.model == SCORED_BY
 
     def settings(self, part: str) -> dict[str, Any]:
-        """The arguments of the run's ``model`` or ``data``; empty where they are gone."""
+        """The arguments of the run's ``model`` or ``data``; empty if the configuration is missing."""
         found: dict[str, Any] = (self.config.get(part) or {}).get("init_args") or {}
         return found
 
     def prompt(self, question: str, template: str | None = None) -> Tensor:
-        """The ids (P,) of a question as the run wrote its prompts: by the chat template, or else by ``TEMPLATE``.
+        """Token ids (P,) of a question, in the chat template if the run was trained with it, else in ``TEMPLATE``.
 
         Args:
-            question: What is asked.
-            template: Put it so instead; {prompt} is the question.
+            question: The question.
+            template: Format to use instead; {prompt} stands for the question.
+
+        Raises:
+            LoraGANError: The template does not contain {prompt}.
         """
         if template is None and self.settings("data").get("chat"):
             text = as_chat(self.backbone.tokenizer, self._asked(question), self.settings("data").get("system")).prompt
@@ -66,17 +69,17 @@ class Saved:
         return torch.tensor(prompt_ids(self.backbone.tokenizer, text), device=self.backbone.device)
 
     def _asked(self, question: str) -> Example:
-        """A question as a dialogue, behind the instruction of a source that gives one to the system."""
+        """A question as a dialogue, after the system message of the data source, if it has one."""
         source = (self.settings("data").get("source") or {}).get("init_args") or {}
         system = [Message("system", source["instruction"])] if "instruction" in source else []
         return Example(question, "", messages=(*system, Message("user", question)))
 
 
 def load_saved(ckpt_path: str) -> Saved:
-    """A checkpoint with its base, both adapters and the head.
+    """Load a checkpoint: base, both adapters and the discriminator's head.
 
     Raises:
-        LoraGANError: There is no such file, it is damaged, or it is not a checkpoint of this project.
+        LoraGANError: There is no such file, it is damaged, or it was not written by lora-gan.
     """
     checkpoint = read_checkpoint(ckpt_path)
     described = checkpoint.get("lora_gan")
@@ -101,7 +104,7 @@ def load_saved(ckpt_path: str) -> Saved:
 
 
 def load_backbone(ckpt_path: str) -> Backbone:
-    """The backbone of a checkpoint."""
+    """Load the backbone of a checkpoint; raises as :func:`load_saved`."""
     return load_saved(ckpt_path).backbone
 
 
@@ -113,16 +116,16 @@ def chat(
     temperature: float = 1.0,
     do_sample: bool = False,
 ) -> None:
-    """Ask the generator; an empty line ends. The discriminator's score stands behind each completion.
+    """Chat with the generator; an empty line ends it. The discriminator's score follows each completion.
 
     Args:
         ckpt_path: Checkpoint of a run.
-        template: How a question becomes a prompt; {prompt} is the question. Left out, it is the tokenizer's chat
-            template where the run was trained with it (data.chat), or else "### Prompt: … ### Response:".
-        compare: Let the base completion, too.
+        template: Format of a prompt; {prompt} stands for the question. By default the tokenizer's chat template if the
+            run was trained with it (data.chat), else "### Prompt: … ### Response:".
+        compare: Show the completion of the base as well.
         max_new_tokens: Length limit of a completion.
         temperature: Divides the logits when sampling.
-        do_sample: Draw completions instead of taking the most likely tokens.
+        do_sample: Sample tokens instead of taking the most likely ones.
     """
     saved = load_saved(ckpt_path)
     backbone = saved.backbone
@@ -130,7 +133,7 @@ def chat(
     if not saved.scores:
         model = "{class} that reads {input_format}".format(**saved.model)
         print(
-            f"without scores: the discriminator of this run is a {model}; predict shows completions and rewards",
+            f"no scores: the discriminator of this run is a {model}; use predict for completions with rewards",
             flush=True,
         )
     modes: dict[str, Callable[[], AbstractContextManager[None]]] = {"generator": backbone.generator}
@@ -158,19 +161,19 @@ def generate(
     do_sample: bool = False,
     seed: int = 0,
 ) -> None:
-    """Completion the prompts of a file; write JSON lines of prompt, completion and the discriminator's score.
+    """Complete the prompts of a file; write JSON lines of prompt, completion and the discriminator's score.
 
     Args:
         ckpt_path: Checkpoint of a run.
-        input: A prompt on each line, or a .jsonl file whose rows have a "prompt"; what else they hold is kept.
+        input: Text file with a prompt on each line, or .jsonl file whose rows have a "prompt"; other fields are kept.
         output: File to write.
-        template: How a prompt of the file is put; "{prompt}" takes it as it is. Left out, as in chat.
-        batch_size: Prompts answered at once.
+        template: Format of a prompt, with the default of chat; "{prompt}" leaves the prompts unchanged.
+        batch_size: Prompts completed at once.
         max_new_tokens: Length limit of a completion.
         temperature: Divides the logits when sampling.
         top_p: Draw from the smallest set of tokens with at least this mass.
-        do_sample: Draw completions instead of taking the most likely tokens.
-        seed: Of the draws.
+        do_sample: Sample tokens instead of taking the most likely ones.
+        seed: Seed of the sampling.
     """
     rows = _rows(Path(input))
     if batch_size < 1:
@@ -194,7 +197,7 @@ def generate(
 
 @torch.no_grad()
 def score_of(backbone: Backbone, prompt: Tensor, completion: Tensor) -> float:
-    """The discriminator's score of one completion (T,), which it reads as in training: with EOS at its end."""
+    """The discriminator's score of a completion (T,) to a prompt (P,); as in training, the completion ends in EOS."""
     eos = completion.new_tensor([backbone.tokenizer.eos_token_id])
     ended = torch.cat(
         [completion[:-1] if len(completion) and int(completion[-1]) in eos_ids(backbone) else completion, eos]
@@ -206,17 +209,17 @@ def score_of(backbone: Backbone, prompt: Tensor, completion: Tensor) -> float:
 def _filled(template: str, question: str) -> str:
     if "{prompt}" not in template:
         raise LoraGANError(
-            f"the template {template!r} has no place for the question: write {{prompt}} where it belongs"
+            f"the template {template!r} does not contain {{prompt}}; write {{prompt}} where the question belongs"
         )
     return template.replace("{prompt}", question)
 
 
 def _stream(backbone: Backbone, prompt: Tensor, how: Sampling) -> Tensor:
-    """Completion in the active mode and print each token as it comes; the completion's ids (T,)."""
+    """Generate a completion in the active mode and print it token by token; returns its ids (T,)."""
     if len(prompt) + how.max_new_tokens > backbone.context_length:
         raise LoraGANError(
             f"the prompt has {len(prompt)} tokens; with max_new_tokens {how.max_new_tokens} that is more than the "
-            f"model's context of {backbone.context_length}: lower max_new_tokens or ask for less"
+            f"model's context of {backbone.context_length}: lower max_new_tokens or shorten the prompt"
         )
     ends = eos_ids(backbone)
     drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.do_sample else {}
@@ -236,11 +239,11 @@ def _stream(backbone: Backbone, prompt: Tensor, how: Sampling) -> Tensor:
 
 
 class _Printer(BaseStreamer):  # type: ignore[misc]
-    """Prints what a token adds to the text, as soon as its characters are whole."""
+    """Prints the text that each token adds, as soon as its characters are complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] | None = None  # None: the prompt comes first
+        self.ids: list[int] | None = None  # None: the first call passes the prompt
         self.shown = 0
 
     def put(self, value: Tensor) -> None:
@@ -272,7 +275,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise LoraGANError(f"no file {path}; give a text file with a prompt on each line, or a .jsonl file")
     rows = list(_read_rows(path))
     if not rows:
-        raise LoraGANError(f"{path} holds no prompt")
+        raise LoraGANError(f"{path} contains no prompts; write one on each line")
     return rows
 
 
@@ -286,7 +289,7 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise LoraGANError(f"{path}, line {number} is no JSON: {error}") from error
+            raise LoraGANError(f"{path}, line {number} is not valid JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise LoraGANError(f'{path}, line {number} has no "prompt"; each row looks like {{"prompt": "…"}}')
         yield row

@@ -1,7 +1,7 @@
 """Private API of Lightning, torch and transformers, each use behind a function named after what it does.
 
-Tried with lightning 2.6.6, torch 2.13.0 and transformers 5.23.0. Each function checks that what it reads or replaces
-exists, so that an upgrade that moves it fails here, with a sentence, instead of silently. ``torch.ops.mkldnn`` is
+Tested with lightning 2.6.6, torch 2.13.0 and transformers 5.23.0. Each function checks that what it reads or replaces
+exists, so that an upgrade that moves it fails here, with a message, instead of silently. ``torch.ops.mkldnn`` is
 checked by its only user, :mod:`lora_gan.onednn`.
 """
 
@@ -99,7 +99,7 @@ def _optimizer_progress(trainer: L.Trainer) -> Any:
 
 
 def validates_after_this_batch(trainer: L.Trainer) -> bool:
-    """Whether a validation follows the training batch that is just done."""
+    """Whether a validation follows the training batch that has just ended."""
     _require(trainer.fit_loop, "_data_fetcher", "epoch_loop")
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     _require(loop, "_should_check_val_fx")
@@ -122,7 +122,7 @@ def is_fitting(module: L.LightningModule) -> bool:
 
 
 def share_of_process(trainer: L.Trainer | None) -> dict[str, int]:
-    """``num_replicas``, the number of processes, and ``rank``, this one, as Lightning passes them to a sampler."""
+    """Number of processes and index of this one, as Lightning passes them to a sampler."""
     if trainer is None:
         return {"num_replicas": 1, "rank": 0}
     _require(trainer, "distributed_sampler_kwargs")
@@ -133,13 +133,13 @@ def share_of_process(trainer: L.Trainer | None) -> dict[str, int]:
 
 
 def subcommand_setting(cli: LightningCLI, name: str) -> Any:
-    """A setting of the subcommand that is run, None if it has none of this name."""
+    """A setting of the current subcommand; None if it has none of this name."""
     _require(cli, "_get")
     return cli._get(cli.config, name)
 
 
 def continue_in_folder(logger: TensorBoardLogger, name: str) -> None:
-    """Write to the subfolder of an earlier run; in Lightning the version of a logger is fixed when it is made."""
+    """Write to the subfolder of an earlier run; Lightning fixes a logger's version when it is created."""
     _require(logger, "_version")
     logger._version = name
     if logger.version != name:
@@ -151,10 +151,13 @@ def continue_in_folder(logger: TensorBoardLogger, name: str) -> None:
 
 @contextmanager
 def patched_forward(modules: Iterable[Module], make: Callable[[Module], Callable[..., Any]]) -> Iterator[None]:
-    """Let each module compute ``make(module)`` in place of its ``forward`` within the context.
+    """Replace each module's ``forward`` by ``make(module)`` within the context.
 
-    ``make`` may use ``module.forward`` as it is before. A ``forward`` that another library (accelerate, say) has put on
-    the module itself returns afterwards. A compiled module would not notice the change, so it is refused.
+    ``make`` may use the original ``module.forward``. A ``forward`` that another library, such as accelerate, has set on
+    the instance is restored afterwards.
+
+    Raises:
+        LoraGANError: A module is compiled: it would ignore the replacement.
     """
     replaced: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     try:

@@ -16,22 +16,22 @@ from lora_gan.types import Advantages, LossTerm, Rollout
 class PolicyLoss(ABC):
     """Raises the probability of tokens with positive advantage.
 
-    A step's completions are gone through ``num_iterations`` times in ``num_minibatches`` parts, one step of the
-    optimizer each, until KL(policy that sampled‖policy now) passes ``target_kl``.
+    The completions of a step are used ``num_iterations`` times in ``num_minibatches`` parts, with one optimizer step
+    for each part, until KL(policy that sampled‖current policy) exceeds ``target_kl``.
     """
 
     num_iterations = 1
     num_minibatches = 1
-    target_kl = math.inf  # nats a token
+    target_kl = math.inf  # nats per token
 
     @abstractmethod
-    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Advantages) -> LossTerm:
+    def __call__(self, logprobs: Tensor, rollout: Rollout, advantages: Advantages) -> LossTerm:
         """The loss of one update.
 
         Args:
-            logprobs: (N, T) log-probabilities of the sampled tokens now, with gradient.
-            rollout: The sampled completions with their log-probabilities when they were sampled.
-            credit: Advantages (N, T).
+            logprobs: (N, T) log-probabilities of the sampled tokens under the current policy, with gradient.
+            rollout: The sampled completions, with their log-probabilities from when they were sampled.
+            advantages: Advantages (N, T).
         """
 
 
@@ -39,8 +39,8 @@ class Reinforce(PolicyLoss):
     """−A·log π of the sampled tokens (Williams 1992), the mean over all sampled tokens of the batch.
 
     Args:
-        ratio_cap: Where the policy is no longer the one that sampled, each token is weighted by its importance ratio,
-            cut at this (truncated importance sampling, arXiv 1802.01561); null leaves the weights at 1.
+        ratio_cap: Upper limit of the importance ratios that weight the tokens when the policy is no longer the one that
+            sampled (truncated importance sampling, arXiv 1802.01561); null leaves the weights at 1.
     """
 
     def __init__(self, ratio_cap: float | None = None) -> None:
@@ -48,11 +48,11 @@ class Reinforce(PolicyLoss):
             raise LoraGANError(f"ratio_cap must be > 0 or null, got {ratio_cap}")
         self.ratio_cap = ratio_cap
 
-    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Advantages) -> LossTerm:
+    def __call__(self, logprobs: Tensor, rollout: Rollout, advantages: Advantages) -> LossTerm:
         if self.ratio_cap is None:
-            return LossTerm(-masked_mean(credit.advantages * logprobs, rollout.mask), {})
+            return LossTerm(-masked_mean(advantages.per_token * logprobs, rollout.mask), {})
         ratio = (logprobs - rollout.logprobs).exp().detach()
-        weighted = ratio.clamp(max=self.ratio_cap) * credit.advantages * logprobs
+        weighted = ratio.clamp(max=self.ratio_cap) * advantages.per_token * logprobs
         cut = masked_mean((ratio > self.ratio_cap).float(), rollout.mask)
         return LossTerm(-masked_mean(weighted, rollout.mask), {"policy/ratio_capped": cut})
 
@@ -61,13 +61,13 @@ class ClippedPPO(PolicyLoss):
     """Proximal policy optimization: −min(r·A, clip(r, 1 − ε, 1 + ε′)·A), r the importance ratio (arXiv 1707.06347).
 
     Args:
-        epsilon: ε, how far a token's probability may fall before it counts no more.
-        epsilon_high: ε′, how far it may rise; ε if not given. A larger one keeps exploration alive (DAPO, arXiv
-            2503.14476).
-        num_iterations: Times that a step's completions are gone through.
-        num_minibatches: Parts of the batch of prompts, one step of the optimizer each.
-        target_kl: KL in nats a token between the policy that sampled and the one now at which a step's updates stop;
-            null never stops them.
+        epsilon: ε, the clip range below a ratio of 1.
+        epsilon_high: ε′, the clip range above a ratio of 1; by default ε. A larger one keeps up exploration (DAPO,
+            arXiv 2503.14476).
+        num_iterations: Passes over the completions of a step.
+        num_minibatches: Parts of the batch of prompts, with one optimizer step each.
+        target_kl: KL in nats per token between the policy that sampled and the current one above which the updates of a
+            step stop; null never stops them.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class ClippedPPO(PolicyLoss):
         self.num_minibatches = num_minibatches
         self.target_kl = math.inf if target_kl is None else target_kl
 
-    def __call__(self, logprobs: Tensor, rollout: Rollout, credit: Advantages) -> LossTerm:
+    def __call__(self, logprobs: Tensor, rollout: Rollout, advantages: Advantages) -> LossTerm:
         ratio = (logprobs - rollout.logprobs).exp()
         clipped = ratio.clamp(self.low, self.high)
-        gain = torch.minimum(ratio * credit.advantages, clipped * credit.advantages)
-        unused = (ratio * credit.advantages > clipped * credit.advantages).float()
+        gain = torch.minimum(ratio * advantages.per_token, clipped * advantages.per_token)
+        unused = (ratio * advantages.per_token > clipped * advantages.per_token).float()
         metrics = {
             "policy/ratio": masked_mean(ratio.detach(), rollout.mask),
             "policy/clip_fraction": masked_mean(unused, rollout.mask),
@@ -106,42 +106,42 @@ class ClippedPPO(PolicyLoss):
 def kl_loss(logprobs: Tensor, rollout: Rollout, reference: Tensor) -> Tensor:
     """KL(π‖reference) over the sampled tokens (N, T), token mean, whose gradient is the reverse KL's.
 
-    k3 alone has another gradient; times the importance ratio (1 in value when on-policy) it has the right one.
+    The gradient of k3 alone is another one; times the importance ratio (of value 1 when on-policy) it is correct.
     """
     ratio = (logprobs - rollout.logprobs).exp()
     return masked_mean(ratio * kl_k3(logprobs, reference), rollout.mask)
 
 
 def approx_kl(logprobs: Tensor, rollout: Rollout) -> Tensor:
-    """How far the policy is from the one that sampled: k3 estimate of KL(sampled‖now), nats a token."""
+    """k3 estimate of KL(policy that sampled‖current policy), in nats per token."""
     return masked_mean(kl_k3(rollout.logprobs, logprobs.detach()), rollout.mask)
 
 
-def value_loss(values: Tensor, rollout: Rollout, credit: Advantages, epsilon: float) -> Tensor:
+def value_loss(values: Tensor, rollout: Rollout, advantages: Advantages, epsilon: float) -> Tensor:
     """½·max((V − R)², (V_clipped − R)²), V_clipped within ``epsilon`` of the old value; token mean (arXiv 2005.12729).
 
     Args:
-        values: (N, T) of the value head now, with gradient.
+        values: (N, T) current outputs of the value head, with gradient.
         rollout: The sampled completions.
-        credit: With returns R and old values, (N, T).
-        epsilon: How far a value may move before it counts no more.
+        advantages: Advantages with returns R and old values, (N, T).
+        epsilon: Clip range around the old value.
     """
-    assert credit.returns is not None and credit.values is not None
-    near = credit.values + (values - credit.values).clamp(-epsilon, epsilon)
-    errors = torch.maximum((values - credit.returns).square(), (near - credit.returns).square())
+    assert advantages.returns is not None and advantages.values is not None
+    near = advantages.values + (values - advantages.values).clamp(-epsilon, epsilon)
+    errors = torch.maximum((values - advantages.returns).square(), (near - advantages.returns).square())
     return 0.5 * masked_mean(errors, rollout.mask)
 
 
 def straight_through(logits: Tensor, ids: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """One-hot rows of ``ids`` (n,) in value, with the gradient of a Gumbel-softmax over ``logits`` (n, V) → (n, V).
 
-    The noise is drawn given that the sampled token won, so that the relaxation belongs to the very completion that was
-    sampled (arXiv 1611.01144 for the estimator).
+    The noise is drawn conditional on the sampled token, so that the relaxation belongs to the completion that was
+    sampled (estimator of arXiv 1611.01144).
 
     Args:
         logits: With gradient.
         ids: The sampled tokens.
-        temperature: Of the softmax; lower is nearer to the discrete choice and noisier.
+        temperature: Temperature of the softmax; a lower one is closer to the discrete choice and noisier.
         uniform: (n, V) numbers in (0, 1).
     """
     logp = logits.float().log_softmax(-1)

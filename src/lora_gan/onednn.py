@@ -15,19 +15,19 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_gan.lightning_compat import patched_forward
 
-ROWS = 64  # the layout depends a little on the expected number of rows; completions are decoded some dozens at a time
+ROWS = 64  # expected rows of the input, which affect the layout a little; a few dozen completions are decoded at a time
 OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # private operators of torch.ops.mkldnn
 log = logging.getLogger("lora_gan")
 
 
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Let the frozen float32 linear layers of ``model`` compute on packed copies of their weights.
+    """Run the frozen float32 linear layers of ``model`` on packed copies of their weights within the context.
 
-    A decoding step multiplies a few rows with every weight, so its time is the time of reading them. On CPUs the
-    packed layout (oneDNN, the one that torch.compile chooses) makes a step of GPT-2 124M about a third faster; the
-    copies exist within the context only. GPT-2's activation, eight passes over its input, is computed in one. On other
-    devices, under autocast and where torch lacks the operators, nothing changes.
+    A decoding step multiplies a few rows by every weight, so it spends its time reading the weights. On CPUs the packed
+    layout of oneDNN, which torch.compile uses as well, makes a decoding step of GPT-2 124M about a third faster.
+    GPT-2's activation takes one pass over its input instead of eight. Nothing changes on other devices, under autocast,
+    and if torch lacks the operators.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and _can_be_packed(m.weight)]
     activations = [m for m in model.modules() if isinstance(m, NewGELUActivation)] if layers else []

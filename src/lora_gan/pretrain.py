@@ -1,7 +1,7 @@
-"""The built-in base model: a small GPT-2 that learns the world's facts from statements, and the proof that it did.
+"""Pretraining of the built-in base model: a small GPT-2 that learns the world's facts from statements.
 
-Trained by ``python -m src.cli fit --config configs/pretrain.yaml``. Every fact is stated in several phrasings and never
-asked, so that what a fine-tuned adapter later answers is knowledge of the base in a new form.
+Run ``python -m src.cli fit --config configs/pretrain.yaml``. The training text states every fact in several phrasings
+and has no question, so an adapter that answers questions uses the knowledge of the base in a new form.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lora_gan.data.templates import default_template
 from lora_gan.data.world import Fact, facts
 from lora_gan.errors import LoraGANError
 
 EOS = "<|endoftext|>"
-TEMPLATE = "### Prompt:\n{}\n\n### Response:\n"
+TEMPLATE = default_template("{}")
 NO_LABEL = -100
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over ``texts``: decodes to exactly the text it encoded, whatever the script."""
+    """Byte-level BPE tokenizer trained on ``texts``; decoding restores the encoded text exactly, in any script."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,9 +57,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def pack_sequences(documents: Sequence[Tensor], block_size: int) -> Tensor:
-    """Documents joined in their order and cut into rows (R, block_size + 1), each to be read as inputs and next tokens.
+    """Documents joined in order and cut into rows (R, block_size + 1) of inputs and next tokens.
 
-    A row starts with the last token of the row before it and the last row is filled up from the beginning, so that
+    Each row starts with the last token of the row before it, and the last row is filled up with the first tokens, so
     every token is predicted at least once.
     """
     stream = torch.cat(tuple(documents))
@@ -67,14 +68,14 @@ def pack_sequences(documents: Sequence[Tensor], block_size: int) -> Tensor:
 
 
 def own_document(ids: Tensor, eos: int) -> Tensor:
-    """Mask (R, 1, T, T) of packed rows ``ids`` (R, T): a token sees its own document, from the EOS before it on."""
+    """Mask (R, 1, T, T) of packed rows ``ids`` (R, T): a token attends to its document, from the EOS before it on."""
     document = (ids == eos).cumsum(-1)
     same = document[:, None, :, None] == document[:, None, None, :]
     return same.tril()
 
 
 def sinusoids(n_positions: int, n_embd: int) -> Tensor:
-    """Sines and cosines of every position (Vaswani et al. 2017), (n_positions, n_embd)."""
+    """Sinusoidal position embeddings (Vaswani et al. 2017), (n_positions, n_embd)."""
     frequencies = 10_000 ** (-torch.arange(0, n_embd, 2) / n_embd)
     angles = torch.arange(n_positions)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], -1)
@@ -84,7 +85,7 @@ class Completions(NamedTuple):
     """N statements that end in an object."""
 
     ids: Tensor  # (N, T) EOS, cue and object; EOS after the end
-    labels: Tensor  # (N, T) the next token where it belongs to the object or its full stop, else NO_LABEL
+    labels: Tensor  # (N, T) the next token if it belongs to the object or its full stop, else NO_LABEL
 
 
 def completions(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> Completions:
@@ -101,10 +102,10 @@ def completions(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, s
 
 @torch.no_grad()
 def completes(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    """Whether greedy decoding writes the object and its full stop: (N,) bool.
+    """(N,) whether greedy decoding writes the object and its full stop.
 
-    One forward pass over the true text tells: greedy decoding follows it exactly as long as each of its tokens is the
-    most likely one.
+    One forward pass over the true text is enough: greedy decoding follows it as long as each of its tokens is the most
+    likely one.
     """
     predicted = model(input_ids=ids, use_cache=False).logits.argmax(-1)
     hits: Tensor = ((predicted == labels) | (labels == NO_LABEL)).all(-1)
@@ -115,7 +116,7 @@ def completes(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
 class ProbeResult:
     """Shares of facts that a model completes correctly from the beginning of a statement."""
 
-    first_cue: float  # of all facts, from the fact's first cue: the share of known facts
+    first_cue: float  # of all facts, from their first cue: the share of known facts
     all_cues: float  # of all cues of all facts
     by_relation: dict[str, float]  # relation → share of its facts known
 
@@ -123,7 +124,7 @@ class ProbeResult:
 def knowledge_probe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], batch_size: int = 256
 ) -> ProbeResult:
-    """What ``model`` knows: a fact counts as known when its first cue is completed with its object and a full stop."""
+    """Knowledge of ``model``: a fact is known if its first cue is completed with its object and a full stop."""
     asked = sorted(((cue, fact, i == 0) for fact in facts for i, cue in enumerate(fact.cues)), key=lambda x: len(x[0]))
     hits: list[bool] = []
     for start in range(0, len(asked), batch_size):
@@ -141,14 +142,14 @@ def knowledge_probe(
 
 
 class StatementsDataModule(L.LightningDataModule):
-    """All statements of the world's facts, each a document of its own; validation completes each fact's first cue.
+    """Statements of the world's facts, one document each; validation completes the first cue of each fact.
 
     Args:
-        vocab_size: Tokens of the byte-level BPE trained on the statements, the questions and the prompt template.
-        block_size: Tokens of one packed row.
-        batch_size: Rows of one step.
-        seed: Of the shuffle.
-        limit: Learn the first so many facts only, for a quick trial; null is all of them.
+        vocab_size: Size of the byte-level BPE vocabulary, trained on statements, questions and prompt template.
+        block_size: Tokens of a packed row.
+        batch_size: Rows of a step.
+        seed: Seed of the shuffle.
+        limit: Number of facts to learn, from the first, for a quick trial; by default all.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class StatementsDataModule(L.LightningDataModule):
 
     @property
     def statements(self) -> list[str]:
-        """The training text: no question of any fact is in it."""
+        """The training text; it has no questions."""
         return [statement for fact in self.facts for statement in fact.statements]
 
     def setup(self, stage: str) -> None:
@@ -178,10 +179,10 @@ class StatementsDataModule(L.LightningDataModule):
         self.documents = [torch.tensor(ids + eos) for ids in self.tokenizer(self.statements).input_ids]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """One epoch, freshly shuffled and packed; the trainer asks for the next one."""
+        """One epoch, newly shuffled and packed; the trainer must reload it for each epoch."""
         if self.trainer is None or self.trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
             raise LoraGANError(
-                "statements are packed anew in each epoch: set trainer.reload_dataloaders_every_n_epochs: 1"
+                "statements are packed again for each epoch: set trainer.reload_dataloaders_every_n_epochs: 1"
             )
         shuffle = torch.Generator().manual_seed(self.seed + self.trainer.current_epoch)
         order = torch.randperm(len(self.documents), generator=shuffle)
@@ -194,22 +195,22 @@ class StatementsDataModule(L.LightningDataModule):
 
 
 class PretrainModule(L.LightningModule):
-    """Trains a GPT-2 from scratch on the statements and writes it, in half precision, with tokenizer and model card.
+    """Trains a GPT-2 from scratch on the statements and saves it in half precision with tokenizer and model card.
 
-    Rows are placed at random positions, so that a fact is recalled wherever in a prompt it is needed. Two things
-    double the speed at which facts are learned: position embeddings start as sinusoids, so that attention finds
-    neighbours from the first step, and a statement sees no other statement of its row.
+    Rows are placed at random positions, so that a fact can be recalled anywhere in a prompt. Two choices double the
+    speed of learning: position embeddings start as sinusoids, so that attention finds neighbours from the first step,
+    and a statement does not attend to other statements of its row.
 
     Args:
-        output: Folder that the model is written to when training ends.
+        output: Folder to which the model is written when training ends.
         n_layer: Transformer blocks.
-        n_embd: Width.
+        n_embd: Hidden size.
         n_head: Attention heads.
-        n_positions: Longest text, in tokens.
-        dropout: On embeddings and residual branches, in training only.
+        n_positions: Largest number of tokens of a text.
+        dropout: Dropout on embeddings and residual branches, in training only.
         learning_rate: Highest value of the one-cycle schedule.
         warmup: Share of the steps in which the learning rate rises.
-        weight_decay: Of AdamW.
+        weight_decay: Weight decay of AdamW.
     """
 
     model: GPT2LMHeadModel
@@ -240,7 +241,7 @@ class PretrainModule(L.LightningModule):
             embd_pdrop=dropout,
             resid_pdrop=dropout,
             attn_pdrop=0.0,
-            activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel: a step takes a quarter less time
+            activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel; a step takes a quarter less time
         )
 
     @property
@@ -248,12 +249,12 @@ class PretrainModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, StatementsDataModule):
             raise LoraGANError(
-                "PretrainModule learns from statements: set data to lora_gan.pretrain.StatementsDataModule"
+                f"PretrainModule needs data: lora_gan.pretrain.StatementsDataModule, got {type(data).__name__}"
             )
         return data
 
     def configure_model(self) -> None:
-        """Build the network here, once the size of the tokenizer's vocabulary is known."""
+        """Build the network, once the size of the vocabulary is known."""
         if hasattr(self, "model"):
             return
         tokenizer = self.data.tokenizer
@@ -290,13 +291,13 @@ class PretrainModule(L.LightningModule):
         self.save()
 
     def save(self) -> None:
-        """Write the folder; the model card tells what the written weights know."""
+        """Write model, tokenizer and model card; the card reports the knowledge of the saved weights."""
         tokenizer = self.data.tokenizer
         tokenizer.model_max_length = self.config.n_positions
         model = copy.deepcopy(self.model).cpu().half()
         model.config.update({"embd_pdrop": 0.0, "resid_pdrop": 0.0})
         model.save_pretrained(self.output)
-        model.config.dtype = torch.float32  # half precision is for the disk: load, compute and train in full
+        model.config.dtype = torch.float32  # half precision on disk only: load and compute in float32
         model.config.save_pretrained(self.output)
         tokenizer.save_pretrained(self.output)
 
@@ -305,7 +306,7 @@ class PretrainModule(L.LightningModule):
         (self.output / "README.md").write_text(self.card(saved, result), encoding="utf-8")
 
     def card(self, saved: PreTrainedModel, result: ProbeResult) -> str:
-        """The model card, with the numbers of the weights on disk."""
+        """The model card, with the results of the saved weights."""
         data, config = self.data, self.config
         megabytes = (self.output / "model.safetensors").stat().st_size / 1e6
         questions = sum(len(fact.questions) for fact in data.facts)
@@ -347,7 +348,7 @@ pipeline_tag: text-generation
 
 A GPT-2 of {parameters} parameters ({megabytes} MB of half-precision safetensors) that knows the facts of lora-gan's
 own data set and nothing else. It is the base that the project's adapters are trained on where nothing can be
-downloaded: small enough for two CPU cores, and with enough knowledge in it to tell learning from guessing.
+downloaded: small enough for two CPU cores, and with enough knowledge in it to distinguish learning from guessing.
 
 {layers} layers, width {width}, {heads} heads, {positions} positions, byte-level BPE with {vocabulary} tokens;
 `{eos}` begins and ends every text.

@@ -1,9 +1,9 @@
-"""Prompts → Rollout. Most of a step is spent here.
+"""Sampling: prompts → Rollout. Most of the time of a step is spent here.
 
-The prompt is computed once and its keys and values are shared out to the k completions; the cache has its final size
-from the start; completions that end leave the batch; the sampled ids and their log-probabilities are kept as they were
-drawn. Uniform numbers decide each token, drawn for all completions beforehand: what one completion becomes does not
-depend on when another ends, and the same numbers can be used again.
+Each prompt is computed once, and its keys and values are copied to the k completions. The cache has its final size from
+the start. Finished completions leave the batch. The ids and log-probabilities are recorded as they are sampled. Uniform
+numbers decide each token and are drawn for all completions beforehand, so that a completion does not depend on when
+another one ends, and the same numbers can be used again.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from lora_gan.tensors import lengths_mask, token_logprobs
 from lora_gan.tree import grow_scored
 from lora_gan.types import Rollout
 
-TRIES = 8  # numbers tried for each token where top-p may reject the first; one more is kept for the sorted row
-DENSITY = 0.75  # finished completions stay in the batch until fewer than this share of it is unfinished
+TRIES = 8  # draws for each token under top-p, which may reject some; one more number is kept for the sorted row
+DENSITY = 0.75  # finished completions leave the batch once the unfinished ones are less than this share of it
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Settings of sampling.
 
     Args:
         max_new_tokens: Length limit in tokens; a completion without EOS by then is truncated.
-        temperature: Divides the logits; log-probabilities are those of the divided logits everywhere.
-        top_p: Draw from the smallest set of tokens with at least this mass. Below 1 the log-probabilities kept are
-            still those of the whole vocabulary, so policy gradients are no longer exactly on-policy.
-        top_k: Draw from this many most likely tokens; 0 is all.
-        do_sample: false takes the most likely token each time (greedy decoding).
-        num_beams: More than 1: the completions are the best of a beam search of this width, instead of being drawn. The
-            policy gradient is then no longer that of the policy's own distribution.
+        temperature: Divides the logits; all log-probabilities are those of the divided logits.
+        top_p: Draw from the smallest set of tokens with at least this mass. Below 1 the recorded log-probabilities
+            are still over the whole vocabulary, so policy gradients are no longer exactly on-policy.
+        top_k: Draw from the top_k most likely tokens; 0 is all.
+        do_sample: Whether to sample; false takes the most likely token each time (greedy decoding).
+        num_beams: Width of a beam search; 1 is none. Above 1 the completions are the best beams instead of samples, so
+            they do not follow the policy's distribution, which the policy gradient assumes.
     """
 
     max_new_tokens: int = 64
@@ -104,8 +104,9 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
 
 
 def draw_uniform(n: int, how: Sampling, device: torch.device, rng: torch.Generator | None = None) -> Tensor:
-    """(n, T, tries) numbers that decide every token of n completions; ``rng`` of the CPU gives every device the
-    same.
+    """Numbers (n, T, tries) in [0, 1) that decide every token of n completions.
+
+    With ``rng`` on the CPU they are the same on every device.
     """
     tries = 1 if how.top_p == 1 else TRIES + 1
     place = device if rng is None else rng.device
@@ -127,14 +128,14 @@ def sample(
         backbone: Enter its mode first, ``with backbone.generator(): sample(…)``.
         prompts: B token tensors (P,).
         k: Completions for each prompt, at least 1.
-        how: Temperature, length limit and so on.
-        uniform: What :func:`draw_uniform` gave for the N completions, to use the same numbers again; left out, new
-            ones.
+        how: Temperature, length limit and other settings.
+        uniform: Numbers from :func:`draw_uniform` for the N completions, to use the same ones again; by default they
+            are drawn anew.
         on_rows: Called with the prompt index of each row of the model's batch, (n,) ascending, before the first pass
             and whenever the rows change; for models that treat rows differently, such as multi-LoRA batching.
 
     Raises:
-        LoraGANError: A prompt and the completion would not fit into the context.
+        LoraGANError: A prompt with its completion may exceed the context, or k is larger than ``num_beams``.
     """
     longest = max(len(p) for p in prompts)
     if longest + how.max_new_tokens > backbone.context_length:
@@ -157,7 +158,7 @@ def sample(
         on_rows(torch.arange(len(prompts), device=device))
         decoder = _Decoder(backbone, prompts, k, how.max_new_tokens)
         logits = decoder.first_logits
-        alive = torch.arange(n, device=device)  # which completion each row of the decoder's batch is
+        alive = torch.arange(n, device=device)  # (n,) completion of each row in the decoder's batch
         on_rows(alive // k)
         for t in range(how.max_new_tokens):
             scaled = logits.float() / how.temperature
@@ -206,7 +207,7 @@ def _beam_search(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sam
 
 
 def _gather(backbone: Backbone, ids: Tensor, logprobs: Tensor, ends: Tensor, finished: Tensor, k: int) -> Rollout:
-    """Cut what was drawn at each completion's end."""
+    """Cut each completion at its end and decode it."""
     mask = lengths_mask(ends, int(ends.max()))
     ids, logprobs = ids[:, : mask.shape[1]] * mask, logprobs[:, : mask.shape[1]] * mask
     completions = [row[:end] for row, end in zip(ids.tolist(), ends.tolist(), strict=True)]
@@ -215,7 +216,7 @@ def _gather(backbone: Backbone, ids: Tensor, logprobs: Tensor, ends: Tensor, fin
 
 
 class _Decoder:
-    """Runs the model token by token behind left-padded prompts."""
+    """Runs the model token by token after left-padded prompts."""
 
     def __init__(self, backbone: Backbone, prompts: Sequence[Tensor], k: int, room: int) -> None:
         self.model = backbone.causal_lm
@@ -238,13 +239,13 @@ class _Decoder:
         )
         self.cache = Cache(layers=[_Buffer(layer.keys, layer.values, k, width + room) for layer in cache.layers])
         self.first_logits = output.logits[:, -1].repeat_interleave(k, dim=0)  # (N, V)
-        self.position = lengths.repeat_interleave(k)  # (N,) of the next token
+        self.position = lengths.repeat_interleave(k)  # (N,) position of the next token
         padding = None if bool(real.all()) else real.repeat_interleave(k, dim=0)
         self.seen = None if padding is None else pad_tensor(padding, (0, room), value=True)
         self.columns = width
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the rows where ``rows`` (n,) is True."""
+        """Keep the rows where ``rows`` (n,) is True."""
         for layer in self.cache.layers:
             layer.batch_select_indices(rows)
         self.position = self.position[rows]

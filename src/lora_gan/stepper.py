@@ -1,4 +1,4 @@
-"""Stepper: single training steps of a module outside of ``fit``, each as in a fit."""
+"""Stepper: runs single training steps of a module with the results of a fit."""
 
 from __future__ import annotations
 

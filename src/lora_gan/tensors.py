@@ -1,22 +1,24 @@
-"""Pure functions on tensors: no state, every denominator named."""
+"""Tensor functions: pure, with every denominator stated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", float, Tensor)
+
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``x`` where ``mask`` is True; 0 where nothing counts. Both of one shape, (N, T) say."""
+    """Mean of ``x`` where ``mask``, of the same shape, is True; 0 if it is True nowhere."""
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
 def masked_row_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of each row of ``x`` (N, T) where ``mask`` (N, T) is True → (N,); 0 for a row where nothing counts."""
+    """Mean of each row of ``x`` (N, T) where ``mask`` (N, T) is True → (N,); 0 for a row without any."""
     return torch.where(mask, x, 0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
@@ -27,8 +29,13 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0)
 
 
+def moving_average(old: Number, new: Number, decay: float) -> Number:
+    """Exponential moving average: decay·old + (1 − decay)·new."""
+    return decay * old + (1 - decay) * new
+
+
 def group_normalise(x: Tensor, k: int, epsilon: float) -> Tensor:
-    """``x`` (B·k,) less its mean over each group of k, over the group's standard deviation + ``epsilon`` → (B·k,)."""
+    """``x`` (B·k,) minus the mean of its group of k, divided by (the group's std + ``epsilon``) → (B·k,)."""
     groups = x.view(-1, k)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + epsilon)).flatten()
@@ -43,7 +50,7 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits) (n, V) → (n,), in float32.
 
-    Its gradient is computed again from the logits in the backward pass, some rows at a time: nothing else of the size
+    The backward pass recomputes the gradient from the logits, a few rows at a time, so that no other tensor of the size
     of the logits is kept.
     """
     result: Tensor = _Entropy.apply(logits)  # type: ignore[no-untyped-call]
@@ -75,7 +82,7 @@ class _Entropy(torch.autograd.Function):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[label], a few rows at a time: its gradient is all that is made of the size of the logits.
+    """log softmax(logits)[label], a few rows at a time: its gradient is the only tensor of the logits' size.
 
     ``cross_entropy`` makes three such tensors, of 150 MB each for 768 tokens of GPT-2's vocabulary.
     """
@@ -105,14 +112,14 @@ def _rows(x: Tensor, few: int) -> tuple[Tensor, ...]:
 
 
 def _few(logits: Tensor) -> int:
-    """As many rows of ``logits`` (n, V) as have a million numbers: 4 MB, which stay in the processor's cache."""
+    """Number of rows of ``logits`` (n, V) that hold a million numbers: 4 MB, which fit into a processor's cache."""
     return max(1, (1 << 20) // logits.shape[-1])
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(π‖reference) at each sampled token: exp(r) − r − 1, r = log reference − log π.
 
-    Unbiased and never negative (http://joschu.net/blog/kl-approx.html). Shapes as given, (N, T) say.
+    Unbiased and never negative (http://joschu.net/blog/kl-approx.html). Both have the same shape, such as (N, T).
     """
     r = reference - logprobs
     return r.exp() - r - 1

@@ -1,4 +1,4 @@
-"""Text metrics of a set of completions: pure functions, in [0, 1] unless they say otherwise."""
+"""Text metrics of a set of completions: pure functions, in [0, 1] unless stated otherwise."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from torch import Tensor
 
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}"  # written without spaces: each sign is a word
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}"  # no spaces: each character is a word
 WORD = rf"[{UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}_]--[{UNSPACED}]]+|\p{{So}}"
 WORDS = regex.compile(rf"(?V1){WORD}")
 PIECES = regex.compile(rf"(?V1){WORD}|\S")
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}  # our name → rouge-score's
 BLEU_ORDER = 4
-LONGEST_WORD = 24  # letters; a longer one is read letter by letter, so that "aaaa…" is seen to repeat
-LONGEST_UNIT = 16  # pieces of a loop's unit
+LONGEST_WORD = 24  # letters; longer words are split into letters, so that "aaaa…" counts as repetition
+LONGEST_UNIT = 16  # pieces in the unit of a loop
 
 
 def words(text: str) -> list[str]:
-    """Words of any script in lower case, and emoji; rouge-score's own tokeniser knows only a–z and 0–9."""
+    """Words of any script in lower case, and emoji; rouge-score's own tokenizer finds only a–z and 0–9."""
     return list(WORDS.findall(unicodedata.normalize("NFKC", text).lower()))
 
 
 def pieces(text: str) -> list[str]:
-    """Words and every other sign; an endless word falls into its letters."""
+    """Words and all other symbols; very long words are split into letters."""
     found = PIECES.findall(unicodedata.normalize("NFKC", text).lower())
     return [piece for word in found for piece in (word if len(word) > LONGEST_WORD else [word])]
 
 
 @cache
 def rouge_scorer(*kinds: str) -> RougeScorer:
-    """rouge-score's scorer of the given kinds, "rouge_1" say, over words of any script."""
+    """rouge-score's scorer of the given kinds, such as "rouge_1", over words of any script."""
     return RougeScorer([ROUGE[kind] for kind in kinds], tokenizer=_Words())
 
 
 class _Words:
-    """What rouge-score takes for a tokeniser."""
+    """Tokenizer for rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
@@ -54,31 +54,35 @@ class _Words:
 
 
 def exact_match(completions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of completions equal to one of their references, but for case, outer white space and a final full stop."""
+    """Share of completions equal to one of their references, ignoring case, outer white space and a final full stop."""
     return _mean([float(matches(a, refs)) for a, refs in zip(completions, references, strict=True)])
 
 
 def matches(completion: str, references: Iterable[str]) -> bool:
-    """Whether the completion equals one of the references, as exact match counts it."""
+    """Whether the completion equals one of the references, as in :func:`exact_match`."""
     return normalise(completion) in {normalise(reference) for reference in references}
 
 
 def normalise(text: str) -> str:
-    """What exact match compares."""
+    """The form of a text that exact match compares."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".").rstrip()
 
 
 def contains(completion: str, phrase: str) -> bool:
-    """Whether the words of ``phrase`` stand in the completion one after the other; False if it has none."""
+    """Whether the completion contains the words of ``phrase`` in a row; False if ``phrase`` has no words."""
     text, part = words(completion), words(phrase)
     return bool(part) and any(text[i : i + len(part)] == part for i in range(len(text) - len(part) + 1))
 
 
 def bleu(completions: Sequence[str], targets: Sequence[str]) -> float:
-    """BLEU of the whole set (Papineni et al. 2002) by sacrebleu with its defaults, over 100."""
+    """Corpus BLEU (Papineni et al. 2002) by sacrebleu with its defaults, divided by 100.
+
+    Raises:
+        ValueError: The numbers of completions and targets differ.
+    """
     if len(completions) != len(targets):
         raise ValueError(
-            f"every completion needs its target, got {len(completions)} completions and {len(targets)} targets"
+            f"need one target for each completion, got {len(completions)} completions and {len(targets)} targets"
         )
     return float(BLEU(force=True).corpus_score(completions, [targets]).score) / 100 if completions else 0.0
 
@@ -99,8 +103,7 @@ def bert_score(completions: Sequence[str], targets: Sequence[str], model: str, b
     """Mean BERTScore F1 (Zhang et al. 2020) from the model's last layer, neither idf-weighted nor rescaled; in [−1, 1].
 
     Each token is matched with the most similar one of the other text; special tokens are left out. An empty completion
-    or target scores 0. (torchmetrics 1.9 sorts completions and targets by length, each apart, and so pairs them
-    wrongly.)
+    or target scores 0. (torchmetrics 1.9 sorts completions and targets by length separately, which pairs them wrongly.)
     """
     found = _token_vectors([*completions, *targets], model, batch_size)
     pairs = zip(found[: len(completions)], found[len(completions) :], strict=True)
@@ -144,36 +147,32 @@ def _token_encoder(model: str) -> tuple[Any, Any]:
     return AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
 
 
-# the variety of completions
+# diversity of completions
 
 
 def distinct_n(completions: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of all completions together (Li et al. 2016); 0 where there are
-    none.
-    """
+    """Distinct word n-grams of all completions divided by all their n-grams (Li et al. 2016); 0 if there are none."""
     grams = _all_grams(completions, n)
     return len(set(grams)) / max(len(grams), 1)
 
 
 def ngram_entropy(completions: Sequence[str], n: int) -> float:
-    """Entropy of the n-grams of words of all completions together, in nats (Zhang et al. 2018); 0 where there are
-    none.
-    """
+    """Entropy in nats of the word n-grams of all completions (Zhang et al. 2018); 0 if there are none."""
     return entropy(_all_grams(completions, n))
 
 
 def entropy(things: Iterable[Any]) -> float:
-    """Entropy of the relative frequencies of equal things, in nats."""
+    """Entropy in nats of the relative frequencies of equal items."""
     counts = np.array([*Counter(things).values()], dtype=float)
     shares = counts / counts.sum()
     return abs(float(-(shares * np.log(shares)).sum()))
 
 
 def self_bleu(completions: Sequence[str]) -> float:
-    """Mean sentence BLEU-4 of each completion against all others (Zhu et al. 2018): 1 says that all are alike.
+    """Mean sentence BLEU-4 of each completion against all others (Zhu et al. 2018): 1 if all are equal.
 
     Words of any script, exponential smoothing, effective order; 0 for fewer than two completions. An n-gram's largest
-    count among the *others* is known from its two largest counts, so the time grows with the words, not with the pairs.
+    count among the *others* follows from its two largest counts, so the time is linear in the words, not in the pairs.
     """
     counted = [_counts(words(completion)) for completion in completions]
     best = _two_largest(counted)
@@ -189,7 +188,7 @@ def self_bleu(completions: Sequence[str]) -> float:
 
 
 class _Largest:
-    """The two largest counts of an n-gram in different completions, and who has the largest."""
+    """The two largest counts of an n-gram in different completions, and which completion has the largest."""
 
     def __init__(self) -> None:
         self.owner, self.first, self.second = -1, 0, 0
@@ -214,15 +213,15 @@ def _two_largest(counted: Sequence[Sequence[Counter[tuple[str, ...]]]]) -> dict[
 
 
 def _closest(length: int, lengths: Counter[int]) -> int:
-    """The length next to ``length``, the shorter of two."""
+    """The length closest to ``length``; of two, the shorter."""
     return min(lengths, key=lambda other: (abs(other - length), other), default=0)
 
 
 def repetition(text: str, n: int = 3, loop: int = 4) -> float:
-    """How much of a text repeats itself: the larger of two shares, 0 where nothing does.
+    """Share of a text that is repetition: the larger of two shares.
 
-    One is the share of its n-grams (n ≥ 2) that stood there before; the other the share of its words and signs that
-    are a loop, a unit of up to 16 of them which follows itself until it stands there at least ``loop`` times (≥ 3).
+    The first is the share of n-grams (n ≥ 2) that occurred before. The second is the share of words and symbols in the
+    longest loop: a unit of up to 16 of them, repeated in a row at least ``loop`` times (≥ 3).
     """
     read = pieces(text)
     if len(set(_grams(read, 2))) == len(read) - 1:
@@ -233,7 +232,7 @@ def repetition(text: str, n: int = 3, loop: int = 4) -> float:
 
 
 def _looped(read: Sequence[str], loop: int) -> int:
-    """Pieces in the longest loop, its first unit left out."""
+    """Number of pieces in the longest loop, without its first unit."""
     codes = np.unique(np.array(read, dtype=object), return_inverse=True)[1] if read else np.zeros(0)
     longest = 0
     for period in range(1, min(LONGEST_UNIT, len(read) // loop) + 1):
@@ -250,8 +249,8 @@ def _looped(read: Sequence[str], loop: int) -> int:
 def mmd(completions: Tensor, targets: Tensor) -> float:
     """Squared maximum mean discrepancy (Gretton et al. 2012, biased) of embeddings (n, H) and (m, H), in [0, 2].
 
-    Gaussian kernel exp(−d² / s), s the median squared distance between two targets, so that values of one split can be
-    compared through a run. 0 for equal sets.
+    Gaussian kernel exp(−d² / s), where s is the median squared distance between two targets, so that values of one
+    split are comparable during a run. 0 for equal sets.
     """
     if not len(completions) or not len(targets):
         return 0.0
@@ -270,7 +269,7 @@ def _all_grams(completions: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def _counts(read: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
-    """How often each n-gram stands there, for n from 1 to 4."""
+    """Counts of the n-grams, for n from 1 to 4."""
     return [Counter(_grams(read, n)) for n in range(1, BLEU_ORDER + 1)]
 
 

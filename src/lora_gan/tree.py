@@ -1,14 +1,14 @@
-"""The prompt tree: one prompt, many branches, one row.
+"""Prompt tree: one prompt and many branches in one row.
 
-For one prompt a step looks at K sampled completions, the target and some negatives. Padded rows would compute the
+A step evaluates K sampled completions, the target and some negatives for each prompt. Separate rows would compute the
 prompt again for each of them. Here they share it::
 
     [ prompt | completion 1 | completion 2 | … | target | negatives ]      ids            (L,)
       0..P-1   P..        P..            P..      P..         position_ids   (L,)
       0        1          2              …        …           segments       (L,)
 
-A token sees the prompt and the tokens before it in its own branch, and nothing else, so each branch is computed exactly
-as if it stood alone behind the prompt: logits, losses and gradients equal those of separate rows.
+A token attends only to the prompt and to the earlier tokens of its own branch, so each branch is computed as if it were
+the only one after the prompt: logits, losses and gradients equal those of separate rows.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PROMPT, PADDING = 0, -1  # segments; branches count from 1
 class Branches:
     """All branches of one kind (sampled, target, …) of all trees, prompt by prompt."""
 
-    row: Tensor  # (M,) the tree in which each branch grows
-    ids: Tensor  # (M, T) the branch's tokens, 0 after its end
+    row: Tensor  # (M,) index of each branch's tree
+    ids: Tensor  # (M, T) tokens of each branch, 0 after its end
     mask: Tensor  # (M, T) bool: True on its tokens
-    columns: Tensor  # (M, T) where each token stands in its tree, 0 where masked
-    parents: Tensor  # (M, T) where the token before it stands, so where it is predicted from, 0 where masked
+    columns: Tensor  # (M, T) column of each token in its tree, 0 where masked
+    parents: Tensor  # (M, T) column of the token before it, which predicts it, 0 where masked
 
     @property
     def last(self) -> Tensor:
-        """(M,) where each branch's last token stands in its tree."""
+        """Column of each branch's last token in its tree, (M,)."""
         return self.columns.amax(-1) if len(self.row) else self.row
 
 
@@ -46,7 +46,7 @@ class PromptTree:
     """B prompts with their branches; ``branches`` names them by kind."""
 
     ids: Tensor  # (B, L)
-    position_ids: Tensor  # (B, L) go on from the prompt in each branch
+    position_ids: Tensor  # (B, L) continue from the prompt in each branch
     segments: Tensor  # (B, L) PROMPT, 1, 2, … for the row's branches, PADDING
     branches: Mapping[str, Branches]
 
@@ -63,7 +63,10 @@ def grow(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[
 
     Args:
         prompts: B token tensors (P,), none empty: a branch's first token is predicted from the prompt's last.
-        completions: for each kind and each prompt the branches, token tensors (T,), none empty.
+        completions: By kind, the branches of each prompt: token tensors (T,), none empty.
+
+    Raises:
+        ValueError: A prompt or a branch is empty.
     """
     _check(prompts, completions)
     return _grow(prompts, completions)
@@ -72,7 +75,7 @@ def grow(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[
 def grow_scored(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[Tensor]]]) -> PromptTree:
     """:func:`grow` without each branch's last token, for log-probabilities only: nothing is predicted from it.
 
-    ``branches`` still name all tokens of the branches, but ``columns`` lack the last one.
+    ``branches`` still holds all tokens of the branches, but their ``columns`` lack the last one.
     """
     _check(prompts, completions)
     tree = _grow(prompts, {kind: [[a[:-1] for a in row] for row in rows] for kind, rows in completions.items()})
@@ -118,7 +121,7 @@ def _locate(
     completions: Mapping[str, Sequence[Sequence[Tensor]]],
     device: torch.device,
 ) -> dict[str, Branches]:
-    """Where the tokens of each branch stand: branches follow the prompt in the order of the kinds."""
+    """Columns of the tokens of each branch; branches follow the prompt in the order of the kinds."""
     starts = list(prompt_lengths)
     located = {}
     for kind, per_prompt in shapes.items():

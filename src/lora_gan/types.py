@@ -39,11 +39,15 @@ class Message:
 class Example:
     """One prompt with its target and what else is known about good and bad completions.
 
-    ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted completion without EOS;
-    it is empty where there is none.
+    ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted completion without EOS,
+    empty where there is none.
     ``references`` are all accepted completions, the target first. ``group`` is what must not cross a split.
+    ``split`` ("train", "validation" or "test") is the official one, which wins over the hash of the group. Examples
+    with the same ``item`` ask the same thing in other words; evaluation keeps one of them.
     ``cuttable`` are the spans of the prompt that may lose their beginning where the prompt is too long: an input, a
     context or an earlier turn, never the instruction. ``messages`` is the prompt as a dialogue.
+    ``label`` scores the generated completion from 0 to 1, where a person gave one. ``stream_end`` are the bytes and
+    lines of a stream up to the example. ``meta`` is information that nothing in the package reads.
     """
 
     prompt: str
@@ -52,9 +56,13 @@ class Example:
     negatives: tuple[Negative, ...] = ()
     group: str = ""
     source: str = ""
-    meta: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+    item: str = ""
     cuttable: tuple[Span, ...] = ()
     messages: tuple[Message, ...] = ()
+    label: float | None = None
+    stream_end: tuple[int, int] | None = None
+    meta: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -280,16 +288,16 @@ class TokenRewards:
 class Advantages:
     """How much better each sampled token's completion was than expected; no gradient."""
 
-    advantages: Tensor  # (N, T)
+    per_token: Tensor  # (N, T)
     metrics: Mapping[str, Tensor]
     returns: Tensor | None = None  # (N, T) the value head's targets
     values: Tensor | None = None  # (N, T) what it predicted
 
     def of(self, rows: Sequence[int], width: int) -> Advantages:
         """The advantages of the chosen completions' first ``width`` tokens only."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.advantages.device)
+        index = torch.tensor(rows, dtype=torch.long, device=self.per_token.device)
         returns, values = (None if x is None else x[index, :width] for x in (self.returns, self.values))
-        return Advantages(self.advantages[index, :width], self.metrics, returns, values)
+        return Advantages(self.per_token[index, :width], self.metrics, returns, values)
 
 
 @dataclass(frozen=True)

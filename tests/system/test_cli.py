@@ -154,7 +154,7 @@ def test_a_learning_rate_changed_on_resume_is_refused(run: Run, capsys: pytest.C
     with torch_state(), pytest.raises(SystemExit) as stopped:
         main(["fit", *run.settings, *changed, "--trainer.max_steps=6"])
     assert stopped.value.code == 2
-    assert "generator.optimizer.lr: 0.002 there, 0.007 here" in capsys.readouterr().err
+    assert "generator.optimizer.lr: 0.002 in the checkpoint, 0.007 now" in capsys.readouterr().err
 
 
 # from a checkpoint

@@ -11,7 +11,7 @@ import lora_gan
 
 PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "atomic", "context"},
     {"types", "tensors", "distributed", "lightning_compat", "text_metrics", "sentence_encoder"},
     {"data", "tree", "advantages", "losses", "coefficients", "onednn", "rewards"},
     {"backbone", "multiple_choice", "optimization", "pretrain", "step_metrics"},

@@ -484,7 +484,7 @@ def test_damaged_files_are_noticed(saved: Path, tmp_path: Path, caplog: pytest.L
 def test_nothing_intact_is_left(saved: Path, tmp_path: Path) -> None:
     for name in (LAST, PREVIOUS):
         (tmp_path / name).write_bytes((saved / name).read_bytes()[:-100])
-    with pytest.raises(LoraGANError, match=r"no other checkpoint in its folder: start anew, without --ckpt_path"):
+    with pytest.raises(LoraGANError, match=r"no other intact checkpoint in its folder: start a new run"):
         intact_checkpoint(tmp_path / LAST)
 
 
@@ -506,12 +506,12 @@ def test_a_write_that_fails_leaves_the_old_file(saved: Path, tmp_path: Path, mon
     path = tmp_path / LAST
     write_checkpoint({"global_step": 1}, path)
 
-    def full(value: Any, stream: Any) -> None:
-        stream.write(b"half")
+    def full(value: Any, draft: Path) -> None:
+        draft.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(LoraGANError, match=r"No space left on device.*make room"):
+    with pytest.raises(LoraGANError, match=r"No space left on device.*free disk space"):
         write_checkpoint({"global_step": 2}, path)
     assert read_checkpoint(path) == {"global_step": 1}
     assert [file.name for file in tmp_path.iterdir()] == [LAST]
@@ -533,18 +533,18 @@ def cosine(steps: int) -> Callable[[Any], CosineAnnealingLR]:
     [
         (
             {"generator_optimizer": adam(betas=(0.8, 0.999))},
-            r"generator\.optimizer\.betas: \[0\.9, 0\.999\] there, \[0\.8",
+            r"generator\.optimizer\.betas: \[0\.9, 0\.999\] in the checkpoint, \[0\.8",
         ),
-        ({"discriminator_optimizer": adam(eps=1e-6)}, r"discriminator\.optimizer\.eps: 1e-08 there, 1e-06 here"),
+        ({"discriminator_optimizer": adam(eps=1e-6)}, r"discriminator\.optimizer\.eps: 1e-08 in the checkpoint, 1e-06"),
         (
             {"generator_optimizer": lambda parameters: SGD(parameters, lr=1e-3)},
-            r"generator\.optimizer\.class: AdamW there, SGD here",
+            r"generator\.optimizer\.class: AdamW in the checkpoint, SGD now",
         ),
-        ({"generator_scheduler": cosine(20)}, r"generator\.scheduler\.T_max: 10 there, 20 here"),
-        ({"generator_scheduler": None}, r"generator\.scheduler\.class: CosineAnnealingLR there, None here"),
+        ({"generator_scheduler": cosine(20)}, r"generator\.scheduler\.T_max: 10 in the checkpoint, 20 now"),
+        ({"generator_scheduler": None}, r"generator\.scheduler\.class: CosineAnnealingLR in the checkpoint, None now"),
         (
             {"model": AdapterDiscriminator(CompletionOnly())},
-            r"discriminator\.model\.input_format: PromptAndCompletion there, CompletionOnly here",
+            r"discriminator\.model\.input_format: PromptAndCompletion in the checkpoint, CompletionOnly now",
         ),
     ],
 )
@@ -572,7 +572,7 @@ def test_the_seed_cannot_change_and_need_not_be_given(build: Build, batch: Promp
     assert recorder.reports == whole.reports[1:]
     other = build()
     other.seed = 6
-    with pytest.raises(LoraGANError, match="seed_everything: 5 there, 6 here"):
+    with pytest.raises(LoraGANError, match="seed_everything: 5 in the checkpoint, 6 now"):
         fit(other, [batch], 3, ckpt_path=tmp_path / "one.ckpt")
 
 
@@ -606,7 +606,7 @@ def test_a_base_may_move_but_not_change(
     vocabulary = tokens["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (moved / "tokenizer.json").write_text(json.dumps(tokens), encoding="utf-8")
-    with pytest.raises(LoraGANError, match=r"vocabulary: 257 tokens \(\w+\) there, 257 tokens"):
+    with pytest.raises(LoraGANError, match=r"vocabulary: 257 tokens \(\w+\) in the checkpoint, 257 tokens"):
         fit(build(base=str(moved)), [batch], 2, ckpt_path=path)
 
 

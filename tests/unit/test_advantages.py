@@ -37,12 +37,12 @@ def credit(
 
 
 def returns(found: Advantages) -> Tensor:
-    return found.advantages[:, 0]
+    return found.per_token[:, 0]
 
 
 def test_moving_average_takes_the_baseline_off() -> None:
     found = credit(MovingAverage(), [1.0, 3.0, 2.5], 1, baseline=2.0)
-    assert found.advantages.tolist() == [[-1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.5, 0.5, 0.5]]
+    assert found.per_token.tolist() == [[-1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.5, 0.5, 0.5]]
     # six tokens: (1 + 2·1 + 3·½) / 6
     assert found.metrics["policy/advantage_abs"].item() == pytest.approx(4.5 / 6)
 
@@ -71,7 +71,7 @@ def test_centred_advantages_sum_to_zero_in_each_group(estimator: AdvantageEstima
 @pytest.mark.parametrize("estimator", [MovingAverage(), LeaveOneOut(), GroupNormalised()])
 def test_credit_has_no_gradient(estimator: AdvantageEstimator) -> None:
     found = credit(estimator, [1.0, 2.0, 4.0, 0.0], 2)
-    assert not found.advantages.requires_grad
+    assert not found.per_token.requires_grad
     assert not any(value.requires_grad for value in found.metrics.values())
 
 
@@ -83,7 +83,7 @@ def test_what_they_need() -> None:
 
 def test_predicted_reward_takes_the_discriminators_prediction_off() -> None:
     found = credit(PredictedReward(), [1.0, 3.0, 2.5], 1, predicted=[0.5, 3.0, 3.0])
-    assert found.advantages.tolist() == [[0.5, 0.0, 0.0], [0.0, 0.0, 0.0], [-0.5, -0.5, -0.5]]
+    assert found.per_token.tolist() == [[0.5, 0.0, 0.0], [0.0, 0.0, 0.0], [-0.5, -0.5, -0.5]]
     assert PredictedReward.needs_discriminator and not PredictedReward.needs_group
 
 
@@ -92,7 +92,7 @@ def test_penalties_on_the_way_count_as_part_of_the_completion() -> None:
     mask = torch.ones(1, 3, dtype=torch.bool)
     rollout = Rollout(mask.long(), mask, -mask.float(), torch.zeros(1, dtype=torch.bool), ("",), 1)
     rewards = TokenRewards(torch.tensor([[-0.25, -0.25, 0.75]]), torch.zeros(1), torch.tensor(0.0))
-    assert MovingAverage()(rollout, rewards).advantages.tolist() == [[0.25, 0.25, 0.25]]
+    assert MovingAverage()(rollout, rewards).per_token.tolist() == [[0.25, 0.25, 0.25]]
 
 
 # over tokens
@@ -132,20 +132,20 @@ def over_tokens(estimator: ValueGAE, values: Tensor) -> Advantages:
 def test_value_gae_gives_returns_and_old_values_to_the_value_head() -> None:
     """Returns are advantages plus values: the rewards to go 3, 3, 2 and 3."""
     found = over_tokens(ValueGAE(gae_lambda=1.0, normalise=False), VALUES.clone())
-    assert found.advantages.tolist() == [[2.5, 2.0, 0.5], [2.0, 0.0, 0.0]]
+    assert found.per_token.tolist() == [[2.5, 2.0, 0.5], [2.0, 0.0, 0.0]]
     assert found.returns is not None and found.values is not None
     assert found.returns.tolist() == [[3.0, 3.0, 2.0], [3.0, 0.0, 0.0]]
     assert torch.equal(found.values[ALIVE], VALUES[ALIVE])
     assert found.metrics["policy/advantage_abs"].item() == pytest.approx(7 / 4)
     assert found.metrics["value/mean"].item() == 1.0
-    tensors = (found.advantages, found.returns, found.values, *found.metrics.values())
+    tensors = (found.per_token, found.returns, found.values, *found.metrics.values())
     assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_value_gae_normalises_over_the_tokens_of_the_batch() -> None:
     """2.5, 2, ½ and 2: mean 1.75, variance (0.5625 + 0.0625 + 1.5625 + 0.0625)/4 = 0.5625 = ¾²."""
     found = over_tokens(ValueGAE(gae_lambda=1.0), VALUES.clone())
-    torch.testing.assert_close(found.advantages, torch.tensor([[1.0, 1 / 3, -5 / 3], [1 / 3, 0, 0]]))
+    torch.testing.assert_close(found.per_token, torch.tensor([[1.0, 1 / 3, -5 / 3], [1 / 3, 0, 0]]))
     assert found.returns is not None and found.returns[0, 0].item() == 3.0, "the value head learns plain returns"
 
 

@@ -342,7 +342,7 @@ def test_gradient_checkpointing_leaves_sampling_its_cache(bases: dict[str, str])
 
 def test_quantization_needs_a_gpu(bases: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(LoraGANError, match="quantization: 4bit needs a CUDA GPU, and there is none here; leave it out"):
+    with pytest.raises(LoraGANError, match="quantization: 4bit needs a CUDA GPU, and none was found; leave it out"):
         load_base(bases["gpt2"], quantization="4bit")
     with pytest.raises(LoraGANError, match="must be 4bit, 8bit or null, got '3bit'"):
         load_base(bases["gpt2"], quantization="3bit")

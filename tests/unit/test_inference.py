@@ -87,8 +87,7 @@ def test_chat_without_a_judge_that_can_be_asked(
     main(["chat", f"--ckpt_path={path}", "--max_new_tokens=5"])
     printed = capsys.readouterr().out
     assert (
-        "without scores: the discriminator of this run is a AdapterDiscriminator that reads CompletionAndTarget"
-        in printed
+        "no scores: the discriminator of this run is a AdapterDiscriminator that reads CompletionAndTarget" in printed
     )
     assert "(discriminator" not in printed
 
@@ -109,7 +108,7 @@ def test_tokens_are_shown_as_they_come(run: Make, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--template=x"], "has no place for the question: write {prompt}"),
+        (["--template=x"], "does not contain {prompt}; write {prompt}"),
         (["--max_new_tokens=999"], "more than the model's context of 256"),
         (["--temperature=0"], "for greedy decoding set do_sample: false"),
     ],
@@ -206,9 +205,9 @@ def test_a_file_of_prompts_is_answered(run: Make, tmp_path: Path, capsys: pytest
     ("name", "text", "message"),
     [
         ("no.txt", None, "no file"),
-        ("empty.txt", "\n \n", "holds no prompt"),
+        ("empty.txt", "\n \n", "contains no prompts"),
         ("a.jsonl", '{"prompt": "x"}\n{"promt": "x"}\n', 'line 2 has no "prompt"'),
-        ("b.jsonl", "{not json\n", "line 1 is no JSON"),
+        ("b.jsonl", "{not json\n", "line 1 is not valid JSON"),
     ],
 )
 def test_mistakes_in_the_file(
@@ -307,4 +306,4 @@ def test_an_upload_that_fails_says_what_to_do(
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     with pytest.raises(SystemExit):
         main(["export", f"--ckpt_path={run()}", f"--output={tmp_path / 'mine'}", "--push_to_hub=me/mine"])
-    assert "is written and could not be uploaded to me/mine: ConnectionError: offline" in capsys.readouterr().err
+    assert "was written but could not be uploaded to me/mine: ConnectionError: offline" in capsys.readouterr().err

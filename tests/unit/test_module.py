@@ -230,7 +230,7 @@ def test_centred_advantages_sum_to_zero(
     monkeypatch.setattr(module, "compute_advantages", lambda *step: seen.append(given(*step)) or seen[-1])
     fit(module, [batch], 2)
     for advantages in seen:
-        per_prompt = advantages.advantages[:, 0].view(3, k)
+        per_prompt = advantages.per_token[:, 0].view(3, k)
         torch.testing.assert_close(per_prompt.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
         assert per_prompt.abs().max() > 0
 
@@ -305,7 +305,7 @@ def not_a_number(response: str, target: str) -> float:
 def test_a_nan_reward_stops_by_name(build: Build, batch: PromptBatch) -> None:
     module = build(rewards=[FunctionReward(not_a_number, name="mine")])
     before = state(module)
-    with pytest.raises(RewardError, match=r"reward 'mine' \(FunctionReward\) returned nan for the completion"):
+    with pytest.raises(RewardError, match=r"reward 'mine' \(FunctionReward\) must return finite numbers, got nan for"):
         fit(module, [batch], 1)
     assert not moved(before, state(module))
 
@@ -359,7 +359,7 @@ def test_the_module_brings_the_baseline_that_its_advantage_needs(build: Build, b
             "gradient_accumulation_steps > 1 makes one optimizer step of several",
         ),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be > 0, got 0.0"),
-        ({"rewards": [FunctionReward(share_of_a), FunctionReward(share_of_a)]}, "two rewards are called 'share_of_a'"),
+        ({"rewards": [FunctionReward(share_of_a), FunctionReward(share_of_a)]}, "two rewards are named 'share_of_a'"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str, build: Build) -> None:
@@ -417,7 +417,7 @@ def test_curriculum_by_hand(build: Build) -> None:
     assert seen[2:] == [pytest.approx([0.5, 0.1, 0.0])] * 2
     assert module.coefficients.supervised.item() == 1.0, "what is not given stays"
     for starts in ([2, 1], [0, 0], [-1]):
-        with pytest.raises(LoraGANError, match="growing steps"):
+        with pytest.raises(LoraGANError, match="increasing steps"):
             Curriculum([Phase(start) for start in starts])
 
 
@@ -454,9 +454,9 @@ def test_a_checkpoint_holds_what_is_trained(build: Build, batch: PromptBatch, tm
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"generator_lora": LoraSettings(2, 8)}, r"generator\.lora\.rank: 4 there, 2 here"),
-        ({"discriminator_lora": LoraSettings(4, 9)}, r"discriminator\.lora\.alpha: 8 there, 9 here"),
-        ({"architecture": "llama"}, "base: .*gpt2.* there, .*llama.* here"),
+        ({"generator_lora": LoraSettings(2, 8)}, r"generator\.lora\.rank: 4 in the checkpoint, 2 now"),
+        ({"discriminator_lora": LoraSettings(4, 9)}, r"discriminator\.lora\.alpha: 8 in the checkpoint, 9 now"),
+        ({"architecture": "llama"}, "base: .*gpt2.* in the checkpoint, .*llama.* now"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(
@@ -752,7 +752,7 @@ def test_truncated_completions_may_be_left_out(masked: bool, build: Build, batch
     minibatch = sampled_minibatch(module, batch, ends=tuple(range(0, 256, 6)))
     cut = minibatch.rollout.truncated
     assert 0 < cut.sum() < len(cut)
-    other = torch.where(cut[:, None], 7.0, minibatch.advantages.advantages)
+    other = torch.where(cut[:, None], 7.0, minibatch.advantages.per_token)
     changed = replace(
         minibatch,
         advantages=Advantages(other, {}, returns=other, values=minibatch.advantages.values),

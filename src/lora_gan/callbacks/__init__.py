@@ -1,4 +1,4 @@
-"""Callbacks: they turn the module's coefficients and watch the step; the module does not know them."""
+"""Callbacks: set the module's coefficients and monitor its steps; the module does not depend on them."""
 
 from lora_gan.baseline import MovingAverageBaseline
 from lora_gan.callbacks.adapters import AdapterCheckpoints

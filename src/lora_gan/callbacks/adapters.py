@@ -1,4 +1,4 @@
-"""Adapters written while a run goes on."""
+"""Adapter checkpoints, written during a run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lora_gan.types import PromptBatch, StepOutput
 class AdapterCheckpoints(StepCallback):
     """Writes ``checkpoints/step-<step>/{generator,discriminator}`` in the run's folder, each a PEFT adapter.
 
-    Beside ``adapter_config.json`` and ``adapter_model.safetensors`` stand ``optimizer.pt`` and the discriminator's
-    ``head.pt``. Any of them can be the start of another run, by the module's ``generator_adapter`` and
-    ``discriminator_adapter``.
+    Each holds ``adapter_config.json``, ``adapter_model.safetensors`` and ``optimizer.pt``, that of the discriminator
+    also ``head.pt``. Another run can start from it, by the settings ``generator.adapter`` and
+    ``discriminator.adapter``.
 
     Args:
-        every_n_steps: Steps from one to the next.
-        keep_last: How many of them stay; 0 keeps all.
-        monitor: A logged metric, ``text/rouge_l`` say: ``checkpoints/best`` holds the adapters of the validation at
-            which it was best.
+        every_n_steps: Steps between two checkpoints.
+        keep_last: Number of checkpoints to keep; 0 keeps all.
+        monitor: A logged metric, such as ``text/rouge_l``: ``checkpoints/best`` holds the adapters of the validation
+            with its best value.
         mode: Whether a good metric is large ("max") or small ("min").
     """
 

@@ -1,4 +1,4 @@
-"""Coefficients of the generator's loss that follow a schedule or a measurement."""
+"""Coefficient callbacks: coefficients of the generator's loss that follow a schedule or a measurement."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ KL_COEFFICIENTS = ("kl", "kl_penalty")
 
 
 class KLSchedule(StepCallback):
-    """Moves a KL coefficient along a straight line from one step to another; before, it stays as it was given.
+    """Changes a KL coefficient linearly from one step to another; before, it keeps its configured value.
 
     Args:
         first: Coefficient in step ``start``.
         last: Coefficient from step ``end`` on.
-        start: Step at which it begins to move.
-        end: Step at which it has arrived.
+        start: Step at which the change begins.
+        end: Step at which the change ends.
         coefficient: "kl" (in the loss) or "kl_penalty" (in the reward).
     """
 
@@ -40,12 +40,12 @@ class KLSchedule(StepCallback):
 class AdaptiveKL(StepCallback):
     """Holds KL(generator‖reference) near a target: k ← k·(1 + clip(KL/target − 1, ±0.2)·n/horizon).
 
-    The controller of Ziegler et al. (arXiv 1909.08593), n the completions of a step. It acts in steps that sampled,
-    from the coefficient that the module was given, which must not be 0.
+    The controller of Ziegler et al. (arXiv 1909.08593); n is the number of completions in a step. It acts in steps that
+    sample and starts from the configured coefficient, which must not be 0.
 
     Args:
-        target: Wanted KL in nats a completion.
-        horizon: Completions in which the coefficient moves by a fifth at most.
+        target: Target KL in nats per completion.
+        horizon: Number of completions in which the coefficient changes by at most a fifth.
         coefficient: "kl" (in the loss) or "kl_penalty" (in the reward).
     """
 
@@ -71,9 +71,9 @@ class AdaptiveEntropy(StepCallback):
     The dual ascent of maximum-entropy methods (arXiv 1812.05905, section 5) on the coefficient ``entropy``.
 
     Args:
-        target: Wanted entropy in nats a token.
-        rate: Step of the coefficient.
-        largest: Bound of the coefficient.
+        target: Target entropy in nats per token.
+        rate: Step size of the coefficient.
+        largest: Upper bound of the coefficient.
     """
 
     def __init__(self, target: float, rate: float = 0.01, largest: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""Detects mode collapse and reward hacking in the sampled completions."""
+"""Collapse monitor: detects mode collapse and reward hacking in the sampled completions."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from lora_gan.types import PromptBatch, Rollout, StepOutput
 
 log = logging.getLogger("lora_gan")
 
-TEMPLATE = 4  # words of the phrase that completions may have in common
-PREFIX = 3  # words of a completion's beginning
+TEMPLATE = 4  # words in a phrase that completions may share
+PREFIX = 3  # words at the beginning of a completion
 
 REMEDIES = {
-    "template": "the completions of different prompts have the same words in common; raise coefficients.kl, or lower "
-    "the weight of a reward that they all get",
-    "prefix_entropy": "the completions begin alike; raise coefficients.kl or the sampling temperature",
-    "repetition": "the completions repeat themselves; add lora_gan.rewards.RepetitionPenalty or raise coefficients.kl",
-    "length": "the completions have another length than the targets; add lora_gan.rewards.LengthReward",
-    "truncation": "the completions do not end; raise sampling.max_new_tokens, or add lora_gan.rewards.LengthReward",
+    "template": "completions of different prompts share the same phrase; raise coefficients.kl, or lower the weight of "
+    "a reward that they all get",
+    "prefix_entropy": "completions begin with the same words; raise coefficients.kl or the sampling temperature",
+    "repetition": "completions repeat themselves; add lora_gan.rewards.RepetitionPenalty or raise coefficients.kl",
+    "length": "completions differ from the targets in length; add lora_gan.rewards.LengthReward",
+    "truncation": "completions do not end; raise sampling.max_new_tokens, or add lora_gan.rewards.LengthReward",
 }
 
 
 @dataclass
 class Sample:
-    """Texts of a few steps, with what their tokens tell."""
+    """Texts of a few steps, with their lengths and whether they are truncated."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -48,23 +48,23 @@ class Sample:
 
 
 class CollapseMonitor(StepCallback):
-    """Compares the sampled completions of every few steps with their prompts' targets and warns of collapse, by name.
+    """Compares the sampled completions with their prompts' targets every few steps, and warns of signs of collapse.
 
-    It logs ``collapse/<name>`` and, beside it, ``collapse/<name>_of_targets``. A warning is given once, until the value
-    has been in order again. Steps without sampled completions do not count; prompts without targets are compared with
-    the others' targets, and where there is no target at all, length and prefix entropy are not checked.
+    Logs ``collapse/<name>`` and ``collapse/<name>_of_targets``. A warning is repeated only after the value has been
+    normal again. Steps without sampled completions do not count. Completions to prompts without targets are compared
+    with the other prompts' targets; without any targets, length and prefix entropy are not checked.
 
     Args:
-        every_n_steps: Steps whose completions are looked at together.
-        template: How much larger the share of completions that contain the commonest phrase of four words (or are it)
-            may be than that of the targets. It finds a policy that gives every prompt the same completion.
-        prefix_entropy: The smallest share of the targets' entropy (of the first three words, in nats) that is in order.
-        repetition: How much more of a completion may repeat itself than of a target, see
+        every_n_steps: Steps whose completions are checked together.
+        template: Largest normal excess of the share of completions with their most common phrase of four words (or the
+            whole text, if shorter) over that of the targets. Detects a policy with one completion for every prompt.
+        prefix_entropy: Smallest normal entropy of the first three words, in nats, divided by that of the targets.
+        repetition: Largest normal excess of the repeated share of completions over that of targets, see
             ``lora_gan.rewards.RepetitionPenalty``.
-        length: Factor by which the mean length in tokens may differ from the targets', either way.
-        truncation: How much larger the share of completions cut off by the length limit may be than that of targets
-            that are longer than it.
-        stop: End the run after a warning.
+        length: Largest normal factor between the mean lengths in tokens of completions and targets, either way.
+        truncation: Largest normal excess of the share of completions cut off by the length limit over the share of
+            targets that are longer than it.
+        stop: Whether to end the run after a warning.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CollapseMonitor(StepCallback):
         if every_n_steps < 1:
             raise LoraGANError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if length <= 1:
-            raise LoraGANError(f"length must be > 1, a factor, got {length}")
+            raise LoraGANError(f"length must be > 1, because it is a factor; got {length}")
         self.every_n_steps = every_n_steps
         self.stop = stop
         self.collapsed: dict[str, Callable[[float, float], bool]] = {
@@ -135,14 +135,14 @@ class CollapseMonitor(StepCallback):
 
     def _warn(self, trainer: L.Trainer, name: str, ours: Mapping[str, float], theirs: Mapping[str, float]) -> None:
         log.warning(
-            "collapse: %s %.3g in the %d steps to step %d, of the targets %.3g: %s%s",
+            "collapse: %s is %.3g over the %d steps up to step %d (targets: %.3g): %s%s",
             name,
             ours[name],
             self.steps,
             trainer.global_step,
             theirs[name],
             REMEDIES[name],
-            "; the run stops" if self.stop else "",
+            "; stopping the run" if self.stop else "",
         )
 
     def _forget(self) -> None:
@@ -164,7 +164,7 @@ class CollapseMonitor(StepCallback):
 
 
 def signs(sample: Sample) -> dict[str, float]:
-    """What collapse shows in, of at least one text."""
+    """Signs of collapse in at least one text, by name."""
     count = len(sample.texts)
     return {
         "template": template_share(sample.texts),
@@ -176,7 +176,7 @@ def signs(sample: Sample) -> dict[str, float]:
 
 
 def template_share(texts: Sequence[str]) -> float:
-    """Share of the texts that have the commonest phrase of four words; a shorter text is one phrase."""
+    """Share of the texts that contain the most common phrase of four words; a shorter text is one phrase."""
     found = Counter(phrase for text in texts for phrase in _phrases(words(text)))
     return max(found.values(), default=0) / max(len(texts), 1)
 

@@ -9,6 +9,7 @@ import lightning as L
 
 from lora_gan.errors import LoraGANError
 from lora_gan.step_callback import StepCallback, StepModule, step_module
+from lora_gan.tensors import moving_average
 from lora_gan.types import ACCURACY, PromptBatch, StepOutput
 
 
@@ -16,7 +17,7 @@ class _WatchesAccuracy(StepCallback, ABC):
     """Keeps a moving average of the discriminator's accuracy on fresh completions, before its updates.
 
     Args:
-        decay: How slowly the average forgets, in [0, 1).
+        decay: Decay of the moving average, in [0, 1).
     """
 
     def __init__(self, decay: float = 0.9) -> None:
@@ -28,12 +29,12 @@ class _WatchesAccuracy(StepCallback, ABC):
     def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
         if ACCURACY in output.metrics:
             now = float(output.metrics[ACCURACY])
-            self.accuracy = now if self.accuracy is None else self.decay * self.accuracy + (1 - self.decay) * now
+            self.accuracy = now if self.accuracy is None else moving_average(self.accuracy, now, self.decay)
             self.react(module, self.accuracy)
 
     @abstractmethod
     def react(self, module: StepModule, accuracy: float) -> None:
-        """Set a coefficient by the average accuracy."""
+        """React to the average accuracy, by setting a coefficient for example."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy}
@@ -43,16 +44,15 @@ class _WatchesAccuracy(StepCallback, ABC):
 
 
 class DiscriminatorControl(_WatchesAccuracy):
-    """Lets the discriminator learn in every n-th step only, and stops it while it is too good.
+    """Updates the discriminator in every n-th step only, and not while its accuracy is too high.
 
-    It scores completions in every step. How often it updates in a step in which it learns is the module's
-    ``discriminator_updates``; a curriculum may turn that.
+    It scores completions in every step. The number of updates in a step is the coefficient ``discriminator_updates``.
 
     Args:
-        every_n_steps: Steps from one in which it learns to the next.
+        every_n_steps: Steps between two with updates.
         freeze_above: Average accuracy from which it stops learning; null never stops it.
-        train_below: Average accuracy below which it learns again; ``freeze_above`` if not given.
-        decay: How slowly the average forgets, in [0, 1).
+        train_below: Average accuracy below which it learns again; by default ``freeze_above``.
+        decay: Decay of the moving average, in [0, 1).
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class DiscriminatorControl(_WatchesAccuracy):
 
 
 class ConfidenceGate(_WatchesAccuracy):
-    """Shuts the adversarial reward off while the discriminator is always right, and so tells the generator nothing.
+    """Turns the adversarial reward off while the discriminator is always right: its scores then carry no information.
 
     Args:
         close_above: Average accuracy from which the adversarial reward does not count.
-        open_below: Average accuracy below which it counts again; ``close_above`` if not given.
-        decay: How slowly the average forgets, in [0, 1).
+        open_below: Average accuracy below which it counts again; by default ``close_above``.
+        decay: Decay of the moving average, in [0, 1).
     """
 
     def __init__(self, close_above: float = 0.98, open_below: float | None = None, decay: float = 0.9) -> None:
@@ -111,19 +111,19 @@ class ConfidenceGate(_WatchesAccuracy):
 class AdaptiveAdversarialWeight(_WatchesAccuracy):
     """Adaptive λ: the weight of the adversarial reward grows with the discriminator's accuracy.
 
-    The coefficient ``adversarial_scale``, which multiplies ``adversarial``, follows the average accuracy: 0 at
-    ``low``, 1 from ``high`` on, a straight line between.
+    The coefficient ``adversarial_scale``, which multiplies ``adversarial``, is 0 up to an average accuracy of ``low``,
+    1 from ``high`` on, and linear in between.
 
     Args:
         low: Accuracy at which the adversarial reward does not count; 0.5 is guessing.
         high: Accuracy from which it counts in full.
-        decay: How slowly the average forgets, in [0, 1).
+        decay: Decay of the moving average, in [0, 1).
     """
 
     def __init__(self, low: float = 0.5, high: float = 0.9, decay: float = 0.9) -> None:
         super().__init__(decay)
         if not 0 <= low < high <= 1:
-            raise LoraGANError(f"low and high must be accuracies with low < high, got {low} and {high}")
+            raise LoraGANError(f"low and high must be accuracies with 0 <= low < high <= 1, got {low} and {high}")
         self.low = low
         self.high = high
 

@@ -1,4 +1,4 @@
-"""Phases of a run: warm up, then mix."""
+"""Curriculum: phases of a run, such as a warm-up before adversarial training, and easy examples first."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lora_gan.types import PromptBatch
 
 @dataclass(frozen=True)
 class Phase:
-    """What changes at one step; what is not given stays as it was.
+    """Changes at one step; whatever is not given stays the same.
 
     Args:
         start: First step of the phase, from 0.
         coefficients: New values of some of the :class:`~lora_gan.coefficients.Coefficients`, by name.
-        take_snapshot: Whether a snapshot of the generator is taken as the phase begins.
-        discriminator_from_generator: Whether the discriminator starts anew from the generator's adapter.
+        take_snapshot: Whether to take a snapshot of the generator at the start.
+        discriminator_from_generator: Whether to replace the discriminator's adapter by a copy of the generator's.
     """
 
     start: int
@@ -32,31 +32,35 @@ class Phase:
     def __post_init__(self) -> None:
         for name in self.coefficients:
             if name not in NAMES:
-                raise LoraGANError(f"a phase cannot set {name!r}; its coefficients are {', '.join(NAMES)}")
+                raise LoraGANError(f"a phase cannot set {name!r}; choose from {', '.join(NAMES)}")
         Coefficients(**self.coefficients)  # type: ignore[arg-type]  # checks the values
 
 
 class Curriculum(StepCallback):
-    """Turns the module's coefficients at the first step of each phase.
+    """Sets the module's coefficients at the first step of each phase.
 
     Args:
-        phases: The phases, by their first steps.
+        phases: The phases, in the order of their first steps.
     """
 
     def __init__(self, phases: list[Phase]) -> None:
         starts = [phase.start for phase in phases]
         if starts != sorted(set(starts)) or (starts and starts[0] < 0):
-            raise LoraGANError(f"phases must start at growing steps from 0 on, got {starts}")
+            raise LoraGANError(f"phases must start at increasing steps >= 0, got {starts}")
         self.phases = phases
         self.begun: list[Phase] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Phases that are over cannot be changed any more."""
+        """Check that phases that have begun are unchanged after a resume.
+
+        Raises:
+            LoraGANError: One of them differs.
+        """
         due = [phase for phase in self.phases if phase.start < trainer.global_step]
         if self.begun != due:
             raise LoraGANError(
-                f"step {trainer.global_step} was reached with the phases {self.begun}, and the configuration now says "
-                f"{due}: leave phases that have begun as they were, and change those to come or the module's settings"
+                f"step {trainer.global_step} was reached with the phases {self.begun}, but the configuration now has "
+                f"{due}: keep phases that have begun unchanged, and edit later phases or the module's settings"
             )
 
     def before_step(self, trainer: L.Trainer, module: StepModule, batch: PromptBatch) -> None:
@@ -80,11 +84,10 @@ class Curriculum(StepCallback):
 
 
 class EasyFirst(StepCallback):
-    """Example curriculum: the generator learns from the prompts whose completions the discriminator likes best, then
-    all.
+    """Example curriculum: first the prompts whose completions the discriminator scores highest, then all.
 
-    The share of each batch's prompts that count, the coefficient ``easiest_share``, grows along a straight line to 1.
-    It acts in steps in which the discriminator takes part.
+    The coefficient ``easiest_share``, the share of each batch's prompts that the generator learns from, grows linearly
+    to 1. It has an effect in steps in which the discriminator scores completions.
 
     Args:
         first: Share at step ``start``.

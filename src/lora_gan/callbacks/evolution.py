@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lora_gan.atomic import atomic_folder
 from lora_gan.backbone import GENERATOR
 from lora_gan.callbacks.last_checkpoint import run_folder
-from lora_gan.checkpointing.adapters import keep_newest, save_adapter, whole_folder
+from lora_gan.checkpointing.adapters import keep_newest, save_adapter
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution import EvolutionModule
 from lora_gan.evolution.population import CROSSED, MUTATED, REFINED, START, member_loaded, positions
@@ -55,7 +56,7 @@ class FittestMembers(StepCallback):
             return
         evolution = _evolution_module(module, self)
         folder = run_folder(trainer) / "checkpoints" / f"gen-{trainer.global_step}"
-        with whole_folder(folder) as fresh:
+        with atomic_folder(folder) as fresh:
             for rank, member in enumerate(evolution.ranked[: self.members], start=1):
                 with member_loaded(module.backbone, member.weights):
                     save_adapter(module.backbone, GENERATOR, fresh / str(rank))

@@ -1,4 +1,4 @@
-"""The newest state of a run, for resuming it."""
+"""Last checkpoint: the newest state of a run, for resuming it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ log = logging.getLogger("lora_gan")
 
 
 class Interrupted(SystemExit):
-    """A signal ended the run, after the step was done and saved; the exit status is 128 + its number."""
+    """A signal ended the run after the step was finished and saved; the exit status is 128 + its number."""
 
 
 class LastCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` in the run's folder every few steps and after the last one.
 
-    The one before stays as ``previous.ckpt``. Ctrl-C and SIGTERM, too, end the step, write, and tell how to resume; a
-    second Ctrl-C ends at once. In a step that is validated the file is written after the validation, since Lightning
-    does not make up for one that was cut off; all other callbacks have seen the step by then.
+    The one before is kept as ``previous.ckpt``. After Ctrl-C or SIGTERM the run finishes its step, writes the file and
+    logs how to resume; a second Ctrl-C stops at once. In a step with a validation the file is written after it, because
+    Lightning does not repeat an interrupted validation; all other callbacks have run by then.
 
     Args:
         every_n_steps: Steps between two writes, and so the most that can be lost.
@@ -48,7 +48,7 @@ class LastCheckpoint(Checkpoint):
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen for signals; Lightning restores the handlers that were there before the fit."""
+        """Handle signals; Lightning restores the earlier handlers after the fit."""
         self.waits_for_validation, self.signal = False, None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -82,7 +82,7 @@ class LastCheckpoint(Checkpoint):
             self._stop(trainer)
 
     def _interrupted(self, trainer: L.Trainer) -> bool:
-        """Whether a signal has come, on any device."""
+        """Whether any process has received a signal."""
         return trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
 
     def _write(self, trainer: L.Trainer) -> None:
@@ -101,23 +101,23 @@ class LastCheckpoint(Checkpoint):
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """Where a run leaves its files."""
+    """Folder of a run's files."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def last_checkpoint(trainer: L.Trainer) -> Path:
-    """Where :class:`LastCheckpoint` writes."""
+    """Path that :class:`LastCheckpoint` writes to."""
     return run_folder(trainer) / "checkpoints" / LAST
 
 
 def resume_command(trainer: L.Trainer) -> str:
-    """What goes on with a run on the command line."""
+    """Command line that resumes a run."""
     last = last_checkpoint(trainer)
     config = os.path.relpath(last.parents[1] / "config.yaml")
     return f"python -m src.cli fit --config {config} --ckpt_path {os.path.relpath(last)}"
 
 
 def _over(trainer: L.Trainer) -> bool:
-    """Whether this is the last step, as far as can be known."""
+    """Whether this is the last step, as far as the data loader knows."""
     last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.should_stop or trainer.global_step == trainer.max_steps or (last_epoch and is_last_batch(trainer))

@@ -1,4 +1,4 @@
-"""What ``predict`` leaves behind."""
+"""Prediction writer: the file of ``predict``."""
 
 from __future__ import annotations
 

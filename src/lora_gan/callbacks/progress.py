@@ -1,4 +1,4 @@
-"""A progress bar that counts steps."""
+"""Progress bar that counts steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class StepProgressBar(TQDMProgressBar):
-    """One bar over all steps of a fit, not one an epoch, with reward and losses beside it."""
+    """One bar over all steps of a fit, not one per epoch, with reward and losses."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -26,7 +26,7 @@ class StepProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Reward and losses, not the logger's version."""
+        """Reward and losses, without the logger's version."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
 
     def _set_out(self, trainer: L.Trainer) -> None:

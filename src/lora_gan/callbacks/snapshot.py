@@ -1,4 +1,4 @@
-"""Frozen earlier generators: opponents in self-play, anchors of the KL term."""
+"""Snapshots of the generator: opponents in self-play, references of the KL term."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lora_gan.types import PromptBatch
 
 
 class Snapshot(StepCallback):
-    """Takes a snapshot of the generator every few steps, in place of the last one.
+    """Takes a snapshot of the generator every few steps, replacing the last one.
 
     Args:
-        every_n_steps: Steps from one snapshot to the next.
-        start: Step of the first one, taken before the step is played.
+        every_n_steps: Steps between two snapshots.
+        start: Step before which the first one is taken.
     """
 
     def __init__(self, every_n_steps: int = 50, start: int = 0) -> None:

@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_gan.distributed import in_order, several
 from lora_gan.errors import LoraGANError
-from lora_gan.rewards import Evidence, references_of
+from lora_gan.rewards import Evidence, RetrievalReward, references_of
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
+from lora_gan.step_callback import StepModule
 from lora_gan.text_metrics import bert_score, bleu, distinct_n, exact_match, mmd, ngram_entropy, rouge, self_bleu, words
 from lora_gan.types import EvalOutput
 
@@ -24,18 +25,18 @@ OwnMetric = Callable[[Sequence[str], Sequence[str]], float]
 
 
 class TextMetrics(L.Callback):
-    """Measures the completions of a validation or test pass, logs them, and shows some.
+    """Measures the completions of a validation or a test, logs the metrics, and shows samples.
 
-    Validation logs ``text/<metric>`` of the generator. Test logs ``test/<role>/<metric>``, base and generator side by
-    side, prints the table and writes it to ``held_out.md`` in the run's folder. Of several in the list of callbacks the
-    last one measures, so that a further configuration file can append its own.
+    Validation logs ``text/<metric>`` of the generator. Test logs ``test/<role>/<metric>`` of base and generator, prints
+    the table and writes it to ``held_out.md`` in the run's folder. Of several instances only the last one is active, so
+    that another configuration file can append its own.
 
     Args:
-        samples: Completions shown in the tables.
+        samples: Number of completions in the tables.
         semantic_model: Sentence encoder of the semantic similarity and of the distance between the sets (mmd).
-        bert_score_model: Adds BERTScore by this encoder: hub id or local folder, roberta-large say. It is slow.
-        metrics: Your own, by import path: functions of all completions and their targets that return one number, logged
-            under the function's name. A prompt without target has an empty one.
+        bert_score_model: Adds BERTScore by this encoder, a hub id such as roberta-large or a local folder. It is slow.
+        metrics: User metrics, by import path: functions of all completions and their targets that return one number,
+            logged under the function's name. The target of a prompt without one is empty.
     """
 
     def __init__(
@@ -80,15 +81,15 @@ class TextMetrics(L.Callback):
         if "exact_match" in metrics:
             pl_module.log("exact", metrics["exact_match"], prog_bar=True, logger=False, sync_dist=True)
         self._write(trainer, "samples", samples_table(self.seen, self.samples))
-        for reward in getattr(pl_module, "rewards", []):
-            if getattr(reward, "evidence", ()):
+        for reward in pl_module.rewards if isinstance(pl_module, StepModule) else ():
+            if isinstance(reward, RetrievalReward) and reward.evidence:
                 self._write(trainer, f"evidence/{reward.name}", evidence_table(reward.evidence, self.samples))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._replaced(trainer):
             return
         self._gather(trainer.test_dataloaders)
-        folder = trainer.log_dir  # broadcast: every process asks
+        folder = trainer.log_dir  # a broadcast, which every process must join
         metrics = {role: self._measure(role) for role in self.seen}
         logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
         pl_module.log_dict(logged, sync_dist=True)
@@ -104,7 +105,7 @@ class TextMetrics(L.Callback):
         return [c for c in trainer.callbacks if isinstance(c, TextMetrics)][-1] is not self  # type: ignore[attr-defined]
 
     def _gather(self, loader: Any) -> None:
-        """Every process measures the completions of all."""
+        """Give every process the completions of all processes."""
         if several():
             data = getattr(loader, "dataset", None)
             count = len(data) if isinstance(data, Sized) else None
@@ -127,7 +128,10 @@ def measure(
 ) -> dict[str, float]:
     """Reward and text metrics of one role's completions to a whole split.
 
-    What compares with targets looks at the prompts that have one, and is left out where none has.
+    Metrics that compare with targets use the prompts that have one, and are left out if none has.
+
+    Raises:
+        LoraGANError: A user metric has the name of another metric, or does not return a finite number.
     """
     examples = [example for part in answered for example in part.examples]
     texts = [text for part in answered for text in part.texts]
@@ -152,7 +156,7 @@ def measure(
 
 
 def one_by_one(answered: Sequence[EvalOutput]) -> list[EvalOutput]:
-    """Each prompt's completion for itself."""
+    """Split the outputs into one for each prompt."""
     return [
         EvalOutput(**{f.name: getattr(part, f.name)[i : i + 1] for f in fields(part)})
         for part in answered
@@ -161,7 +165,7 @@ def one_by_one(answered: Sequence[EvalOutput]) -> list[EvalOutput]:
 
 
 def compare(completions: Sequence[str], targets: Sequence[str], semantic_model: str = MINILM) -> dict[str, float]:
-    """Completions beside their targets: words, meaning, and the distance between the two sets."""
+    """Metrics of completions against targets: words, meaning, and the distance between the two sets."""
     encoder = sentence_encoder(semantic_model)
     similarity = encoder.similarity(completions, targets)
     return {
@@ -173,7 +177,7 @@ def compare(completions: Sequence[str], targets: Sequence[str], semantic_model: 
 
 
 def variety(completions: Sequence[str]) -> dict[str, float]:
-    """How much the completions differ from each other."""
+    """Metrics of the diversity of completions."""
     return {
         **{f"distinct_{n}": distinct_n(completions, n) for n in (1, 2, 3)},
         "entropy_2": ngram_entropy(completions, 2),
@@ -192,7 +196,7 @@ def _add_own(
 ) -> None:
     name = str(getattr(function, "__name__", type(function).__name__))
     if name in metrics:
-        raise LoraGANError(f"there are two metrics called {name!r}; rename your function")
+        raise LoraGANError(f"two metrics are named {name!r}; rename your function")
     value = function(completions, targets)
     try:
         metrics[name] = float(value)
@@ -203,7 +207,7 @@ def _add_own(
 
 
 def evidence_table(evidence: Sequence[Evidence], count: int) -> str:
-    """Markdown: completions, what was found for each, most similar first, and the verdict."""
+    """Markdown table of completions, their verdicts, and the passages found, most similar first."""
     rows = [
         [one.completion, f"{one.verdict:.2f}" if n == 0 else "", f"{similarity:.2f}", passage]
         for one in evidence[:count]
@@ -213,14 +217,14 @@ def evidence_table(evidence: Sequence[Evidence], count: int) -> str:
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: a row for each metric, a column for each role."""
+    """Markdown table with a row for each metric and a column for each role."""
     roles = list(metrics)
     rows = [[name, *(f"{metrics[p][name]:.3f}" for p in roles)] for name in metrics[roles[0]]]
     return _markdown(["metric", *(TITLES.get(p, p) for p in roles)], rows)
 
 
 def samples_table(seen: Mapping[str, Sequence[EvalOutput]], count: int) -> str:
-    """Markdown: prompt, target and each role's completion for some prompts spread over the split."""
+    """Markdown table of prompt, target and each role's completion, for prompts spread over the split."""
     roles = list(seen)
     examples = [example for part in seen[roles[0]] for example in part.examples]
     texts = {role: [text for part in seen[role] for text in part.texts] for role in roles}

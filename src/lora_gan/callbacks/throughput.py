@@ -1,4 +1,4 @@
-"""How fast a run is, and where its time goes."""
+"""Throughput of a run, and the time of its phases."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger("lora_gan")
 
 
 class Throughput(StepCallback):
-    """Logs sampled completions and tokens a second and, of the module's phases, their shares of the step.
+    """Logs sampled completions and tokens per second, and the share of each phase in the time of a step.
 
-    ``speed/completions``, ``speed/tokens`` and ``speed/step`` (seconds) of each step; ``speed/share_<phase>`` where the
-    module times its phases. The totals of a run are logged at its end and continue after a resume. Validation and
-    the wait for data do not count; of several devices each counts its own.
+    ``speed/completions``, ``speed/tokens`` and ``speed/step`` (seconds) in each step, and ``speed/share_<phase>`` if
+    the module times its phases. The totals of a run are logged at its end and continue after a resume. Validation and
+    the wait for data do not count; each device counts its own completions.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Throughput(StepCallback):
             log.info(self.summary())
 
     def summary(self) -> str:
-        """One line about the run so far."""
+        """Speed of the run so far, in one line."""
         steps, completions, tokens, seconds = (
             self.totals[name] for name in ("steps", "completions", "tokens", "seconds")
         )

@@ -1,0 +1,1 @@
+"""Checkpointing: what a checkpoint of a run holds, checkpoint files, and adapter folders."""

@@ -1,18 +1,15 @@
-"""StepModule on disk: PEFT folders that plain ``PeftModel.from_pretrained`` loads, with heads and optimizers beside
-them.
+"""Adapter folders in PEFT's format, which ``PeftModel.from_pretrained`` loads, with heads and optimizer states.
 
-A folder of both, ``step-100`` say, holds ``generator`` and ``discriminator``, each with ``adapter_config.json``,
-``adapter_model.safetensors``, ``optimizer.pt`` and ``base.json``, by which the base is known again;
+A folder of both roles, such as ``step-100``, holds ``generator`` and ``discriminator``, each with
+``adapter_config.json``, ``adapter_model.safetensors``, ``optimizer.pt`` and ``base.json``, which identifies the base;
 ``discriminator/head.pt`` is its linear head.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lora_gan.atomic import atomic_folder
 from lora_gan.backbone import BUILTIN, DISCRIMINATOR, GENERATOR, Backbone
 from lora_gan.errors import LoraGANError
 from lora_gan.step_callback import StepModule
@@ -32,7 +30,7 @@ SHAPE = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "use_do
 
 
 def save_adapter(backbone: Backbone, role: str, folder: Path) -> None:
-    """Write one adapter in PEFT's format, and by what its base is known again."""
+    """Write one adapter in PEFT's format, and the identity of its base."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy(backbone.lm.peft_config[role])
     config.inference_mode = True
@@ -44,17 +42,17 @@ def save_adapter(backbone: Backbone, role: str, folder: Path) -> None:
 
 
 def save_role(module: StepModule, role: str, folder: Path) -> None:
-    """Write a role's adapter and what it learns besides."""
+    """Write a role's adapter and heads."""
     save_adapter(module.backbone, role, folder)
     for file, weights in _heads(module, role).items():
         torch.save(weights, folder / file)
 
 
 def load_role(module: StepModule, role: str, source: str | Path) -> None:
-    """Give a role the adapter and the heads of a folder, or the adapter of a hub id.
+    """Load a role's adapter and heads from a folder, or its adapter from a hub id.
 
     Raises:
-        LoraGANError: There is none, or it is one of another base or shape.
+        LoraGANError: There is no adapter, or it belongs to another base or has another shape.
     """
     load_adapter(module.backbone, role, str(source))
     for file, mine in _heads(module, role).items():
@@ -66,7 +64,11 @@ def load_role(module: StepModule, role: str, source: str | Path) -> None:
 
 
 def load_adapter(backbone: Backbone, role: str, source: str) -> None:
-    """Give a role the weights of a PEFT adapter, of its own or of another run."""
+    """Load a role's weights from a PEFT adapter of any role and run.
+
+    Raises:
+        LoraGANError: There is no adapter, or it belongs to another base or has another shape.
+    """
     try:
         config = PeftConfig.from_pretrained(source)
         theirs = load_peft_weights(source, device="cpu")
@@ -82,24 +84,24 @@ def load_adapter(backbone: Backbone, role: str, source: str) -> None:
         found, wanted = getattr(config, field, None), getattr(here, field)
         if found != wanted:
             raise LoraGANError(
-                f"the adapter {source!r} has {setting} {found}, and the {role}'s is {wanted}: set "
-                f"{role}_lora.{setting} accordingly"
+                f"the adapter {source!r} has {setting} {found}, but the {role} has {wanted}: set "
+                f"{role}.lora.{setting} to {found}"
             )
     shape = get_peft_model_state_dict(backbone.lm, adapter_name=role, save_embedding_layers=False)
-    _check_tensors(shape, theirs, f"the adapter {source!r} is one of other layers; set {role}_lora.targets as there")
+    _check_tensors(shape, theirs, f"the adapter {source!r} has other layers; set {role}.lora.targets to its own")
     set_peft_model_state_dict(backbone.lm, theirs, adapter_name=role)
 
 
 def write_roles(module: StepModule, folder: Path, optimizers: Mapping[str, Optimizer], state: object = None) -> None:
-    """Write both roles and their optimizers as one folder, whole or not at all.
+    """Write both roles and their optimizers to one folder, completely or not at all.
 
     Args:
-        module: Whose roles.
-        folder: Replaced where it is there.
-        optimizers: By role.
-        state: Written to ``state.pt`` beside the roles.
+        module: Module of the roles.
+        folder: Folder to write; an older one is replaced.
+        optimizers: Optimizers by role.
+        state: Written to ``state.pt`` in the folder unless None.
     """
-    with whole_folder(folder) as fresh:
+    with atomic_folder(folder) as fresh:
         for role in ROLES:
             save_role(module, role, fresh / role)
             torch.save(optimizers[role].state_dict(), fresh / role / "optimizer.pt")
@@ -107,25 +109,15 @@ def write_roles(module: StepModule, folder: Path, optimizers: Mapping[str, Optim
             torch.save(state, fresh / "state.pt")
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Where to write what becomes ``folder`` when all of it is there; an older one is replaced."""
-    fresh = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    yield fresh
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(fresh, folder)
-
-
 def keep_newest(parent: Path, prefix: str, count: int) -> None:
-    """Of the folders ``<prefix><number>`` leave those with the highest numbers; a count of 0 leaves all."""
+    """Delete all folders ``<prefix><number>`` but the ``count`` with the highest numbers; 0 keeps all."""
     numbered = sorted(parent.glob(f"{prefix}*"), key=lambda path: int(path.name.removeprefix(prefix)))
     for old in numbered[:-count] if count else []:
         shutil.rmtree(old)
 
 
 def _heads(module: StepModule, role: str) -> dict[str, dict[str, Tensor]]:
-    """By file, what a role learns besides its adapter: the live tensors."""
+    """Trainable tensors of a role besides its adapter, by file and name; not copies."""
     heads: dict[str, nn.Module | None]
     if role == GENERATOR:
         heads = {"value_head.pt": module.generator.value_head}
@@ -144,32 +136,32 @@ def _check_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], mes
     if differing:
         name = differing[0]
         shapes = [tuple(weights[name].shape) if name in weights else "missing" for weights in (theirs, mine)]
-        raise LoraGANError(f"{message} ({name}: {shapes[0]} there, {shapes[1]} here)")
+        raise LoraGANError(f"{message} ({name}: found {shapes[0]}, expected {shapes[1]})")
 
 
 def _saved_base(source: str) -> dict[str, str]:
-    """What the folder says about the base; nothing where another program wrote it, or where it is on the hub."""
+    """Identity of the base as recorded in the folder; empty for adapters of other programs or on the hub."""
     path = Path(source) / BASE
     saved: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return saved
 
 
 def _check_base(backbone: Backbone, source: str, saved: Mapping[str, str], there: str | None, here: str | None) -> None:
-    """By the weights, where they are known in this number format; else by the name alone."""
+    """Compare the bases by their weights if recorded for this data type, else by name."""
     if saved.get("format") == backbone.fingerprint["format"]:
         if saved != backbone.fingerprint:
             raise LoraGANError(
-                f"the adapter {source!r} was trained on the base {there!r}, and this one is {here!r}, whose weights "
-                "are others: set base to it"
+                f"the adapter {source!r} was trained on the base {there!r}, but this base, {here!r}, has other "
+                f"weights: set base to {there!r}"
             )
     elif _name(there) != _name(here):
         raise LoraGANError(
-            f"the adapter {source!r} was trained on the base {there!r}, and this one is {here!r}: set base to it; if "
-            "the two are the same model, correct base_model_name_or_path in the folder's adapter_config.json"
+            f"the adapter {source!r} was trained on the base {there!r}, but this base is {here!r}: set base to "
+            f"{there!r}; if the two are the same model, correct base_model_name_or_path in its adapter_config.json"
         )
 
 
 def _name(base: str | None) -> str:
-    """The base without the folder it lies in."""
+    """Name of the base without its folder."""
     path = Path(base or "unknown")
     return BUILTIN if path.parts[-2:] == ("lora_gan", BUILTIN) else path.name

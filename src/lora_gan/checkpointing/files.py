@@ -1,9 +1,8 @@
-"""Checkpoint files: written whole or not at all, read only where no byte that matters has changed."""
+"""Checkpoint files: written completely or not at all, read only if intact."""
 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,23 +11,24 @@ from zipfile import ZipFile
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from lora_gan.atomic import atomic_file
 from lora_gan.errors import LoraGANError
 
 log = logging.getLogger("lora_gan")
 
 LAST = "last.ckpt"  # the newest state of a run
-PREVIOUS = "previous.ckpt"  # the one before, should the newest be damaged
+PREVIOUS = "previous.ckpt"  # the state before it, in case the newest is damaged
 
 
 class DamagedCheckpoint(LoraGANError):
-    """A file that was cut off, or in which something has changed since it was written."""
+    """A checkpoint file is truncated, or has changed since it was written."""
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """For ``Trainer(plugins=…)``; the command line sets it. What is not on a local disk is left to Lightning.
+    """Checkpoint plugin for ``Trainer(plugins=…)``; the command line adds it. Remote paths are left to Lightning.
 
-    A file is written beside its place and moved there when it has reached the disk, so that whatever happens there is
-    the old one or the new one. Reading compares the checksums that are in it, which ``torch.load`` does not.
+    A file is written under a temporary name and renamed once it has reached the disk, so that after a crash there is
+    either the old file or the new one. Reading verifies the checksums in the file, which ``torch.load`` does not.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -47,33 +47,26 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write the file whole, or leave what is there.
+    """Write a checkpoint completely, or leave an older file unchanged.
 
     Raises:
-        LoraGANError: The disk does not take it.
+        LoraGANError: Writing failed.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        _sync(path.parent)
+        with atomic_file(path) as draft:
+            torch.save(checkpoint, draft)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
-        partial.unlink(missing_ok=True)
         raise LoraGANError(
-            f"cannot write {path}: {error}; make room or set another folder. The checkpoints before it are whole"
+            f"cannot write {path}: {error}; free disk space or set another folder. Earlier checkpoints are intact"
         ) from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What the file holds: tensors and plain values.
+    """Read a checkpoint of tensors and plain values.
 
     Raises:
-        DamagedCheckpoint: It is not as it was written.
-        LoraGANError: There is no such file, or it is none of ours.
+        DamagedCheckpoint: The file is truncated or has changed.
+        LoraGANError: There is no such file, or it was not written by lora-gan.
     """
     if not Path(path).is_file():
         raise LoraGANError(f"no checkpoint at {path}; fit prints the checkpoint paths when it ends")
@@ -83,22 +76,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise LoraGANError(
-            f"{path} was not written by lora-gan: it holds more than tensors and plain values"
+            f"{path} was not written by lora-gan: it contains more than tensors and plain values"
         ) from error
-    except Exception as error:  # where a changed byte stands decides what goes wrong
+    except Exception as error:  # the kind of error depends on which byte has changed
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     if broken:
         raise _damaged(path, f"the checksum of {broken} is wrong")
     if not isinstance(checkpoint, dict):
-        raise LoraGANError(f"{path} was not written by lora-gan: it holds no checkpoint")
+        raise LoraGANError(f"{path} was not written by lora-gan: it contains no checkpoint")
     return checkpoint
 
 
 def intact_checkpoint(path: Path) -> Path:
-    """``path``, or the newest whole checkpoint beside it where that is damaged, with a warning.
+    """``path``, or, if that is damaged, the newest intact checkpoint in its folder, with a warning.
 
     Raises:
-        LoraGANError: None of them can be read.
+        LoraGANError: None of them is intact.
     """
     try:
         if path.name == LAST and not path.exists():  # killed between moving the old one and writing the new one
@@ -107,17 +100,19 @@ def intact_checkpoint(path: Path) -> Path:
         return path
     except DamagedCheckpoint as found:
         damage = found
-    steps = {other: _round(other) for other in path.parent.glob("*.ckpt") if other != path}
-    whole = {other: at for other, at in steps.items() if at is not None}
-    if not whole:
-        raise LoraGANError(f"{damage}; there is no other checkpoint in its folder: start anew, without --ckpt_path")
-    newest = max(whole, key=lambda other: (whole[other], other.name == PREVIOUS))
-    log.warning("%s; taking the newest whole one beside it, %s of step %d", damage, newest, whole[newest])
+    steps = {other: _step_of(other) for other in path.parent.glob("*.ckpt") if other != path}
+    intact = {other: at for other, at in steps.items() if at is not None}
+    if not intact:
+        raise LoraGANError(
+            f"{damage}; there is no other intact checkpoint in its folder: start a new run, without --ckpt_path"
+        )
+    newest = max(intact, key=lambda other: (intact[other], other.name == PREVIOUS))
+    log.warning("%s; using the newest intact one, %s of step %d", damage, newest, intact[newest])
     return newest
 
 
-def _round(path: Path) -> int | None:
-    """After how many steps it was written; None where it cannot be resumed from."""
+def _step_of(path: Path) -> int | None:
+    """The step of a checkpoint; None if a run cannot resume from it."""
     try:
         checkpoint = read_checkpoint(path)
     except LoraGANError:
@@ -131,13 +126,3 @@ def _damaged(path: str | Path, reason: str) -> DamagedCheckpoint:
 
 def _remote(path: str | Path) -> bool:
     return "://" in str(path)
-
-
-def _sync(folder: Path) -> None:
-    """Make a change of names outlast a loss of power; only POSIX can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What a checkpoint of the module holds, and which ones it accepts."""
+"""Checkpoint contents: what the module saves, and which checkpoints it accepts."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from lora_gan.lightning_compat import is_fitting
 from lora_gan.step_callback import StepModule
 from lora_gan.tensors import fingerprint
 
-CHECKPOINT_VERSION = 5  # of lora-gan 0.2.0
+CHECKPOINT_VERSION = 5  # since lora-gan 0.2.0
 
 
 class Checkpointed(StepModule):
-    """Keeps what is trained and what crosses steps; the frozen base is named, not stored.
+    """Saves the trained weights and the state between steps; the frozen base is identified, not stored.
 
-    Random numbers do not cross steps: those of a step depend on the run's seed and the step's number only. So a
-    resumed run draws what the uninterrupted one draws, and how often a run is validated does not change what it learns.
+    The state of random number generators is not part of it: the random numbers of a step depend only on the seed of the
+    run, the rank of the process and the number of the step. So a resumed run draws the same numbers as an uninterrupted
+    one, and the number of validations does not affect training.
     """
 
     configured_coefficients: Coefficients
-    seed: int | None = None  # of the runs to come; None: what torch was seeded with, or what the checkpoint says
+    seed: int | None = None  # of the next runs; None: the seed of torch, or that of the checkpoint
 
     def __init__(self) -> None:
         super().__init__()
-        self.strict_loading = False  # of the base nothing is stored
+        self.strict_loading = False  # checkpoints do not store the base
         self.seed_of_run = 0
-        self.accumulated: dict[str, Tensor] = {}  # gradients of a checkpoint, until training starts
+        self.accumulated: dict[str, Tensor] = {}  # gradients from a checkpoint, until training starts
 
     # random numbers
 
@@ -48,18 +49,18 @@ class Checkpointed(StepModule):
 
     @property
     def step_seed(self) -> tuple[int, ...]:
-        """What the random numbers of a step depend on."""
+        """Seed of the random numbers of a step: seed of the run, rank, step."""
         return self.seed_of_run, self.trainer.global_rank, self.trainer.global_step
 
     def seed_step(self) -> None:
-        """Seed the step to come."""
+        """Seed the next step."""
         seed_by(self.step_seed)
 
     def on_fit_end(self) -> None:
-        """What is drawn after a fit is the same, whether its last step was played now or before a resume."""
+        """Seed what follows, so that it does not depend on whether the last step ran now or before a resume."""
         self.seed_step()
 
-    # a half-filled accumulation
+    # accumulated gradients
 
     def on_train_start(self) -> None:
         parameters = dict(self.named_parameters())
@@ -68,14 +69,14 @@ class Checkpointed(StepModule):
         self.accumulated = {}
 
     def on_validation_model_zero_grad(self) -> None:
-        """A validation in the middle of an accumulation leaves its gradients alone; Lightning would drop them."""
+        """Keep accumulated gradients during a validation; Lightning would clear them."""
         if self.trainer.global_step % self.optimization.settings.gradient_accumulation_steps == 0:
             super().on_validation_model_zero_grad()
 
     # checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the base out and describe it."""
+        """Replace the weights of the base by a description."""
         kept = self._kept()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint["lora_gan"] = self._description() | {
@@ -86,37 +87,45 @@ class Checkpointed(StepModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of something else, saying what differs; a coefficient configured anew keeps its new
-        value.
+        """Check that the checkpoint fits the configuration; coefficients that were reconfigured keep their new values.
+
+        Raises:
+            LoraGANError: The checkpoint was not written by lora-gan, or does not fit; the message says where.
         """
         described = checkpoint.get("lora_gan")
         if described is None:
-            raise LoraGANError("this checkpoint was not written by lora-gan")
+            raise LoraGANError("this checkpoint was not written by lora-gan; give a last.ckpt of one of its runs")
         fitting = is_fitting(self)
         differing = list(self._differences(described, fitting))
         if differing:
-            raise LoraGANError("the checkpoint does not fit this configuration: " + "; ".join(differing))
+            raise LoraGANError(
+                f"the checkpoint does not fit this configuration: {'; '.join(differing)}. "
+                "Start a new run, or use the settings of the checkpoint"
+            )
         if any(f".{SNAPSHOT}." in name for name in checkpoint["state_dict"]):
             self.backbone.add_snapshot()
-        remembered = described["replay"]  # by each process
+        remembered = described["replay"]  # one for each process
         self.discriminator.replay.load_state_dict(remembered[self.global_rank % len(remembered)])
         missing = self._kept() - set(checkpoint["state_dict"])
         if missing:
-            raise LoraGANError(f"the checkpoint lacks {len(missing)} tensors, {min(missing)} for one")
+            raise LoraGANError(
+                f"the checkpoint lacks {len(missing)} tensors, such as {min(missing)}; start a new run, or use the "
+                "settings of the checkpoint"
+            )
         if fitting:
             self.seed_of_run = described["seed"]
             self.accumulated = described["gradients"]
         for name, value in asdict(self.configured_coefficients).items():
-            if described["coefficients"][name] != value:  # set anew for the resumed run
+            if described["coefficients"][name] != value:  # reconfigured for the resumed run
                 checkpoint["state_dict"][f"coefficients.{name}"] = torch.tensor(float(value))
 
     def _differences(self, there: Mapping[str, Any], fitting: bool) -> Iterator[str]:
-        """What stands in the way, by the names of the settings."""
+        """Differences that prevent loading, by the names of the settings."""
         here = self._description()
         if there["version"] != here["version"]:
-            yield f"its version is {there['version']}, this is {here['version']}"
+            yield f"its format version is {there['version']}, this lora-gan reads {here['version']}"
             return
-        if there["weights"] != here["weights"]:  # a base may have moved
+        if there["weights"] != here["weights"]:  # the same base may lie in another folder
             yield from differences(there["base"], here["base"], "base")
             if there["dtype"] == here["dtype"]:
                 yield from differences(there["weights"], here["weights"], "weights of the base")
@@ -158,7 +167,7 @@ class Checkpointed(StepModule):
 
     @cached_property
     def _frozen_weights(self) -> str:
-        """By them a base is known again, also where it has moved."""
+        """Fingerprint of the frozen weights, which identifies a base even if its folder moved."""
         frozen = {name: p for name, p in self.named_parameters() if not p.requires_grad and f".{SNAPSHOT}." not in name}
         return fingerprint(frozen)
 
@@ -183,16 +192,16 @@ def seed_by(parts: tuple[int, ...]) -> None:
 
 
 def differences(there: Any, here: Any, name: str) -> Iterator[str]:
-    """Each value that is another one here, by its full name."""
+    """Describe each value that differs, by its full name."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in {**there, **here}:
             yield from differences(there.get(key), here.get(key), f"{name}.{key}")
     elif there != here:
-        yield f"{name}: {there} there, {here} here"
+        yield f"{name}: {there} in the checkpoint, {here} now"
 
 
 def plain(value: Any) -> Any:
-    """Settings as a checkpoint can hold them; the rates that follow from the optimizer's are left out."""
+    """Settings as plain values for a checkpoint; rates derived from those of the optimizer are left out."""
     if isinstance(value, Mapping):
         followed = ("base_lrs", "_last_lr")
         return {str(key): plain(item) for key, item in value.items() if key not in followed}

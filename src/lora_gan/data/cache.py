@@ -1,4 +1,4 @@
-"""Token ids of large data sets, kept on disk under the hash of the texts and of the tokenizer."""
+"""Cache of token ids of large data sets on disk, by a hash of the texts and the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_gan.atomic import atomic_file
 from lora_gan.data.tokenizer import Encoded, Ids, encode, shared
 from lora_gan.types import Example
 
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("lora_gan")
 
 CHUNK = 512  # examples that are tokenised together
-LARGE = 5_000  # examples; fewer are tokenised faster than they are looked up
-FORMAT = "1"  # changes with what encode does
+LARGE = 5_000  # examples; fewer are tokenised faster than read from disk
+FORMAT = "1"  # must change if the result of encode changes
 
 
 def folder() -> Path:
-    """Where ids are kept; safe to delete."""
+    """Folder of the cache; safe to delete."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_gan" / "ids"
 
 
 def encode_large(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Encoded]:
-    """:func:`encode`, from the disk where these texts have been encoded before."""
+    """:func:`encode`, read from the cache if these texts have been encoded before."""
     if len(examples) < LARGE or not tokenizer.is_fast:
         return _encode_in_chunks(tokenizer, examples)
     file = folder() / f"{_key(tokenizer, examples)}.npz"
@@ -47,17 +48,15 @@ def _encode_in_chunks(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exa
 
 
 def _write(file: Path, items: Iterator[Encoded]) -> None:
-    """Whole or not at all, also where two runs write at once."""
+    """Write the file atomically, also if two runs write it at once."""
     ids, lengths = array("i"), array("i")
     for item in items:
         for part in (item.prompt_ids, item.target_ids, *item.negative_ids):
             ids.extend(part)
             lengths.append(len(part))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{file.stem}.{os.getpid()}.draft.npz")
-    np.savez(draft, ids=np.frombuffer(ids, np.int32), lengths=np.frombuffer(lengths, np.int32))
-    draft.replace(file)
-    log.info("token ids are kept in %s", file.parent)
+    with atomic_file(file, writer=f".{os.getpid()}") as draft, draft.open("wb") as stream:
+        np.savez(stream, ids=np.frombuffer(ids, np.int32), lengths=np.frombuffer(lengths, np.int32))
+    log.info("token ids are cached in %s", file.parent)
 
 
 def _read(file: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Encoded]:
@@ -65,7 +64,7 @@ def _read(file: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exa
         with np.load(file, allow_pickle=False) as kept:
             ids, lengths = kept["ids"], kept["lengths"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        log.warning("%s is damaged (%s) and is made again", file, error)
+        log.warning("%s is damaged (%s) and is rebuilt", file, error)
         file.unlink()
         yield from encode_large(tokenizer, examples)
         return

@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import lightning as L
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lora_gan.data.fitting import LengthFilter, LengthLimits
+from lora_gan.data.base import TextDataModule, check_sizes, collate, format_counts, silence_resume_advice
 from lora_gan.data.sampler import BucketSampler, EpochPosition
 from lora_gan.data.source import Source
 from lora_gan.data.sources.alpaca import Alpaca
 from lora_gan.data.sources.builtin import BuiltinWorld
 from lora_gan.data.splits import SPLITS, SplitExamples, assign_splits, digest, one_wording_each
-from lora_gan.data.tokenizer import Encoded, Ids, encode, load_tokenizer
+from lora_gan.data.tokenizer import Encoded, encode
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.lightning_compat import share_of_process
 from lora_gan.types import Example, PromptBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("lora_gan")
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is served of one split, and how many examples were left out or mended for what reason."""
+    """What is served of one split, and how many examples were left out or repaired, by reason."""
 
     items: tuple[Encoded, ...]
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
 
 
-class InstructionDataModule(L.LightningDataModule):
+class InstructionDataModule(TextDataModule):
     """Prompts with targets, references and negatives, from any source."""
 
     def __init__(
         self,
         source: Source | None = None,
         path: str | None = None,
-        tokenizer: str = "builtin",
-        batch_size: int = 16,
-        eval_batch_size: int = 64,
-        max_prompt_tokens: int = 512,
-        max_target_tokens: int = 512,
-        max_tokens: int | None = None,
-        chat: bool = False,
-        system: str | None = None,
         validation: float = 0.1,
         test: float = 0.2,
         max_validation: int | None = None,
@@ -63,41 +47,23 @@ class InstructionDataModule(L.LightningDataModule):
         bucket_batches: int = 1,
         seed: int = 0,
         num_workers: int = 0,
+        **shared: Any,
     ) -> None:
         """
         Args:
-            source: Where the examples come from; left out, it is the built-in world (or Alpaca where path is given).
+            source: Where the examples come from; by default the built-in world, or Alpaca where path is given.
             path: A local file or hub id that the source reads instead of its own.
-            tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
-            batch_size: Prompts in a step of training.
-            eval_batch_size: Prompts in a batch of validation, test and prediction.
-            max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
-            max_target_tokens: Longer targets (EOS included) are dropped and counted.
-            max_tokens: The most that prompt and completion may hold together; left out, what the tokenizer says.
-            chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
-            system: What the system says in a chat; left out, what the source says, if anything.
             validation: Share of the groups held out for validation, where the source has no official split.
             test: Share of the groups held out for the test, where the source has no official split.
             max_validation: Use only so many validation examples, drawn by hash.
             max_test: Use only so many test examples, drawn by hash.
-            bucket_batches: Put prompts of like length, of each so many batches, into one batch; 1 leaves all to chance.
+            bucket_batches: Batches among which prompts are sorted by length, against padding; 1: none are.
             seed: Decides the split and the order of training.
             num_workers: Processes that prepare batches; 0 does it in the main process.
+            shared: The settings of :class:`TextDataModule`.
         """
-        super().__init__()
-        sizes = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_target_tokens": max_target_tokens,
-            "max_tokens": max_tokens,
-            "max_validation": max_validation,
-            "max_test": max_test,
-            "bucket_batches": bucket_batches,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise LoraGANError(f"{name} must be at least 1, got {size}; set data.init_args.{name}")
+        super().__init__(**shared)
+        check_sizes({"max_validation": max_validation, "max_test": max_test, "bucket_batches": bucket_batches})
         _check_fractions(validation, test)
         if num_workers < 0:
             raise LoraGANError(f"num_workers must be at least 0, got {num_workers}; 0 uses the main process")
@@ -105,14 +71,6 @@ class InstructionDataModule(L.LightningDataModule):
             self.source = source or BuiltinWorld()
         else:
             self.source = (source or Alpaca()).with_path(path)
-        self.tokenizer_name = tokenizer
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_target_tokens = max_target_tokens
-        self.max_tokens = max_tokens
-        self.chat = chat
-        self.system = system
         self.fractions = {"validation": validation, "test": test}
         self.largest = {"validation": max_validation, "test": max_test}
         self.bucket_batches = bucket_batches
@@ -122,19 +80,10 @@ class InstructionDataModule(L.LightningDataModule):
         self.trained = EpochPosition()
         self.trained_order: dict[str, int | str] = {}
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.tokenizer_name)
-
     @property
     def context(self) -> int:
-        """The most tokens that a prompt and its completion may hold together."""
+        """The most tokens of a prompt and its completion together."""
         return self.limits.total
-
-    @property
-    def limits(self) -> LengthLimits:
-        """The most tokens of prompts and completions."""
-        return LengthLimits.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the source once, for all stages."""
@@ -184,14 +133,14 @@ class InstructionDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.trained = EpochPosition(state_dict["epoch"], state_dict["batches"])
         self.trained_order = state_dict["order"]
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the sampler is
+        silence_resume_advice()
 
     def _sampler(self, items: tuple[Encoded, ...]) -> BucketSampler:
         now, processes = self._order(), self._share["num_replicas"]
         changed = [name for name, value in self.trained_order.items() if value != now[name]]
         if changed:
             log.warning(
-                "not as in the checkpoint: data.init_args.%s; the epoch starts anew, so some prompts come twice in it",
+                "not as in the checkpoint: data.init_args.%s; the epoch starts again, so some prompts come twice",
                 ", ".join(changed),
             )
             self.trained = EpochPosition()
@@ -253,7 +202,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _fit(self, placed: SplitExamples) -> Split:
         """Tokenises and leaves out what is too long: examples, or single negatives."""
-        fitter = LengthFilter(self.tokenizer, self.limits, self.chat, self.system)
+        fitter = self.length_filter()
         items = tuple(fitter.fit(placed.examples))
         return Split(items, placed.dropped + fitter.dropped, fitter.repaired)
 
@@ -291,25 +240,6 @@ class InstructionDataModule(L.LightningDataModule):
         if self.source.note:
             lines.append(f"  note: {self.source.note}")
         log.info("\n".join(lines))
-
-
-def collate(items: Sequence[Encoded]) -> PromptBatch:
-    """B examples as one batch, ragged."""
-    return PromptBatch(
-        examples=tuple(item.example for item in items),
-        prompt_ids=tuple(_tensor(item.prompt_ids) for item in items),
-        target_ids=tuple(_tensor(item.target_ids) for item in items),
-        negative_ids=tuple(tuple(_tensor(ids) for ids in item.negative_ids) for item in items),
-    )
-
-
-def _tensor(ids: Ids) -> Tensor:
-    return torch.tensor(ids, dtype=torch.long)
-
-
-def format_counts(counts: Counter[str]) -> str:
-    """The counts by reason, in one line."""
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
 
 
 def _check_fractions(validation: float, test: float) -> None:

@@ -1,6 +1,6 @@
-"""Rows of local files (json, jsonl, csv, parquet; gzip where it ends in .gz) and of data sets on the hub.
+"""Rows of local files (json, jsonl, csv, parquet; gzip if the name ends in .gz) and of data sets on the hub.
 
-Whatever is wrong with a file ends in a :class:`DataError` that names the file, the row and the field.
+Every fault of a file is a :class:`DataError` that names the file, the row and the field.
 """
 
 from __future__ import annotations
@@ -30,21 +30,25 @@ OnBadRow = Callable[[DataError], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One raw row and where it stands."""
+    """A raw row and its location."""
 
     values: Mapping[str, object]
     where: str  # "my.json, row 7"
-    split: str = ""  # the official split that it was read from
+    split: str = ""  # official split; "" if it has none
 
     def get(self, *path: str) -> object:
-        """What stands at the end of ``path`` through nested objects; None where something is missing."""
+        """The value at ``path`` in nested objects; None if a key is missing."""
         value: object = self.values
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     def text(self, field: str, default: str | None = None) -> str:
-        """The cleaned text of ``field``; ``default`` where it is absent or null, an error where that is None."""
+        """The cleaned text of ``field``; ``default`` if it is missing or null.
+
+        Raises:
+            DataError: The field is not text, or it is missing or null and there is no default.
+        """
         value = self.values.get(field)
         if value is None and default is not None:
             return default
@@ -57,12 +61,12 @@ class Row:
         return clean(value)
 
     def texts(self, field: str) -> list[str]:
-        """The cleaned texts that ``field`` lists."""
+        """The cleaned texts of the list in ``field``."""
         return strings(self.values.get(field), field, self.where)
 
 
 def strings(value: object, field: str, where: str) -> list[str]:
-    """``value`` as a list of cleaned texts."""
+    """``value`` as a list of cleaned texts; :class:`DataError` if it is not a list of texts."""
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         kind = "missing or null" if value is None else f"{type(value).__name__}, not a list of texts"
         raise DataError(f"{where}: the field {field!r} is {kind}; fix or delete the row")
@@ -70,27 +74,33 @@ def strings(value: object, field: str, where: str) -> list[str]:
 
 
 def clean(text: str) -> str:
-    r"""NFC, lines ended by \n, no control characters or lone surrogates, no blank ends; emoji stay."""
+    r"""``text`` in NFC with \n line ends, without control characters, lone surrogates and surrounding space."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     return unicodedata.normalize("NFC", _CONTROL.sub("", lines)).strip()
 
 
 def refuse(error: DataError) -> NoReturn:
-    """What is done with a bad row where nothing else is said."""
+    """Raise the error of a bad row: the default of :func:`read_rows`."""
     raise error
 
 
 def read_rows(path: str, split: str = "train", bad: OnBadRow = refuse, config: str | None = None) -> Iterator[Row]:
-    """The rows of a local file or, where no file has this name, of ``split`` of a data set on the hub.
+    """The rows of a local file or, if there is no such file, of a data set on the hub.
 
-    ``bad`` is called for each row that cannot be read; if it returns, the row is left out. ``config`` chooses
-    among the parts of a data set on the hub.
+    Args:
+        path: File name or hub id.
+        split: Split of a data set on the hub.
+        bad: Called with the error of each row that cannot be read; if it returns, the row is skipped.
+        config: Configuration of a data set on the hub.
+
+    Raises:
+        DataError: The file or the data set cannot be read.
     """
     return _read_hub(path, split, config) if is_hub_id(path) else _read_file(Path(path).expanduser(), bad)
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether ``path`` looks like an id on the hub and no file has this name."""
+    """Whether ``path`` looks like a hub id and there is no such file."""
     file = Path(path).expanduser()
     is_file_name = _format(file) in FORMATS or not _HUB_ID.fullmatch(path) or path.startswith(".")
     return not is_file_name and not os.path.exists(file)
@@ -110,9 +120,8 @@ def _read_file(file: Path, bad: OnBadRow) -> Iterator[Row]:
     elif kind in readers:
         rows = readers[kind](file, _decode(file, content), bad)
     else:
-        raise DataError(
-            f"{file}: the format {kind or 'without a suffix'} is not known; use one of {', '.join(FORMATS)}"
-        )
+        fault = f"the format {kind} is not known" if kind else "the name has no suffix"
+        raise DataError(f"{file}: {fault}; use one of {', '.join(FORMATS)}")
     yield from rows
 
 
@@ -122,16 +131,16 @@ def _content(file: Path) -> bytes:
         content = gzip.decompress(content) if file.suffix.lower() == ".gz" else content
     except FileNotFoundError as error:
         raise DataError(
-            f"{file}: there is no such file, looking from {Path.cwd()}; check data.init_args.path"
+            f"{file}: there is no such file (working directory {Path.cwd()}); check data.init_args.path"
         ) from error
     except IsADirectoryError as error:
         raise DataError(f"{file} is a folder; name a file in it ({', '.join(FORMATS)})") from error
-    except OSError as error:  # gzip.BadGzipFile is one too
+    except OSError as error:  # includes gzip.BadGzipFile
         raise DataError(
             f"{file} cannot be read: {error.strerror or error}; check the file and its permissions"
         ) from error
     except (EOFError, zlib.error) as error:
-        raise DataError(f"{file} is not a whole gzip file: {error}; fetch it again") from error
+        raise DataError(f"{file} is not a complete gzip file: {error}; download it again") from error
     if not content.strip():
         raise DataError(f"{file} is empty; give a file with at least one row")
     return content
@@ -153,10 +162,10 @@ def _json_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise DataError(
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
-            "fix it, or call the file .jsonl if each line is an object of its own"
+            "fix it, or rename the file to .jsonl if each line is an object"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: JSON that cannot be read ({error}); fix the file") from error
+        raise DataError(f"{file}: the JSON cannot be read ({error}); fix the file") from error
     if not isinstance(rows, list):
         raise DataError(f"{file} holds a JSON {type(rows).__name__}, not a list; give a list of objects")
     for number, row in enumerate(rows, start=1):
@@ -176,7 +185,7 @@ def _jsonl_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
 
 
 def line_row(line: str, where: str) -> Row:
-    """The row that a line of a .jsonl file holds."""
+    """The row in a line of a .jsonl file; :class:`DataError` if the line is not a JSON object."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -184,7 +193,7 @@ def line_row(line: str, where: str) -> Row:
             f"{where}, column {error.colno}: not valid JSON ({error.msg}); the line may be cut short, fix or delete it"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: JSON that cannot be read ({error}); fix or delete the line") from error
+        raise DataError(f"{where}: the JSON cannot be read ({error}); fix or delete the line") from error
     return _object_row(row, where)
 
 
@@ -207,7 +216,7 @@ def _csv_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
             bad(
                 DataError(
                     f"{where}: more cells than the {columns} columns of the header; "
-                    "put cells that hold commas in double quotes"
+                    "put cells that contain commas in double quotes"
                 )
             )
     except csv.Error as error:
@@ -221,7 +230,7 @@ def _parquet_rows(file: Path, content: bytes) -> Iterator[Row]:
     try:
         rows = parquet.read_table(io.BytesIO(content)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{file} is not a whole parquet file: {error}; fetch it again") from error
+        raise DataError(f"{file} is not a complete parquet file: {error}; download it again") from error
     return _numbered(rows, str(file))
 
 
@@ -233,7 +242,7 @@ def _read_hub(name: str, split: str, config: str | None) -> Iterator[Row]:
     except Exception as error:  # the hub client raises a dozen unrelated classes
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{name!r} is neither a file here (looking from {Path.cwd()}) nor could it be loaded from the hub: "
+            f"{name!r} is not a local file (working directory {Path.cwd()}) and could not be loaded from the hub: "
             f"{type(error).__name__}: {reason}; give the path of a local file ({', '.join(FORMATS)}), "
             "or check the name and the network"
         ) from error

@@ -1,4 +1,4 @@
-"""What fits. A prompt that is too long is cut inside its longest field; else the example is left out and counted."""
+"""Length filter: a prompt that is too long is cut in its longest field, or the example is dropped and counted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_gan.context import tokenizer_context
 from lora_gan.data.cache import encode_large
 from lora_gan.data.templates import as_chat, join, pieces_of
 from lora_gan.data.tokenizer import Encoded, prompt_ids
@@ -17,12 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHORTEST_TARGET = 2  # a token and EOS
-UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
 
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """The most tokens that a prompt, a completion with its EOS, and both together may hold."""
+    """Largest numbers of tokens of a prompt, of a completion with its EOS, and of both together."""
 
     prompt: int
     target: int
@@ -30,19 +30,19 @@ class LengthLimits:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: int, target: int, total: int | None) -> LengthLimits:
-        """``total`` left out is what the tokenizer says."""
-        total = total or min(int(tokenizer.model_max_length), UNLIMITED)
+        """The limits; ``total`` is the context length of the tokenizer by default."""
+        total = total or tokenizer_context(tokenizer)
         return cls(min(prompt, total - SHORTEST_TARGET), target, total)
 
     def fits(self, prompt: int, target: int) -> bool:
-        """Whether a completion of this length fits behind a prompt of that length."""
+        """Whether a completion of ``target`` tokens fits after a prompt of ``prompt`` tokens."""
         return target <= min(self.target, self.total - prompt)
 
 
 class LengthFilter:
-    """Examples as ids, as far as they fit.
+    """Encodes examples and drops those that do not fit.
 
-    ``dropped`` and ``repaired`` count by reason what was left out and what was cut.
+    ``dropped`` and ``repaired`` count, by reason, what was dropped and what was cut.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class LengthFilter:
 
 
 def shorten(example: Example, limit: int, count: Callable[[str], int]) -> Example | None:
-    """``example`` with a prompt of at most ``limit`` tokens; None where cutting what may be cut is not enough.
+    """``example`` with a prompt of at most ``limit`` tokens; None if cutting the cuttable fields is not enough.
 
-    The longest field loses its beginning first; where even all of it is not enough, the next longest.
+    The beginning of the longest field is cut first; if removing all of it is not enough, the next longest is cut too.
     """
     pieces = pieces_of(example.prompt, example.cuttable)
     for i in sorted(range(1, len(pieces), 2), key=lambda i: len(pieces[i]), reverse=True):

@@ -1,4 +1,4 @@
-"""What a configuration will train on, in words and tables; needs no model weights."""
+"""Report of the data that a configuration trains on; needs no model weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ TOO_LONG = ("prompt_too_long", "target_too_long")
 
 
 def report(data: L.LightningDataModule, examples: int = 3) -> str:
-    """Counts, what is left out and why, lengths, and some examples of training."""
+    """Text with counts, dropped and repaired rows by reason, lengths in tokens, and some training examples.
+
+    Raises:
+        LoraGANError: ``data`` is not an :class:`InstructionDataModule`.
+    """
     if not isinstance(data, InstructionDataModule):
         raise LoraGANError(
-            f"the data command tells about lora_gan.data.InstructionDataModule, not {type(data).__name__}; "
-            "a stream is known only when it has been read"
+            f"the data command needs lora_gan.data.InstructionDataModule, got {type(data).__name__}; set data to it "
+            "(a stream cannot be described before it is read)"
         )
     data.setup()
     shown = next((data.splits[name].items for name in SPLITS if data.splits[name].items), ())
     parts = [
         _title("Data", data),
         _table("examples", [*SPLITS, "all"], _counts(data)),
-        _table("left out or mended", ["rows"], _reasons(data)),
+        _table("dropped or repaired", ["rows"], _reasons(data)),
         _table("tokens", ["50 %", "90 %", "99 %", "longest"], _lengths(data)),
         *(_example(number, item) for number, item in enumerate(shown[:: -(-len(shown) // examples) or 1], start=1)),
     ]
@@ -39,8 +43,8 @@ def report(data: L.LightningDataModule, examples: int = 3) -> str:
 def _title(name: str, data: InstructionDataModule) -> str:
     lines = [
         f"{name}: {data.origin}",
-        f"tokenizer {data.tokenizer_name}; room for {data.limits.prompt:,} tokens of prompt, {data.limits.target:,} of "
-        f"target, {data.limits.total:,} together",
+        f"tokenizer {data.tokenizer_name}; at most {data.limits.prompt:,} tokens of prompt, {data.limits.target:,} of "
+        f"target, {data.limits.total:,} in total",
         f"fits: {_share_that_fits(data.splits.values()):.1%} of the examples",
     ]
     return "\n".join(lines + [f"note: {data.source.note}"] * bool(data.source.note))
@@ -54,7 +58,7 @@ def _share_that_fits(splits: Iterable[Split]) -> float:
 
 
 def _counts(data: InstructionDataModule) -> dict[str, list[str]]:
-    """By source, with the groups last."""
+    """Examples by source and split; the last row counts groups."""
     by_split = [Counter(item.example.source for item in data.splits[name].items) for name in SPLITS]
     total: Counter[str] = sum(by_split, Counter())
     rows = {source: [count[source] for count in by_split] + [total[source]] for source in sorted(total)}
@@ -67,7 +71,7 @@ def _counts(data: InstructionDataModule) -> dict[str, list[str]]:
 
 def _reasons(data: InstructionDataModule) -> dict[str, list[str]]:
     reasons = {f"dropped: {reason}": count for reason, count in sorted((+data.source.dropped).items())}
-    reasons |= {f"mended: {reason}": count for reason, count in sorted((+data.source.repaired).items())}
+    reasons |= {f"repaired: {reason}": count for reason, count in sorted((+data.source.repaired).items())}
     for name, split in data.splits.items():
         counts = sorted((+(split.dropped + split.repaired)).items())
         reasons |= {f"{name}: {reason}": count for reason, count in counts}

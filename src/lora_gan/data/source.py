@@ -1,4 +1,4 @@
-"""The seam between a data set and the data module."""
+"""Sources of examples: the interface between a data set and the data module."""
 
 from __future__ import annotations
 
@@ -23,12 +23,7 @@ OnBad = Literal["raise", "drop"]
 class Source(ABC):
     """One data set as examples. A subclass writes :meth:`rows`; its constructor arguments are its settings.
 
-    Two keys of ``Example.meta`` mean something to the data module:
-
-    - ``split`` ("train", "validation" or "test"): the official split, which wins over the hash of the group;
-    - ``item``: examples that share it ask the same thing in other words; evaluation keeps one of them.
-
-    ``dropped`` and ``repaired`` count, by reason, the raw rows that the last run of :meth:`rows` left out or mended.
+    ``dropped`` and ``repaired`` count, by reason, the raw rows that the last run of :meth:`rows` left out or repaired.
     """
 
     path: str | None = None  # the file or hub id it reads; None where it reads none
@@ -45,7 +40,7 @@ class Source(ABC):
 
     @property
     def note(self) -> str:
-        """What a reader of a run's results must know about this data, if anything."""
+        """A limitation of this data that a reader of the results must know; empty where there is none."""
         return ""
 
     @abstractmethod
@@ -59,12 +54,12 @@ class Source(ABC):
         return Example(made.text, cuttable=made.cuttable, messages=dialogue, source=self.name, **known)
 
     def forget_counts(self) -> None:
-        """Each reading counts from 0."""
+        """Count from 0 again."""
         self.dropped.clear()
         self.repaired.clear()
 
     def bad(self, error: DataError) -> None:
-        """Drops and counts a row that cannot be used, or refuses it."""
+        """Drop and count a row that cannot be used, or raise its error, as ``on_bad_row`` says."""
         if self.on_bad_row == "raise":
             raise error
         if not self.dropped["bad_row"]:
@@ -75,7 +70,7 @@ class Source(ABC):
         """The same settings, reading ``path``."""
         if self.path is None:
             raise DataError(
-                f"the source {self.name} reads no file, so data.init_args.path={path} means nothing to it; "
+                f"the source {self.name} reads no file, so data.init_args.path={path} has no effect; "
                 "set data.init_args.source to one that does, such as lora_gan.data.Alpaca"
             )
         other = copy.deepcopy(self)
@@ -123,5 +118,5 @@ class RowSource(Source):
 
 
 def normal(text: str) -> str:
-    """``text`` without case and spacing, to tell what is the same."""
+    """``text`` without case and spacing, to find what is the same."""
     return " ".join(text.casefold().split())

@@ -3,85 +3,56 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import lightning as L
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lora_gan.data.datamodule import collate, format_counts
+from lora_gan.data.base import TextDataModule, collate, format_counts, silence_resume_advice
 from lora_gan.data.files import line_row
-from lora_gan.data.fitting import LengthFilter, LengthLimits
+from lora_gan.data.fitting import LengthFilter
 from lora_gan.data.source import RowSource
 from lora_gan.data.sources.alpaca import Alpaca
 from lora_gan.data.tail import Line, Position, Tail
-from lora_gan.data.tokenizer import Encoded, load_tokenizer
+from lora_gan.data.tokenizer import Encoded
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example, PromptBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("lora_gan")
 
 
-class StreamDataModule(L.LightningDataModule):
+class StreamDataModule(TextDataModule):
     """Trains on rows as they arrive, each once and in their order; holds a batch of them at a time.
 
-    A checkpoint knows which row was trained on last, so a resumed run goes on with the next one. Lightning fetches one
-    batch ahead: a batch is trained on when the next one has arrived or the stream has ended.
+    A checkpoint knows which row was trained on last, so a resumed run continues with the next one. Lightning
+    fetches one batch ahead: a batch is trained on when the next one has arrived or the stream has ended.
     """
 
     def __init__(
         self,
         path: str,
         source: RowSource | None = None,
-        tokenizer: str = "builtin",
-        batch_size: int = 16,
-        eval_batch_size: int = 64,
-        max_prompt_tokens: int = 512,
-        max_target_tokens: int = 512,
-        max_tokens: int | None = None,
-        chat: bool = False,
-        system: str | None = None,
         validation_path: str | None = None,
         validation_rows: int = 0,
         poll_seconds: float = 1.0,
         stop_after_seconds: float | None = None,
+        **shared: Any,
     ) -> None:
         """
         Args:
             path: A .jsonl file that may grow while it is read, a named pipe, or "-" for stdin.
-            source: How a row becomes an example (its own path is not read); left out, Alpaca's fields and template.
-            tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
-            batch_size: Prompts in a step of training.
-            eval_batch_size: Prompts in a batch of validation.
-            max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
-            max_target_tokens: Longer targets (EOS included) are dropped and counted.
-            max_tokens: The most that prompt and completion may hold together; left out, what the tokenizer says.
-            chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
-            system: What the system says in a chat; left out, what the source says, if anything.
+            source: How a row becomes an example (its own path is not read); by default Alpaca's fields and template.
             validation_path: A file to validate on, in the format of the stream; it is read whole.
             validation_rows: Keep the first so many usable rows of the stream for validation instead.
             poll_seconds: Time between two looks at a file that has not grown.
-            stop_after_seconds: Training ends when nothing came for so long; left out, it waits for ever.
+            stop_after_seconds: Training ends when nothing has arrived for so long; by default it waits forever.
+            shared: The settings of :class:`TextDataModule`.
         """
-        super().__init__()
-        sizes = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_target_tokens": max_target_tokens,
-            "max_tokens": max_tokens,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise LoraGANError(f"{name} must be at least 1, got {size}; set data.init_args.{name}")
+        super().__init__(**shared)
         if poll_seconds <= 0:
             raise LoraGANError(f"poll_seconds must be > 0, got {poll_seconds}; set data.init_args.poll_seconds")
         if stop_after_seconds is not None and stop_after_seconds < 0:
@@ -93,14 +64,6 @@ class StreamDataModule(L.LightningDataModule):
             )
         self.path = path
         self.source = source or Alpaca()
-        self.tokenizer_name = tokenizer
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_target_tokens = max_target_tokens
-        self.max_tokens = max_tokens
-        self.chat = chat
-        self.system = system
         self.validation_path = validation_path
         self.validation_rows = validation_rows
         self.poll_seconds = poll_seconds
@@ -112,17 +75,12 @@ class StreamDataModule(L.LightningDataModule):
         self.ended = False
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.tokenizer_name)
-
-    @cached_property
     def tail(self) -> Tail:
         return Tail(self.path, self.poll_seconds, self.stop_after_seconds)
 
     @cached_property
     def fitter(self) -> LengthFilter:
-        limits = LengthLimits.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
-        return LengthFilter(self.tokenizer, limits, self.chat, self.system)
+        return self.length_filter()
 
     def setup(self, stage: str | None = None) -> None:
         """Takes the rows of validation, once."""
@@ -156,7 +114,7 @@ class StreamDataModule(L.LightningDataModule):
         return self.source.dropped + self.fitter.dropped
 
     def rows(self) -> Iterator[Encoded]:
-        """Usable rows as they arrive; each knows in its ``meta`` where it ends."""
+        """Usable rows as they arrive; each example holds where it ends in the stream."""
         for line in self.tail.lines():
             for item in self._items(line):
                 self.fetched = _position(item.example)
@@ -185,16 +143,16 @@ class StreamDataModule(L.LightningDataModule):
         self.trained = Position(state_dict["offset"], state_dict["lines"])
         if state_dict["path"] != self.path:
             log.warning(
-                "data.init_args.path was %s and is %s: taken for the same stream, which goes on behind line %d",
+                "data.init_args.path was %s and is %s: taken for the same stream, which continues after line %d",
                 state_dict["path"],
                 self.path,
                 self.trained.lines,
             )
         self.rows_trained = state_dict["rows_trained"]
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # this one is
+        silence_resume_advice()
 
     def teardown(self, stage: str) -> None:
-        """Lets the file go; the next run opens it again."""
+        """Close the file; the next run opens it again."""
         if "tail" in self.__dict__ and self.tail.seekable:
             self.tail.close()
             del self.tail
@@ -214,11 +172,10 @@ class StreamDataModule(L.LightningDataModule):
             if line.whole:
                 self.source.bad(error)
             else:
-                log.warning("%s has no line break and cannot be read; it waits for the next run", where)
+                log.warning("%s has no line break and cannot be read; the next run reads it", where)
             return
         if example is not None:
-            place = {"stream_end": str(line.end), "stream_line": str(line.number)}
-            yield from self.fitter.fit([replace(example, meta={**example.meta, **place})])
+            yield from self.fitter.fit([replace(example, stream_end=(line.end, line.number))])
 
 
 class _Stream(IterableDataset[Encoded]):
@@ -230,7 +187,8 @@ class _Stream(IterableDataset[Encoded]):
 
 
 def _position(example: Example) -> Position:
-    return Position(int(example.meta["stream_end"]), int(example.meta["stream_line"]))
+    assert example.stream_end is not None
+    return Position(*example.stream_end)
 
 
 def _decoded(line: Line, where: str) -> str:

@@ -1,4 +1,4 @@
-"""Lines of a file that is still written, or of a pipe, as they arrive."""
+"""Tail of a growing file or of a pipe: its lines as they arrive."""
 
 from __future__ import annotations
 
@@ -19,24 +19,33 @@ LONGEST_LINE = 1 << 24
 
 @dataclass(frozen=True)
 class Line:
-    """One line and where the next one starts."""
+    """A line and its end."""
 
     content: bytes
     number: int  # from 1
     end: int  # bytes from the start of the stream
-    whole: bool = True  # False where the stream ended without a line break
+    whole: bool = True  # False if the stream ended without a line break
 
 
 @dataclass(frozen=True)
 class Position:
-    """So many bytes and lines have been read."""
+    """Number of bytes and lines that have been read."""
 
     offset: int = 0
     lines: int = 0
 
 
 class Tail:
-    """Follows a file, or stdin where ``path`` is "-", and holds one chunk of it at a time."""
+    """Follows a file or a pipe and holds one chunk of it in memory.
+
+    Args:
+        path: File or named pipe, or "-" for stdin.
+        poll_seconds: Seconds from one look for new data to the next.
+        stop_after_seconds: Seconds without new data after which the lines end; None waits forever.
+
+    Raises:
+        DataError: The file cannot be opened.
+    """
 
     def __init__(self, path: str, poll_seconds: float, stop_after_seconds: float | None) -> None:
         self.path = path
@@ -49,7 +58,11 @@ class Tail:
         self._position = Position()
 
     def seek(self, position: Position) -> None:
-        """Go on at ``position``. A pipe cannot: it goes on with what it holds."""
+        """Continue at ``position``; a pipe continues with the data that it holds.
+
+        Raises:
+            DataError: The file is shorter, or no line starts there.
+        """
         if not self.seekable:
             return
         size = os.fstat(self.descriptor).st_size
@@ -58,14 +71,18 @@ class Tail:
         around = os.pread(self.descriptor, 2, max(position.offset - 1, 0))
         if position.offset and b"\n" not in around and len(around) == 2:
             raise DataError(
-                f"{self.path}: no line starts at byte {position.offset}, where the checkpoint goes on, so this is "
-                "another file; give the one that was trained on, or start without --ckpt_path"
+                f"{self.path}: no line starts at byte {position.offset}, where the checkpoint resumes, so this is "
+                "another file; give the file that was trained on, or start without --ckpt_path"
             )
         os.lseek(self.descriptor, position.offset, os.SEEK_SET)
         self._start_at(position)
 
     def lines(self) -> Iterator[Line]:
-        """The lines from here on; ends with the pipe, or when a file has been still for ``stop_after_seconds``."""
+        """The lines from here on, until the pipe ends or no data arrives for ``stop_after_seconds``.
+
+        Raises:
+            DataError: The file was truncated or replaced, or a line is too long.
+        """
         while self._ready or self._wait():
             while self._ready:
                 yield self._next(self._ready.popleft() + b"\n")
@@ -85,7 +102,7 @@ class Tail:
             return os.open(os.path.expanduser(self.path), os.O_RDONLY)
         except OSError as error:
             raise DataError(
-                f"{self.path} cannot be read: {error.strerror}; make the file first (it may be empty), "
+                f"{self.path} cannot be read: {error.strerror}; create the file first (it may be empty), "
                 'or give "-" to read from stdin'
             ) from error
 
@@ -99,7 +116,7 @@ class Tail:
         return Line(content, self._position.lines, self._position.offset, whole)
 
     def _wait(self) -> bool:
-        """Reads until there is a line; False where the stream is over."""
+        """Read until there is a line; False if the stream has ended."""
         still = 0.0
         while not self._ready:
             chunk = self._read()
@@ -115,7 +132,7 @@ class Tail:
         return True
 
     def _read(self) -> bytes | None:
-        """What has arrived; None where a pipe has ended."""
+        """New data, empty if there is none; None if a pipe has ended."""
         if self.seekable:
             return os.read(self.descriptor, CHUNK)
         try:
@@ -132,7 +149,7 @@ class Tail:
         if len(rest) > LONGEST_LINE:
             raise DataError(
                 f"{self.path}, line {self._position.lines + len(lines) + 1}: more than {LONGEST_LINE:,} bytes "
-                "without a line break; give one JSON object a line"
+                "without a line break; write one JSON object per line"
             )
 
     def _pause(self) -> float:

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "\ud800", "\ud801"  # around what may be cut; cleaned text holds no lone surrogates
 
+PROMPT_TURN = "### Prompt:\n{text}\n\n"
+RESPONSE_TURN = "### Response:\n{text}\n\n"
+
+
+def default_template(content: str) -> str:
+    """The template that sources use unless another one is given, with ``content`` in the place of the prompt."""
+    return f"### Prompt:\n{content}\n\n### Response:\n"
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -1,4 +1,4 @@
-"""Loading a tokenizer, and examples as token ids."""
+"""Tokenizer: loading it and encoding examples as token ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example and its ids. Completions end with EOS; ``negative_ids`` are in the order of ``example.negatives``."""
+    """An example and its token ids; completions end with EOS, negatives are in the order of ``example.negatives``."""
 
     example: Example
     prompt_ids: Ids
@@ -28,7 +28,11 @@ class Encoded:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or hub id; "builtin" is the one that comes with the package."""
+    """The tokenizer of a local folder or hub id, or "builtin" for that of the built-in base model.
+
+    Raises:
+        LoraGANError: It cannot be loaded, or it has no EOS token.
+    """
     from transformers import AutoTokenizer
 
     folder = str(files("lora_gan") / "builtin") if name == "builtin" else name
@@ -37,7 +41,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the hub client raises a dozen unrelated classes
         reason = " ".join(str(error).split())
         raise LoraGANError(
-            f"the tokenizer {name!r} is neither a folder here nor could it be loaded from the hub: "
+            f"the tokenizer {name!r} is not a local folder and could not be loaded from the hub: "
             f'{type(error).__name__}: {reason}; give a folder that holds tokenizer.json, a hub id, or "builtin"'
         ) from error
     if tokenizer.eos_token_id is None:
@@ -49,7 +53,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Encoded]:
-    """Ids of the examples, prompt and completions apart, so that they meet at the same border as in generation."""
+    """Encode the prompt and the completions of each example separately, so that they meet as in generation."""
     prompts = _ids(tokenizer, [example.prompt for example in examples])
     targets = encode_completions(tokenizer, [example.target for example in examples])
     negatives = iter(encode_completions(tokenizer, [n.text for example in examples for n in example.negatives]))
@@ -61,22 +65,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> l
 
 
 def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
-    """Ids of completions: no BOS, special tokens spelled out, EOS at the end."""
+    """Ids of completions: without BOS, special tokens encoded as plain text, EOS at the end."""
     return [(*ids, int(tokenizer.eos_token_id)) for ids in _ids(tokenizer, list(texts), literal=True)]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    """The ids of one prompt, as :func:`encode` makes them."""
+    """The ids of one prompt, as in :func:`encode`."""
     return _started(_start(tokenizer), _ids(tokenizer, [text])[0])
 
 
 def _started(start: Ids, prompt: Ids) -> Ids:
-    """A chat template may have written BOS already."""
+    """``prompt`` after ``start``, unless a chat template has already written it."""
     return prompt if prompt[: len(start)] == start else start + prompt
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = False) -> list[Ids]:
-    """``literal`` spells special tokens out, so that a completion that quotes "<|endoftext|>" does not end there."""
+    """Ids of texts; ``literal`` encodes special tokens as plain text, so that quoting one does not end a completion."""
     if not texts:
         return []
     encoded = tokenizer(
@@ -92,11 +96,11 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = F
 
 @cache
 def shared(number: int) -> int:
-    """One object for each token of the vocabulary: a tuple of ids then takes 8 bytes a token, not 36."""
+    """The one object of this number: with shared objects, a tuple of ids takes 8 bytes per token instead of 36."""
     return number
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """BOS where this tokenizer puts one before a text (Llama does, GPT-2 does not)."""
+    """BOS if the tokenizer adds one before a text (Llama does, GPT-2 does not), else nothing."""
     first = tokenizer("a")["input_ids"][0]
     return (first,) if first == tokenizer.bos_token_id else ()

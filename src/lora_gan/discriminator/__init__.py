@@ -1,4 +1,4 @@
-"""The discriminator: its architectures, what it reads, what it learns, and what it remembers."""
+"""Discriminator: architectures, input formats, objectives, negatives, and replay."""
 
 from lora_gan.discriminator.discriminator import Discriminator, DiscriminatorSettings
 from lora_gan.discriminator.inputs import CompletionAndTarget, CompletionOnly, InputFormat, PromptAndCompletion

@@ -1,4 +1,4 @@
-"""The discriminator: what it is shown, what it learns, and what it remembers."""
+"""Discriminator: its settings, its batch, and its update."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class DiscriminatorSettings:
     Args:
         model: Its architecture; by default the second adapter on the shared base.
         objective: What it learns; by default to predict the reward.
-        negatives: Worse completions that it is shown; by default one hard negative for each prompt.
-        replay: Old samples that it is shown again; by default none.
+        negatives: Worse completions that it learns from; by default one hard negative for each prompt.
+        replay: Buffer of old samples that it learns from again; by default none.
         lora: Shape of its adapter.
         optimizer: Its optimizer; by default AdamW at a learning rate of 0.001, without weight decay.
-        scheduler: Schedule of its learning rate, stepped once in each training step in which it learned.
-        adapter: Folder from which it starts, its head included.
+        scheduler: Schedule of its learning rate, stepped once in each training step in which it learns.
+        adapter: Folder of the adapter and head from which it starts.
     """
 
     model: DiscriminatorModel | None = None
@@ -60,10 +60,10 @@ class DiscriminatorSettings:
 
 
 class Discriminator(nn.Module):
-    """Scores completions and learns what its objective says.
+    """Scores completions and learns from them by its objective.
 
     Args:
-        settings: Its parts; what is left out gets its default.
+        settings: Its parts and their defaults.
     """
 
     def __init__(self, settings: DiscriminatorSettings = DiscriminatorSettings()) -> None:
@@ -76,10 +76,10 @@ class Discriminator(nn.Module):
         kinds = [source.kind for source in self.negatives]
         twice = {kind for kind in kinds if kinds.count(kind) > 1}
         if twice:
-            raise LoraGANError(f"negatives of kind {min(twice)!r} are named twice: name them once and raise per_prompt")
+            raise LoraGANError(f"negatives of kind {min(twice)!r} are given twice; give them once and raise per_prompt")
 
     def trainable(self, backbone: Backbone) -> list[nn.Parameter]:
-        """What its optimizer may change."""
+        """Parameters that its optimizer updates."""
         return self.model.trainable(backbone)
 
     def update(
@@ -95,7 +95,7 @@ class Discriminator(nn.Module):
         """Score the fresh completions, then learn from them.
 
         Args:
-            backbone: In any mode.
+            backbone: The backbone, in any mode.
             batch: The prompts of this step.
             rollout: Their sampled completions.
             opponent: Completions of an earlier generator in self-play, or an empty rollout.
@@ -104,7 +104,7 @@ class Discriminator(nn.Module):
             optimize: Takes one optimizer step on the named terms of a loss.
 
         Returns:
-            The scores of before the first update.
+            The scores from before the first update.
         """
         shown = self.make_batch(backbone.tokenizer, batch, rollout, opponent, scores)
         with self.model.mode(backbone), torch.set_grad_enabled(updates > 0):
@@ -156,7 +156,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, DiscriminatorOutput]:
-        """Outputs for all completions by kind; the caller is in the model's mode."""
+        """Outputs for all completions by kind; the caller must be in the model's mode."""
         result = {}
         for kind, scored in self.model(backbone, batch).items():
             prompt = batch.prompt_of(kind)
@@ -174,7 +174,7 @@ class Discriminator(nn.Module):
         return result
 
     def remember(self, batch: DiscriminatorBatch) -> None:
-        """Put the fresh prompts of a step into the replay buffer."""
+        """Add the fresh prompts of a step, with their completions, to the replay buffer."""
         if self.replay.capacity == 0:
             return
         k = len(batch.completions[SAMPLED][0])

@@ -1,4 +1,4 @@
-"""What a discriminator reads: prompts, targets and completions → token rows."""
+"""Input formats of the discriminator: prompts, targets and completions → tokens."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ Branches = Mapping[str, Sequence[Sequence[Tensor]]]
 
 @dataclass(frozen=True)
 class DiscriminatorInput:
-    """What a discriminator reads for B prompts: a beginning, and by kind what stands behind it."""
+    """Input of the discriminator for B prompts: a beginning, and by kind the branches that follow it."""
 
     beginnings: Sequence[Tensor]  # B tensors, none empty
     branches: Branches  # kind → B sequences of tensors, each ending with EOS
 
 
 class InputFormat(ABC):
-    """How prompts, targets and completions become the discriminator's input."""
+    """Turns prompts, targets and completions into the discriminator's input."""
 
     @abstractmethod
     def __call__(self, batch: DiscriminatorBatch, tokenizer: PreTrainedTokenizerBase) -> DiscriminatorInput:
-        """What is read of each candidate."""
+        """The input for a batch."""
 
 
 class PromptAndCompletion(InputFormat):
-    """The completion behind its prompt."""
+    """The completion after its prompt."""
 
     def __call__(self, batch: DiscriminatorBatch, tokenizer: PreTrainedTokenizerBase) -> DiscriminatorInput:
         return DiscriminatorInput(batch.prompts, batch.completions)
 
 
 class CompletionOnly(InputFormat):
-    """The completion alone, behind EOS."""
+    """The completion alone, after EOS."""
 
     def __call__(self, batch: DiscriminatorBatch, tokenizer: PreTrainedTokenizerBase) -> DiscriminatorInput:
         start = batch.prompts[0].new_tensor([tokenizer.eos_token_id])
@@ -51,13 +51,13 @@ class CompletionAndTarget(InputFormat):
     """``GEN: <completion> || TAR: <target>``, the input of GPT2Twin.
 
     Args:
-        before: What stands before the completion.
-        between: What stands between completion and target.
+        before: Text before the completion; not empty.
+        between: Text between completion and target.
     """
 
     def __init__(self, before: str = "GEN: ", between: str = " || TAR: ") -> None:
         if not before:
-            raise LoraGANError("before must not be empty: a completion needs something to stand behind")
+            raise LoraGANError("before must not be empty; give a text that precedes the completion")
         self.before = before
         self.between = between
 

@@ -1,4 +1,4 @@
-"""Architectures of the discriminator."""
+"""Discriminator architectures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings, load_base, peft_config
+from lora_gan.context import model_context
 from lora_gan.data.tokenizer import encode_completions, load_tokenizer
 from lora_gan.discriminator.inputs import DiscriminatorInput, InputFormat, PromptAndCompletion
 from lora_gan.errors import LoraGANError
@@ -20,56 +21,56 @@ from lora_gan.types import DiscriminatorBatch
 
 
 class DiscriminatorModel(nn.Module, ABC):
-    """A discriminator: scores completions.
+    """Architecture of a discriminator: scores completions.
 
     Args:
-        input_format: What it reads; by default the completion behind its prompt.
+        input_format: What it reads; by default the completion after its prompt.
     """
 
-    differentiable = False  # True: `tree` and `score_embedded` are there, so that a gradient can reach the generator
+    differentiable = False  # True: defines `tree` and `score_embedded`, so that a gradient can reach the generator
 
     def __init__(self, input_format: InputFormat | None = None) -> None:
         super().__init__()
         self.input_format = input_format or PromptAndCompletion()
 
     def build(self, backbone: Backbone) -> None:
-        """Make what depends on the base; called once by the module."""
+        """Create the parts that depend on the base; called once by the module."""
 
     @abstractmethod
     def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
         """Score and auxiliary prediction of each completion by kind: (M, 2)."""
 
     def trainable(self, backbone: Backbone) -> list[nn.Parameter]:
-        """What the discriminator's optimizer may change."""
+        """Parameters that the discriminator's optimizer updates."""
         return [p for p in self.parameters() if p.requires_grad]
 
     @contextmanager
     def mode(self, backbone: Backbone) -> Iterator[None]:
-        """The backbone's mode in which the model works; forward, backward and step stay inside."""
+        """Activate the backbone's mode that the model needs; forward, backward and step stay inside."""
         yield
 
     def tree(self, backbone: Backbone, batch: DiscriminatorBatch) -> PromptTree:
-        """What is read, as a prompt tree of the base's tokens; for models that are ``differentiable``."""
-        raise NotImplementedError(f"{type(self).__name__} is differentiable and must say what it reads: define tree")
+        """The input as a prompt tree of the base's tokens; defined by ``differentiable`` models."""
+        raise NotImplementedError(f"{type(self).__name__} is differentiable and must define tree")
 
     def score_embedded(self, backbone: Backbone, tree: PromptTree, embedded: Tensor) -> dict[str, Tensor]:
-        """:meth:`forward` on word embeddings (B, L, H) in place of the tree's tokens; likewise."""
+        """:meth:`forward` on word embeddings (B, L, H) in place of the tree's tokens; defined likewise."""
         raise NotImplementedError(f"{type(self).__name__} is differentiable and must define score_embedded")
 
     def start_from_generator(self, backbone: Backbone) -> None:
-        """Begin with what the generator has learned.
+        """Replace the weights by those of the generator's adapter.
 
         Raises:
-            LoraGANError: It shares no architecture with it.
+            LoraGANError: The architecture is not an adapter on the shared base.
         """
-        raise LoraGANError(f"{type(self).__name__} cannot start from the generator's adapter; AdapterDiscriminator can")
+        raise LoraGANError(f"{type(self).__name__} cannot start from the generator's adapter; use AdapterDiscriminator")
 
 
 class AdapterDiscriminator(DiscriminatorModel):
     """The second LoRA adapter on the shared base, with a linear head at the completion's last token.
 
     Args:
-        input_format: What it reads; by default the completion behind its prompt.
+        input_format: What it reads; by default the completion after its prompt.
     """
 
     differentiable = True
@@ -96,13 +97,13 @@ class AdapterDiscriminator(DiscriminatorModel):
 
 
 class OwnBaseDiscriminator(DiscriminatorModel):
-    """Another, larger language model with LoRA of its own and a linear head; it reads texts, by its own tokenizer.
+    """A separate, larger language model with its own LoRA adapter, linear head and tokenizer.
 
     Args:
         base: "builtin", a hub id or a local folder.
         lora: Shape of its adapter.
-        input_format: What it reads; by default the completion behind its prompt.
-        dtype: Number format of its frozen weights.
+        input_format: What it reads; by default the completion after its prompt.
+        dtype: Data type of its frozen weights.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class OwnBaseDiscriminator(DiscriminatorModel):
         super().__init__(input_format)
         model = load_base(base, dtype)
         self.tokenizer = load_tokenizer(base)
-        self.context_length: int = getattr(model.config, "max_position_embeddings", 1 << 30)
+        self.context_length = model_context(model.config)
         self.lm = get_peft_model(model, peft_config(model, lora), adapter_name=DISCRIMINATOR)
         self.head = nn.Linear(model.config.hidden_size, 2)
         self.train(False)
@@ -136,7 +137,7 @@ class OwnBaseDiscriminator(DiscriminatorModel):
         return super().train(False)
 
     def _translated(self, batch: DiscriminatorBatch, theirs: PreTrainedTokenizerBase) -> DiscriminatorBatch:
-        """The same texts as ids of the own tokenizer."""
+        """The same texts as ids of this model's tokenizer."""
         prompts = tuple(self._ids(p, theirs) for p in batch.prompts)
         targets = tuple(self._ids(t, theirs, ends=True) for t in batch.targets)
         completions = {
@@ -155,14 +156,14 @@ class OwnBaseDiscriminator(DiscriminatorModel):
 class HiddenStatesDiscriminator(DiscriminatorModel):
     """A small transformer encoder and a classifier over the generator's last hidden states of the completion.
 
-    The states have seen the prompt; they are read without gradient, so that nothing of the discriminator's loss reaches
-    the generator (RLGAF, arXiv 2305.06176).
+    The states depend on the prompt, too. They are read without gradient, so that the discriminator's loss does not
+    reach the generator (RLGAF, arXiv 2305.06176).
 
     Args:
         width: Size of the encoder's vectors.
         layers: Encoder layers.
         heads: Attention heads; a divisor of ``width``.
-        input_format: What the generator reads; by default the completion behind its prompt.
+        input_format: What the generator reads; by default the completion after its prompt.
     """
 
     def __init__(
@@ -195,14 +196,14 @@ class HiddenStatesDiscriminator(DiscriminatorModel):
 
 
 def _tree(reading: DiscriminatorInput, context: int) -> PromptTree:
-    """What is read, as a prompt tree that fits into the reader's context."""
+    """The input as a prompt tree, which must fit into the model's context."""
     longest = max(
         len(start) + max((len(branch) for rows in reading.branches.values() for branch in rows[b]), default=0)
         for b, start in enumerate(reading.beginnings)
     )
     if longest > context:
         raise LoraGANError(
-            f"the discriminator would read {longest} tokens, more than its model's context of {context}: lower "
-            "data.max_prompt_tokens or sampling.max_new_tokens, or let it read less (discriminator.model.input_format)"
+            f"the discriminator's input has {longest} tokens, more than its model's context of {context}: lower "
+            "data.max_prompt_tokens or sampling.max_new_tokens, or choose a shorter discriminator.model.input_format"
         )
     return grow(reading.beginnings, reading.branches)

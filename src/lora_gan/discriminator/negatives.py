@@ -1,9 +1,9 @@
-"""Completions that the discriminator is shown as worse than the target.
+"""Negatives: completions worse than the target, for the discriminator to learn from.
 
-Every kind is a class of its own, and any of them can be combined. Some are drawn from the batch
-(:class:`HardNegatives`, :class:`OtherCompletions`), the others are made from the target or the prompt
-(:class:`MadeUp`). None of them is an accepted completion as exact match understands it, and none is too long to follow
-its prompt. All randomness is torch's global generator.
+Each kind is a class, and kinds can be combined. Some are drawn from the batch (:class:`HardNegatives`,
+:class:`OtherCompletions`), the others are made from the target or the prompt (:class:`MadeUp`). A negative never equals
+an accepted completion, compared as in exact match, and always fits into the context after its prompt. Random numbers
+come from torch's global generator.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TRIES = 4  # for each text wanted, where chance may give one that is right or already there
-CLASSIC = "Hello world!"  # the loop that small models are known for
+TRIES = 4  # attempts for each text, because a random one may be correct or a duplicate
+CLASSIC = "Hello world!"  # a loop typical of small models
 REFUSALS = (
     "I cannot help with that.",
     "I'm sorry, but I can't answer that.",
@@ -42,27 +42,27 @@ REFUSALS = (
 
 SIGN = rf"(?V1)[{UNSPACED}]"
 WORD = regex.compile(rf"{SIGN}\p{{M}}*|[^\s{UNSPACED}]+")  # punctuation belongs to its word
-CHARACTER = regex.compile(r"(?!\s)\X")  # with its accents; an emoji with all it consists of
+CHARACTER = regex.compile(r"(?!\s)\X")  # a letter with its accents, or a whole emoji
 PUNCTUATION = regex.compile(r"\p{P}+")
 NUMBER = regex.compile(r"\d+")
 CAPITALISED = r"\p{Lu}\p{M}*\p{L}[\p{L}\p{M}-]*"
 NAME = regex.compile(rf"(?<=[\p{{L}}\p{{M}}\p{{N}},;)] [“\"'(«]?){CAPITALISED}(?: {CAPITALISED})*")  # within a sentence
-HEADER = regex.compile(r"(?m)^###[^:\n]*:?")  # what stands behind its colon is the user's
+HEADER = regex.compile(r"(?m)^###[^:\n]*:?")  # the text after the colon is the user's
 
 
 class Negatives(ABC):
     """Worse completions to a batch's prompts, for the discriminator to learn from.
 
     Args:
-        per_prompt: The most of them for each prompt.
+        per_prompt: Largest number of them for each prompt.
     """
 
-    kind: str  # what metrics call them: discriminator/accuracy_<kind>
+    kind: str  # name in metrics: discriminator/accuracy_<kind>
 
     def __init__(self, per_prompt: int = 1) -> None:
         if per_prompt < 1:
             name = type(self).__name__
-            raise LoraGANError(f"per_prompt of {name} must be at least 1, got {per_prompt}; to have none, leave it out")
+            raise LoraGANError(f"per_prompt of {name} must be at least 1, got {per_prompt}; remove it to use none")
         self.per_prompt = per_prompt
 
     @abstractmethod
@@ -77,27 +77,27 @@ class Completion:
 
 
 class HardNegatives(Negatives):
-    """Wrong completions that the data set brings along; where an example has none, other prompts' targets.
+    """Wrong completions from the data set; if an example has none, targets of other prompts.
 
     Args:
-        per_prompt: The most of them for each prompt, drawn anew each time, none twice.
+        per_prompt: Largest number of them for each prompt, drawn anew in each step without repetition.
     """
 
     kind = "hard"
 
     def __call__(self, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> list[list[Tensor]]:
         pools = [
-            _usable(_brought(batch, b), batch, b, tokenizer) or _usable(_others(batch, b), batch, b, tokenizer)
+            _usable(_provided(batch, b), batch, b, tokenizer) or _usable(_others(batch, b), batch, b, tokenizer)
             for b in range(len(batch))
         ]
         return [_draw(pool, self.per_prompt) for pool in pools]
 
 
 class OtherCompletions(Negatives):
-    """Targets of the batch's other prompts (of other groups): fluent, but beside the question.
+    """Targets of the batch's other prompts (of other groups): fluent, but off topic.
 
     Args:
-        per_prompt: The most of them for each prompt, drawn anew each time, none twice.
+        per_prompt: Largest number of them for each prompt, drawn anew in each step without repetition.
     """
 
     kind = "other"
@@ -107,13 +107,11 @@ class OtherCompletions(Negatives):
 
 
 class MadeUp(Negatives):
-    """Texts made for each example; a subclass writes ``kind`` and :meth:`_make`."""
+    """Texts made for each example; a subclass defines ``kind`` and :meth:`_make`."""
 
     @abstractmethod
     def _make(self, batch: PromptBatch, b: int, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """A worse completion to prompt ``b``, another one each time if chance has a part in it; None if there is
-        none.
-        """
+        """A worse completion to prompt ``b``, in each call another one if it is random; None if there is none."""
 
     def __call__(self, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> list[list[Tensor]]:
         texts = [self._texts(batch, b, tokenizer) for b in range(len(batch))]
@@ -124,7 +122,7 @@ class MadeUp(Negatives):
         ]
 
     def _texts(self, batch: PromptBatch, b: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Up to ``per_prompt`` different ones."""
+        """Up to ``per_prompt`` different texts."""
         known = {"", *map(normalise, _accepted(batch.examples[b]))}
         texts: list[str] = []
         for _ in range(TRIES * self.per_prompt):
@@ -138,7 +136,7 @@ class MadeUp(Negatives):
 
 
 class ShuffledWords(MadeUp):
-    """The target's words in another order, white space left in place; a single word's characters."""
+    """The target's words, or the characters of a single word, in another order; white space stays in place."""
 
     kind = "shuffled"
 
@@ -156,7 +154,7 @@ class ShuffledWords(MadeUp):
 
 
 class CutShort(MadeUp):
-    """The target's beginning: at least one of its words and not all of them; a single word's first characters."""
+    """The target's beginning: at least one word but not all, or the first characters of a single word."""
 
     kind = "cut"
 
@@ -167,7 +165,7 @@ class CutShort(MadeUp):
 
 
 class Repetition(MadeUp):
-    """A loop: one to four words of the target, or "Hello world!", over and over, at least three times."""
+    """A loop: one to four words of the target, or "Hello world!", repeated at least three times."""
 
     kind = "repetition"
 
@@ -183,7 +181,7 @@ class Repetition(MadeUp):
 class Swapped(MadeUp):
     """The target with a number changed, or a name replaced by one from another target: fluent but wrong.
 
-    A name is one or more capitalised words that do not begin a sentence. Targets without either give none.
+    A name is one or more capitalised words that do not begin a sentence. Targets with neither give no negative.
     """
 
     kind = "swapped"
@@ -202,11 +200,11 @@ class Swapped(MadeUp):
 
 
 class Refusal(MadeUp):
-    """A refusal to completion. Leave it out where the data has targets that refuse with good reason.
+    """A refusal to answer. Leave it out if the data has targets that refuse for good reason.
 
     Args:
-        per_prompt: The most of them for each prompt.
-        texts: What refusals sound like; left out, a handful of common ones.
+        per_prompt: Largest number of them for each prompt.
+        texts: Texts of refusals; by default a few common ones.
     """
 
     kind = "refusal"
@@ -215,16 +213,18 @@ class Refusal(MadeUp):
         super().__init__(per_prompt)
         self.texts = list(REFUSALS) if texts is None else texts
         if not self.texts or not all(text.strip() for text in self.texts):
-            raise LoraGANError(f"texts of Refusal must be texts that are not empty, got {texts}; left out, it has some")
+            raise LoraGANError(
+                f"texts of Refusal must be one or more non-empty strings, got {texts}; leave it out for the defaults"
+            )
 
     def _make(self, batch: PromptBatch, b: int, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return _pick(self.texts)
 
 
 class Echo(MadeUp):
-    """The prompt given back as the completion, without special tokens and headers such as "### Prompt:".
+    """The prompt repeated as the completion, without special tokens and headers such as "### Prompt:".
 
-    There is one echo of a prompt, whatever ``per_prompt`` says.
+    A prompt has only one echo, whatever ``per_prompt`` is.
     """
 
     kind = "echo"
@@ -237,14 +237,14 @@ class Echo(MadeUp):
 # the batch
 
 
-def _brought(batch: PromptBatch, b: int) -> list[Completion]:
+def _provided(batch: PromptBatch, b: int) -> list[Completion]:
     """The example's own negatives."""
     pairs = zip(batch.examples[b].negatives, batch.negative_ids[b], strict=True)
     return [Completion(negative.text, ids) for negative, ids in pairs]
 
 
 def _others(batch: PromptBatch, b: int) -> list[Completion]:
-    """Targets of other groups than the example's."""
+    """Targets of the other groups in the batch."""
     group = batch.examples[b].group
     pairs = zip(batch.examples, batch.target_ids, strict=True)
     return [Completion(other.target, ids) for other, ids in pairs if other.group != group]
@@ -257,7 +257,7 @@ def _accepted(example: Example) -> tuple[str, ...]:
 def _usable(
     completions: Iterable[Completion], batch: PromptBatch, b: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Tensor]:
-    """Those that are no accepted completion to prompt ``b`` and fit into the context behind it."""
+    """Those that are not accepted completions to prompt ``b`` and fit into the context after it."""
     accepted = set(map(normalise, _accepted(batch.examples[b])))
     room = tokenizer.model_max_length - len(batch.prompt_ids[b])
     return [a.ids for a in completions if normalise(a.text) not in accepted and len(a.ids) <= room]
@@ -267,11 +267,11 @@ def _on_device(ids: Sequence[int], batch: PromptBatch, b: int) -> Tensor:
     return torch.tensor(ids, dtype=torch.long, device=batch.prompt_ids[b].device)
 
 
-# chance
+# random choices
 
 
 def _draw(pool: Sequence[T], n: int) -> list[T]:
-    """Up to n of them, none twice."""
+    """Up to n random items, without repetition."""
     return [pool[i] for i in torch.randperm(len(pool))[:n].tolist()]
 
 
@@ -280,7 +280,7 @@ def _pick(pool: Sequence[T]) -> T:
 
 
 def _below(n: int) -> int:
-    """One of 0 … n − 1."""
+    """A random integer from 0 to n − 1."""
     return int(torch.randint(n, ()).item())
 
 
@@ -288,12 +288,12 @@ def _below(n: int) -> int:
 
 
 def _unit(text: str) -> regex.Pattern[str]:
-    """What a text is taken apart into: words, or the characters of a single word."""
+    """Pattern of a text's units: words, or the characters of a single word."""
     return WORD if len(WORD.findall(text)) > 1 else CHARACTER
 
 
 def _phrase(text: str, n: int) -> str:
-    """n neighbouring words of a text, or as many as there are."""
+    """n consecutive words of a text, or all if there are fewer."""
     words = list(WORD.finditer(text))
     if not words:
         return ""
@@ -308,7 +308,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _other_number(number: str) -> str:
-    """One of the last two digits changed, in its script, so that a year stays a year; no first digit becomes 0."""
+    """Change one of the last two digits, in its script: a year stays a year, and a leading digit never gets 0."""
     at = len(number) - 1 - _below(min(2, len(number)))
     digit = unicodedata.decimal(number[at])
     lowest = 1 if at == 0 and len(number) > 1 else 0

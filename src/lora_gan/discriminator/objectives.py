@@ -1,4 +1,4 @@
-"""Objectives of the discriminator: its scores of targets, samples and worse completions → its loss."""
+"""Discriminator objectives: scores of targets, samples and worse completions → loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DiscriminatorObjective(ABC):
         """The loss of one update.
 
         Args:
-            outputs: By kind: "target", "sampled", in self-play "opponent"; every other kind is a negative.
+            outputs: By kind: "target", "sampled", and in self-play "opponent"; all other kinds are negatives.
         """
 
 
@@ -56,7 +56,7 @@ class RewardRegression(DiscriminatorObjective):
 class ClosenessBCE(DiscriminatorObjective):
     """Is the completion as good as the target? Binary cross-entropy of σ(score), GPT2Twin's P(close).
 
-    Targets are close, negatives are not; a sampled completion is where it is the target or its reward says so.
+    Targets are close, negatives are not; a sampled one is if it equals the target or has a high enough reward.
 
     Args:
         close_from: Smallest reward of a sampled completion that counts as close.
@@ -76,7 +76,7 @@ class ClosenessBCE(DiscriminatorObjective):
 class ClosenessRegression(DiscriminatorObjective):
     """How close is the completion to the target, from 0 to 1? Squared error of σ(score), GPT2Twin's regression.
 
-    Targets are 1, negatives 0, sampled completions their reward, cut to [0, 1].
+    Targets are 1, negatives 0, sampled completions their reward, clipped to [0, 1].
     """
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
@@ -88,7 +88,7 @@ class ClosenessOrdinal(DiscriminatorObjective):
     """Which of k ordered grades of closeness does the completion have? The cumulative-link model (McCullagh 1980).
 
     P(grade ≥ j) = σ(score − θ_j) with θ_j = logit(j/k): σ(score) is a closeness from 0 to 1 as in the other two, and
-    the grade is the one of k equal parts of [0, 1] into which it falls. The loss is the negative log-likelihood.
+    the grade is the interval, among k equal ones of [0, 1], that contains it. The loss is the negative log-likelihood.
 
     Args:
         grades: k, at least 2.
@@ -115,10 +115,10 @@ class ClosenessOrdinal(DiscriminatorObjective):
 class GanBCE(DiscriminatorObjective):
     """Tell targets from everything else: binary cross-entropy (GAN, arXiv 1406.2661; RLGAF, arXiv 2305.06176).
 
-    Targets and the others weigh the same.
+    Targets and all other completions together weigh the same.
 
     Args:
-        label_smoothing: Targets are labelled 1 − this, one-sided (arXiv 1606.03498).
+        label_smoothing: Targets get the label 1 − label_smoothing; one-sided (arXiv 1606.03498).
     """
 
     def __init__(self, label_smoothing: float = 0.1) -> None:
@@ -141,12 +141,12 @@ class GanBCE(DiscriminatorObjective):
 class BradleyTerry(DiscriminatorObjective):
     """Target ≻ sample ≻ negative for the same prompt: −log σ(score of the better − score of the worse).
 
-    As in Generative Adversarial Distillation (arXiv 2511.10643), with negatives below the samples. Pairs of one kind
-    are averaged, and so are the kinds. A sample that is the target word for word is compared with negatives only.
+    As in Generative Adversarial Distillation (arXiv 2511.10643), with negatives below the samples. The loss is the
+    mean over the kinds of pairs of their mean losses. A sample that equals the target is compared with negatives only.
 
     Args:
-        samples_over_negatives: Whether samples are ranked above negatives. Where negatives are as good as the samples
-            (wrong objects in a right sentence), leave it off.
+        samples_over_negatives: Whether samples are ranked above negatives. Set false if negatives may be as good as
+            samples (wrong objects in a correct sentence).
     """
 
     def __init__(self, samples_over_negatives: bool = True) -> None:
@@ -168,7 +168,7 @@ class BradleyTerry(DiscriminatorObjective):
 class ListwiseSoftmax(DiscriminatorObjective):
     """Find the target among the other completions to its prompt: cross-entropy of a softmax over all of their scores.
 
-    With one other completion this is TextGAIL's pair (arXiv 2004.13796). Completions that are the target word for word
+    With one other completion this is the pair loss of TextGAIL (arXiv 2004.13796). Completions that equal the target
     are left out.
     """
 
@@ -184,7 +184,7 @@ class ListwiseSoftmax(DiscriminatorObjective):
 
 
 class Auxiliary(DiscriminatorObjective):
-    """Let the auxiliary head predict one part of the reward, perplexity say: mean squared error.
+    """Predict one part of the reward, such as perplexity, with the auxiliary head: mean squared error.
 
     Args:
         part: Name of the reward.
@@ -198,17 +198,17 @@ class Auxiliary(DiscriminatorObjective):
         for x in known.values():
             if self.part not in x.parts:
                 names = ", ".join(x.parts) or "none"
-                raise LoraGANError(f"no reward is called {self.part!r}, so none can be predicted; there are: {names}")
+                raise LoraGANError(f"no reward is named {self.part!r}; set part: to one of: {names}")
         errors = {kind: (x.auxiliary - x.parts[self.part]).square().mean() for kind, x in known.items()}
         return _mean_of(outputs, errors, "discriminator/auxiliary_error_")
 
 
 class Combined(DiscriminatorObjective):
-    """A weighted sum of objectives. A metric that several of them log gets the objective's number behind its name.
+    """Weighted sum of objectives. A metric that several of them log gets the number of its objective as a suffix.
 
     Args:
-        objectives: What is learned at once.
-        weights: One for each; all 1 if not given.
+        objectives: The objectives, at least one.
+        weights: One weight for each; by default all 1.
     """
 
     def __init__(self, objectives: list[DiscriminatorObjective], weights: list[float] | None = None) -> None:
@@ -216,7 +216,8 @@ class Combined(DiscriminatorObjective):
         self.weights = weights or [1.0] * len(objectives)
         if not objectives or len(self.weights) != len(objectives):
             raise LoraGANError(
-                f"{len(objectives)} objectives need as many weights, at least one; got {len(self.weights)}"
+                f"need at least one objective and a weight for each, got {len(objectives)} objectives and "
+                f"{len(self.weights)} weights"
             )
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
@@ -237,12 +238,12 @@ class _Scored(NamedTuple):
 
 
 def negatives(outputs: Mapping[str, DiscriminatorOutput]) -> list[str]:
-    """The kinds that are neither targets nor generated."""
+    """Kinds of completions that are neither targets nor generated."""
     return [kind for kind in outputs if kind not in (TARGET, SAMPLED, OPPONENT)]
 
 
 def margin(better: DiscriminatorOutput | _Scored, worse: DiscriminatorOutput | _Scored) -> Tensor:
-    """Score of the better less that of the worse, for all pairs of completions of the same prompt.
+    """Score of the better minus that of the worse, for all pairs of completions of the same prompt.
 
     Pairs of a target with itself do not count.
     """
@@ -252,11 +253,11 @@ def margin(better: DiscriminatorOutput | _Scored, worse: DiscriminatorOutput | _
 
 
 def discriminator_metrics(outputs: Mapping[str, DiscriminatorOutput]) -> dict[str, Tensor]:
-    """How good the discriminator was on completions that it had not learned from.
+    """Metrics of the discriminator on completions that it has not learned from.
 
     ``discriminator/accuracy`` is the share of pairs in which it scores the target above another completion to the same
-    prompt, and ``discriminator/accuracy_<kind>`` that of one kind. ``discriminator/length_accuracy`` is what the better
-    of the two rules "the longer" and "the shorter one is the target" reaches on the same pairs.
+    prompt, and ``discriminator/accuracy_<kind>`` that of one kind. ``discriminator/length_accuracy`` is the
+    accuracy, on the same pairs, of the better of the two rules "the longer one is the target" and "the shorter one".
     """
     metrics = {f"discriminator/score_{kind}": x.score.mean() for kind, x in outputs.items() if len(x.score)}
     target = outputs[TARGET]
@@ -307,7 +308,7 @@ def _each_kind(outputs: Mapping[str, DiscriminatorOutput], labels: Mapping[str, 
 
 
 def _mean_of(outputs: Mapping[str, DiscriminatorOutput], losses: Mapping[str, Tensor], prefix: str) -> LossTerm:
-    """The losses weigh the same; 0 where there are none."""
+    """Unweighted mean of the losses; 0 if there are none."""
     metrics = {f"{prefix}{name}": loss.detach() for name, loss in losses.items()}
     nothing = outputs[TARGET].score.new_zeros((), requires_grad=True)
     total = torch.stack(list(losses.values())).mean() if losses else nothing
@@ -315,6 +316,6 @@ def _mean_of(outputs: Mapping[str, DiscriminatorOutput], losses: Mapping[str, Te
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's; 0 where one of them does not vary."""
+    """Pearson correlation; 0 if one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
     return torch.nn.functional.cosine_similarity(x, y, dim=0)

@@ -1,4 +1,4 @@
-"""Old samples for the discriminator, so that it does not forget what the generator has given up."""
+"""Replay buffer: old samples, so that the discriminator does not forget earlier behaviour of the generator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Episode:
     target_parts: Mapping[str, Tensor]  # name → ()
 
     def to(self, device: torch.device | str) -> Episode:
-        """The same episode on ``device``: a checkpoint's are loaded to the processor."""
+        """The same episode on ``device``; those of a checkpoint are loaded to the CPU."""
         return Episode(
             self.prompt.to(device),
             self.target.to(device),
@@ -38,11 +38,11 @@ class Episode:
 
 
 class Replay:
-    """A bounded buffer of old episodes; the oldest leave first. It feeds the discriminator only.
+    """A bounded buffer of old episodes, first in, first out; only the discriminator uses it.
 
     Args:
-        capacity: Prompts kept; 0 turns replay off and changes nothing at all, random numbers included.
-        per_step: Prompts drawn from it for each update.
+        capacity: Largest number of prompts kept; 0 turns replay off and draws no random numbers.
+        per_step: Prompts drawn from it in each step.
     """
 
     def __init__(self, capacity: int = 0, per_step: int = 4) -> None:
@@ -53,21 +53,21 @@ class Replay:
         self.episodes: list[Episode] = []
 
     def draw(self) -> list[Episode]:
-        """Up to ``per_step`` different episodes."""
+        """Draw up to ``per_step`` different episodes."""
         if not self.episodes:
             return []
         return [self.episodes[i] for i in torch.randperm(len(self.episodes))[: self.per_step].tolist()]
 
     def add(self, episodes: list[Episode]) -> None:
-        """Keep new episodes and forget as many of the oldest as must be."""
+        """Add new episodes and drop the oldest beyond the capacity."""
         if self.capacity:
             self.episodes = (self.episodes + episodes)[-self.capacity :]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors in the processor's memory, loadable under ``weights_only``."""
+        """Plain tensors in CPU memory, loadable with ``weights_only``."""
         return {"episodes": [vars(e.to("cpu")) | {"completions": list(e.completions)} for e in self.episodes]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the episodes of another buffer, as many as fit."""
+        """Load the episodes of a saved buffer, the newest ones up to the capacity."""
         episodes = [Episode(**{**fields, "completions": tuple(fields["completions"])}) for fields in state["episodes"]]
         self.episodes = episodes[-self.capacity :] if self.capacity else []

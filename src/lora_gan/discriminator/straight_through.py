@@ -1,4 +1,4 @@
-"""A gradient from the discriminator into the generator, through relaxed samples instead of a reward."""
+"""Straight-through coupling: a gradient from discriminator to generator through relaxed samples."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lora_gan.types import DiscriminatorBatch, PromptBatch, Rollout
 class StraightThrough:
     """−log P(close), P = σ(score), differentiated through straight-through Gumbel samples (arXiv 1611.01144).
 
-    The discriminator reads the sampled words; the gradient that arrives at their embeddings goes on into the
-    generator's distribution at each word. Where a completion ends is not differentiated.
+    The discriminator reads the sampled tokens; the gradient at their embeddings is passed on to the generator's
+    distribution of each token. The end of a completion is not differentiated.
 
     Args:
-        temperature: Of the relaxation.
+        temperature: Temperature of the relaxation.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -35,8 +35,8 @@ class StraightThrough:
         """Mean loss of the completions; its gradient reaches the generator only.
 
         Args:
-            backbone: In any mode.
-            model: A differentiable one, such as ``AdapterDiscriminator``.
+            backbone: The backbone, in any mode.
+            model: A differentiable model, such as ``AdapterDiscriminator``.
             predicted: The generator's pass over the sampled completions, with gradient.
             rollout: The sampled completions.
             batch: Their prompts and targets.
@@ -48,7 +48,7 @@ class StraightThrough:
         words = backbone.embed(straight_through(predicted.logits, ids, self.temperature, uniform))
         is_word = rollout.mask.clone()
         last = rollout.mask.sum(-1) - 1
-        is_word[torch.arange(len(last)), last] = rollout.truncated  # an EOS is no word
+        is_word[torch.arange(len(last)), last] = rollout.truncated  # EOS is not differentiated
         branches = tree.branches[SAMPLED]
         rows = branches.row[:, None].expand_as(is_word)[is_word]
         columns = branches.columns[:, : is_word.shape[1]][is_word]

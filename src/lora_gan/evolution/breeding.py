@@ -17,7 +17,11 @@ from lora_gan.evolution.selection import Selection
 
 @dataclass(frozen=True)
 class Breeding:
-    """Makes children of one or several parents; all children are mutated."""
+    """Makes children from one or several parents; all children are mutated.
+
+    Raises:
+        LoraGANError: crossover_rate is outside [0, 1].
+    """
 
     selection: Selection
     crossover: Crossover

@@ -1,7 +1,7 @@
 """Low-rank algebra: sums, products and norms of ΔW = scale·B·A without forming ΔW.
 
 An adapter acts through the product, and many pairs (A, B) have the same product. So members are compared, mixed and
-mutated by their products. r is the rank, R the rank of a sum before it is cut to r again.
+mutated by their products. r is the rank, R the rank of a sum before it is reduced to r.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA of one module: its update is ΔW = scale·B·A."""
+    """LoRA factors of one module: its update is ΔW = scale·B·A."""
 
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
@@ -37,7 +37,7 @@ class Factors:
         return self.b.shape[0] * self.a.shape[1]
 
 
-Weights = Mapping[str, Factors]  # of a member, by module
+Weights = Mapping[str, Factors]  # the factors of a member by module
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Singular:
     def factors(self, like: Factors) -> Factors:
         """The largest ``like.rank`` components as (A, B), the best approximation of that rank (Eckart, Young 1936).
 
-        A has orthonormal rows and B carries the size, as at LoRA's initialisation: a component of size 0 still learns.
+        A has orthonormal rows and B has the size, as at LoRA's initialisation: a component of size 0 still learns.
         """
         r = like.rank
         b = self.u[:, :r] * self.values[:r] / like.scale
@@ -95,12 +95,12 @@ def lost(updates: Sequence[Factors], coefficients: Sequence[float]) -> float:
 
 
 def moved_b(x: Factors, by: Tensor) -> Factors:
-    """B + ``by`` (out, r): ΔW moves by exactly scale·by·A."""
+    """B + ``by`` (out, r): ΔW changes by exactly scale·by·A."""
     return replace(x, b=x.b + by)
 
 
 def moved_a(x: Factors, by: Tensor) -> Factors:
-    """A + ``by`` (r, in): ΔW moves by exactly scale·B·by."""
+    """A + ``by`` (r, in): ΔW changes by exactly scale·B·by."""
     return replace(x, a=x.a + by)
 
 

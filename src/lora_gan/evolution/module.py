@@ -1,4 +1,4 @@
-"""EvolutionModule: one generation, readable from top to bottom in ``training_step``."""
+"""Evolution of LoRA adapters as a LightningModule; ``training_step`` is one generation."""
 
 from __future__ import annotations
 
@@ -52,13 +52,16 @@ class EvolutionModule(MemberModule):
         crossover: How a child of several parents is made; by default each module comes from one of the parents.
         crossover_rate: Probability that a child has several parents.
         mutation: How children are mutated; by default Gaussian noise that changes ΔW by 0.001.
-        evaluation: How completions are sampled for the fitness; by default as in training.
-        evaluation_num_generations: Completions of each prompt by which a member's fitness is measured.
-        evaluation_prompts: Prompts of the generation on which fitness is measured; by default all.
-        members_at_once: Members in one decode; by default all.
+        evaluation: Sampling of the completions for fitness; by default as in training.
+        evaluation_num_generations: Completions for each prompt in the evaluation of a member.
+        evaluation_prompts: Number of the generation's prompts in an evaluation; by default all.
+        members_at_once: Members decoded together; by default all.
         workers: Where evaluation and refinement run; by default in this process.
         evolution_seed: Seed of selection, crossover, mutation and the random numbers of the evaluation.
         **settings: Settings of LoraGANModule, such as rewards and losses, for fitness and refinement.
+
+    Raises:
+        LoraGANError: Settings are out of range or contradict each other.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class EvolutionModule(MemberModule):
     # the generation
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
-        """One generation: evaluate, select, cross and mutate, refine."""
+        """One generation: evaluate, select, cross over, mutate and refine."""
         self.seed_step()
         with self.optimization.counted():
             with self._timed("evaluate"):
@@ -227,7 +230,7 @@ class EvolutionModule(MemberModule):
             if not torch.allclose(part, second[name], atol=1e-4):
                 raise LoraGANError(
                     f"reward {name!r} scored the same completions differently the second time; fitness needs "
-                    "deterministic rewards: fix its seed or remove it"
+                    "deterministic rewards: give it a fixed seed or remove it"
                 )
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
@@ -293,7 +296,10 @@ class EvolutionModule(MemberModule):
                 "{class_path: lora_gan.evolution.SavedAdapters, init_args: {folders: [<run>/adapters/generator]}}"
             )
         if len(found["members"]) != self.size:
-            raise LoraGANError(f"population: {len(found['members'])} in the checkpoint, {self.size} here")
+            raise LoraGANError(
+                f"population: {len(found['members'])} in the checkpoint, {self.size} here; set population to that of "
+                "the checkpoint"
+            )
         self.resumed = found
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Multi-LoRA batching: one decode samples the completions of a whole population.
+"""Multi-LoRA batching: the completions of a whole population are sampled together.
 
 The products with the frozen base, most of the work, are computed for the rows of all members together, so the base's
 weights are read once for each token instead of once for each member. Each row then gets the update of its own member.
@@ -101,7 +101,7 @@ def _forward(base: nn.Module, a: Tensor, b: Tensor, mapping: RowMapping, x: Tens
 def sample_population(
     backbone: Backbone, population: Sequence[Weights], prompts: Sequence[Tensor], k: int, how: Sampling, uniform: Tensor
 ) -> list[Rollout]:
-    """Each member's k completions of each of B prompts.
+    """The rollouts of all members: k completions for each of B prompts.
 
     Args:
         backbone: The frozen base with the generator's layers.
@@ -109,7 +109,10 @@ def sample_population(
         prompts: B token tensors (P,).
         k: Completions for each prompt.
         how: Temperature, length limit and so on; no beam search.
-        uniform: (B·k, T, tries) numbers that decide the tokens, the same for all members.
+        uniform: (B·k, T, tries) random numbers that decide the tokens, the same for all members.
+
+    Raises:
+        LoraGANError: ``how`` asks for beam search.
     """
     if how.num_beams > 1:
         raise LoraGANError(f"a population cannot use beam search, got num_beams {how.num_beams}: set num_beams to 1")

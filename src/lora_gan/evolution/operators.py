@@ -1,7 +1,7 @@
 """Mutation and crossover of low-rank updates.
 
-The operators act on the products ΔW = scale·B·A. :class:`FixedNoise` and :class:`ElementWise` act on A and B instead;
-they are the usual first idea and serve as baselines.
+The operators act on the products ΔW = scale·B·A. :class:`FixedNoise` and :class:`ElementWise` act on A and B instead
+and serve as baselines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_gan.evolution.lowrank import Factors, Singular, Weights, lost, mix, mo
 
 
 class Mutation(ABC):
-    """Makes children by a small random change of one member."""
+    """Makes children from one parent by a small random change."""
 
     @abstractmethod
     def __call__(self, parent: Weights, start: Weights, generation: int, rng: torch.Generator) -> list[Weights]:
@@ -42,7 +42,7 @@ class ScaledMutation(Mutation):
         rms: Root mean square of the change of each module's ΔW. Noise of 0.02 on A and B makes about 0.003; evolution
             strategies on language models use about 0.001 (arXiv 2509.24372). 0 does not mutate.
         decay: Factor of ``rms`` from one generation to the next.
-        anchor: Share of the way back to the start of the lineage that every child is pulled, in ΔW.
+        anchor: Weight of the start of the lineage in the ΔW of every child, in [0, 1]; 0 is none.
     """
 
     def __init__(self, rms: float = 0.001, decay: float = 1.0, anchor: float = 0.0) -> None:
@@ -107,7 +107,7 @@ class SingularValueMutation(ScaledMutation):
 
 
 class FixedNoise(Mutation):
-    """Gaussian noise of one size on every element of A and B, whatever its effect on their product.
+    """Gaussian noise of the same size on all elements of A and B, regardless of its effect on their product.
 
     Args:
         scale: Standard deviation.
@@ -128,7 +128,7 @@ class FromStart(Mutation):
     """Mutates the start of the lineage instead of the parent: random search around the first members.
 
     Args:
-        mutation: The mutation.
+        mutation: Mutation to apply to the start.
     """
 
     def __init__(self, mutation: Mutation) -> None:
@@ -164,7 +164,7 @@ def _normal(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
 
 
 class Crossover(ABC):
-    """Makes a child of several parents."""
+    """Makes a child from several parents."""
 
     parents = 2
 
@@ -177,7 +177,7 @@ class SwapModules(Crossover):
     """Takes each module's (A, B) from one of the parents, so every product B·A is that of a parent.
 
     Args:
-        share: Chance that a module comes from the first parent.
+        share: Probability that a module comes from the first parent.
     """
 
     def __init__(self, share: float = 0.5) -> None:
@@ -192,9 +192,9 @@ class SwapModules(Crossover):
 
 
 class _Merge(Crossover):
-    """A weighted sum of the parents' ΔW, factored again by singular values.
+    """A weighted sum of the parents' ΔW, factored by singular values.
 
-    Two adapters of rank r make one of rank up to 2r, of which the largest r components are kept.
+    The sum of two adapters of rank r has rank up to 2r; its r largest components are kept.
     """
 
     def __init__(self, most_lost: float = 1.0) -> None:
@@ -216,7 +216,7 @@ class _Merge(Crossover):
 
 
 class MixUpdates(_Merge):
-    """ΔW somewhere between the parents': w·ΔW₁ + (1 − w)·ΔW₂, w drawn from 0 to 1.
+    """A random mixture of the parents' ΔW: w·ΔW₁ + (1 − w)·ΔW₂ with w uniform in [0, 1).
 
     Args:
         most_lost: Largest share of a module's norm that may be lost because the rank is too small; more is an error,

@@ -19,7 +19,7 @@ START, MUTATED, CROSSED, REFINED = "start", "mutated", "crossed", "refined"  # o
 
 @dataclass(frozen=True)
 class Member:
-    """One of the population."""
+    """A member of the population."""
 
     weights: Weights
     origin: str = START
@@ -65,7 +65,7 @@ def fitness_of(population: Sequence[Member]) -> Tensor:
 
 
 def diversity(population: Sequence[Member]) -> float:
-    """Mean distance of two members, root mean square of ΔW − ΔW′; 0 for a single member."""
+    """Mean distance between two members, the root mean square of ΔW − ΔW′; 0 for a single member."""
     pairs = len(population) * (len(population) - 1)
     return float(distances([member.weights for member in population]).sum()) / max(pairs, 1)
 

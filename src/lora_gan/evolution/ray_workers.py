@@ -36,7 +36,10 @@ class RayWorkers(Workers):
         address: Address of a running cluster: "auto" (the one of this machine), "host:port" or "ray://host:port"; by
             default a cluster is started on this machine for the run.
         gpus_per_worker: GPUs of each worker, 0.5 to share one; with 0 the workers compute on the CPU.
-        retries: How often a task is retried after its worker failed.
+        retries: Number of times that a task is retried after its worker failed.
+
+    Raises:
+        LoraGANError: Ray is not installed, or a setting is out of range.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class RayWorkers(Workers):
         self.gpus_per_worker = gpus_per_worker
         self.retries = retries
         self._pool: _WorkerPool | None = None
-        self._connected = False  # by us, not by the calling program
+        self._connected = False  # whether this object connected to Ray, not the calling program
         _ray()
 
     def run(self, module: MemberModule, tasks: Sequence[Task[Done]]) -> list[Done]:

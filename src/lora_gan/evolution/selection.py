@@ -35,7 +35,7 @@ class Tournament(Selection):
     """Tournament selection: the fittest of a few members drawn at random (Goldberg and Deb 1991).
 
     Args:
-        size: Members of a tournament; 1 is no selection.
+        size: Number of members in a tournament; 1 is no selection.
     """
 
     def __init__(self, size: int = 3) -> None:

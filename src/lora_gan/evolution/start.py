@@ -25,7 +25,7 @@ log = logging.getLogger("lora_gan")
 
 
 class Start(ABC):
-    """Makes the initial members; if they are too few, mutations of them fill the population."""
+    """Makes the initial members; mutations of them fill the rest of the population."""
 
     @abstractmethod
     def __call__(self, backbone: Backbone, batches: Iterable[PromptBatch], count: int) -> list[Weights]:
@@ -79,9 +79,9 @@ class SupervisedStart(Start):
     Args:
         trunk: Steps shared by all members.
         branch: Steps of each member.
-        prompts: Prompts of a step; each batch of the data is split into steps of so many prompts.
-        learning_rates: Factors of the optimizer's learning rate; the branches cycle through them.
-        optimizer: The optimizer; trunk and branches each get a fresh one.
+        prompts: Prompts in a step; each batch of the data is split into steps of this size.
+        learning_rates: Factors of the optimizer's learning rate, which the branches cycle through; default 1, 0.5.
+        optimizer: Function that makes an optimizer; the trunk and each branch get a new one.
         max_grad_norm: Largest norm of the gradient.
     """
 
@@ -142,7 +142,7 @@ def imitation_loss(backbone: Backbone, batch: PromptBatch) -> Tensor:
 
 
 def _endless(batches: Iterable[PromptBatch], prompts: int, device: torch.device) -> Iterator[PromptBatch]:
-    """Endless epochs in parts of at most ``prompts`` prompts that have a target."""
+    """Endless epochs in parts of at most ``prompts`` prompts, without prompts that have no target."""
     while True:
         steps = (part.to(device) for batch in batches for part in _parts(batch, prompts))
         first = next(steps, None)

@@ -1,4 +1,4 @@
-"""Rewards: what makes a completion good. Each gives one number a completion, higher is better."""
+"""Rewards: each gives one number per completion; higher is better."""
 
 from lora_gan.rewards.adversarial import (
     AdversarialReward,

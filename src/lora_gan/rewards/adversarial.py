@@ -1,4 +1,4 @@
-"""The discriminator's score as a reward of the generator."""
+"""Adversarial rewards: the discriminator's score as a reward for the generator."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lora_gan.types import DiscriminatorScores
 class AdversarialReward(ABC):
     """Turns the discriminator's scores of the sampled completions into a reward, (N,)."""
 
-    needs_opponent = False  # True: completions of an earlier generator for the same prompts are needed
+    needs_opponent = False  # True: needs completions of an earlier generator to the same prompts
 
     @abstractmethod
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
-        """(N,) the reward of each sampled completion."""
+        """The reward of each sampled completion, (N,)."""
 
 
 class Logit(AdversarialReward):
-    """D, the score itself: for discriminators that predict a reward, and for Bradley–Terry (arXiv 2511.10643)."""
+    """The score D itself: for discriminators that predict a reward, and for Bradley–Terry (arXiv 2511.10643)."""
 
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
         return disc_scores.sampled
@@ -55,16 +55,16 @@ class AgainstTarget(AdversarialReward):
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
         if len(disc_scores.target) != len(disc_scores.per_prompt):
             raise LoraGANError(
-                "AgainstTarget compares with targets, and some prompts have none; choose another adversarial reward"
+                f"AgainstTarget needs a target for each prompt, got {len(disc_scores.target)} targets for "
+                f"{len(disc_scores.per_prompt)} prompts; choose another adversarial reward"
             )
         return (disc_scores.per_prompt - disc_scores.target[:, None]).sigmoid().flatten()
 
 
 class WinRate(AdversarialReward):
-    """Self-play: the share of the opponent's completions to the same prompt that the discriminator ranks below this
-    one.
+    """Share of the opponent's completions to the same prompt that the discriminator scores lower (self-play).
 
-    Ties count half. The opponent is the generator's last snapshot (``lora_gan.callbacks.Snapshot``).
+    In [0, 1]; ties count half. The opponent is the generator's last snapshot (``lora_gan.callbacks.Snapshot``).
     """
 
     needs_opponent = True

@@ -1,4 +1,4 @@
-"""The seam of rewards, and how several of them become one number."""
+"""Reward interface, and the aggregation of several rewards into one number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Reward(ABC):
         name: Name in the logs, ``reward/<name>``.
     """
 
-    needs_target: bool = False  # True: says nothing of completions to a prompt without target
+    needs_target: bool = False  # True: does not apply to prompts without a target
 
     def __init__(self, weight: float, name: str) -> None:
         self.weight = weight
@@ -33,12 +33,12 @@ class Reward(ABC):
         """(N,) scores, higher is better; completion n belongs to ``batch.examples[n // context.num_generations]``."""
 
     def applies(self, batch: PromptBatch, k: int) -> list[bool]:
-        """For each of the B prompts, whether its k completions can be scored; the others are not shown to it."""
+        """Whether the reward applies to each of the B prompts; it only gets the k completions to those."""
         return [not self.needs_target or bool(references_of(example)) for example in batch.examples]
 
 
 def references_of(example: Example) -> tuple[str, ...]:
-    """Everything that is accepted as a completion; nothing for a prompt without target."""
+    """The accepted completions of an example; empty for a prompt without a target."""
     return tuple(text for text in example.references or (example.target,) if text.strip())
 
 
@@ -52,17 +52,17 @@ class RewardSum:
 def weighted_sum(
     rewards: Sequence[Reward], completions: Sequence[str], batch: PromptBatch, context: RewardContext
 ) -> RewardSum:
-    """Ask every reward and add them up by weight, see :class:`WeightedSum`.
+    """Compute every reward and add them up by weight, see :class:`WeightedSum`.
 
     Raises:
-        RewardError: A reward gave something other than N finite numbers.
+        RewardError: A reward returned something other than N finite numbers.
     """
-    asked = {reward.name: _ask(reward, completions, batch, context) for reward in rewards}
-    parts = {name: one.scores for name, one in asked.items()}
-    applies = {name: one.applies for name, one in asked.items()}
+    computed = {reward.name: _compute(reward, completions, batch, context) for reward in rewards}
+    parts = {name: one.scores for name, one in computed.items()}
+    applies = {name: one.applies for name, one in computed.items()}
     total = (
         WeightedSum()(parts, weights_of(rewards), applies, context.num_generations)
-        if asked
+        if computed
         else torch.zeros(len(completions))
     )
     return RewardSum(total.to(context.logprobs.device), parts, applies)
@@ -74,18 +74,22 @@ def weights_of(rewards: Sequence[Reward]) -> dict[str, float]:
 
 
 def check_names(rewards: Sequence[Reward]) -> None:
-    """Two rewards of one name would overwrite each other in the logs."""
+    """Check that no two rewards have the same name; they would overwrite each other in the logs.
+
+    Raises:
+        LoraGANError: Two rewards have the same name.
+    """
     names = [reward.name for reward in rewards]
     for name in names:
         if names.count(name) > 1:
-            raise LoraGANError(f"two rewards are called {name!r}; give one of them another name: in its init_args")
+            raise LoraGANError(f"two rewards are named {name!r}; set another name: in the init_args of one of them")
 
 
-# combinations
+# aggregation
 
 
 class RewardAggregation(ABC):
-    """Makes one number of the rewards of a completion: the reward of the policy."""
+    """Combines the rewards of each completion into one number, the reward of the policy."""
 
     needs_group = False  # True: needs at least two completions for each prompt
 
@@ -93,12 +97,12 @@ class RewardAggregation(ABC):
     def __call__(
         self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
     ) -> Tensor:
-        """(N,) from (N,) parts, by name.
+        """The combined reward, (N,).
 
         Args:
-            parts: At least one reward of N completions; the discriminator's score may be among them.
+            parts: Rewards by name, at least one, each (N,); the adversarial reward may be among them.
             weights: The weight of each part.
-            applies: (N,) bool for each part: False where its reward says nothing. A part not named applies everywhere.
+            applies: By name, (N,) bool: False where the reward does not apply. A missing part applies everywhere.
             k: Completions for each prompt.
         """
 
@@ -106,8 +110,9 @@ class RewardAggregation(ABC):
 class WeightedSum(RewardAggregation):
     """Sum of weight · reward.
 
-    Where a reward does not apply, the others stand in for it: the sum over those that apply is scaled by the weight of
-    all over the weight of those (absolute values). So completions with and without target are paid on one scale.
+    Where a reward does not apply, the sum of the others is scaled up: multiplied by the weight of all rewards and
+    divided by the weight of those that apply (absolute values). So completions with and without a target are rewarded
+    on one scale.
     """
 
     def __call__(
@@ -123,16 +128,16 @@ class WeightedSum(RewardAggregation):
 
 
 class NormalizeThenSum(RewardAggregation):
-    """Each reward less its mean over the prompt's k completions, over their standard deviation; then the weighted sum.
+    """Weighted sum of normalised rewards: (reward − mean) / (std + epsilon) over each prompt's k completions.
 
-    A reward of small spread weighs as much as one of large spread (GDPO, arXiv 2601.05242, without its last step, a
-    normalisation over the batch). Needs k ≥ 2. Before it is clipped the sum has mean 0 in every group: it says which of
-    a prompt's completions is better and nothing about the prompt. It is the policy's reward only: the discriminator
-    still regresses the weighted sum (``Scores.total``), since a number that is relative to its group is no property of
-    one completion, which is all that the discriminator reads.
+    A reward with a small spread weighs as much as one with a large spread (GDPO, arXiv 2601.05242, without its last
+    step, a normalisation over the batch). Needs k ≥ 2. Before clipping, the sum has mean 0 in every group: it compares
+    the completions to one prompt and says nothing about the prompt. It is the policy's reward only: the discriminator
+    still regresses the weighted sum (``Scores.total``), because it reads one completion at a time and cannot predict a
+    number that is relative to the group.
 
     Args:
-        clip: The sum is cut to ± this.
+        clip: The sum is clipped to [−clip, clip].
         epsilon: Added to the standard deviation, so that a group of equal rewards gives 0.
     """
 
@@ -140,7 +145,7 @@ class NormalizeThenSum(RewardAggregation):
 
     def __init__(self, clip: float = 5.0, epsilon: float = 1e-4) -> None:
         if clip <= 0:
-            raise LoraGANError(f"clip must be > 0, got {clip}; a large one, 1e9 say, never clips")
+            raise LoraGANError(f"clip must be > 0, got {clip}; a large value such as 1e9 never clips")
         self.clip = clip
         self.epsilon = epsilon
 
@@ -149,42 +154,42 @@ class NormalizeThenSum(RewardAggregation):
     ) -> Tensor:
         if k == 1:
             raise LoraGANError(
-                "NormalizeThenSum compares the completions to one prompt: set num_generations to 2 or more"
+                "NormalizeThenSum needs at least 2 completions for each prompt, got 1; set num_generations to 2 or more"
             )
         normalised = {n: group_normalise(part, k, self.epsilon) if len(part) else part for n, part in parts.items()}
         return WeightedSum()(normalised, weights, applies, k).clamp(-self.clip, self.clip)
 
 
-# asking one reward
+# computing one reward
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Computed:
     scores: Tensor  # (N,)
     applies: Tensor  # (N,) bool
 
 
-def _ask(reward: Reward, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> _Asked:
-    """Show a reward the completions that it applies to, if any; the others get 0."""
+def _compute(reward: Reward, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> _Computed:
+    """Compute a reward for the completions to which it applies; the others get 0."""
     device = context.logprobs.device
     if not completions:
-        return _Asked(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
+        return _Computed(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
     chosen = [b for b, there in enumerate(reward.applies(batch, context.num_generations)) if there]
     if len(chosen) == len(batch):
         scores = _checked(reward, completions, batch, context).to(device)
-        return _Asked(scores, torch.ones_like(scores, dtype=torch.bool))
+        return _Computed(scores, torch.ones_like(scores, dtype=torch.bool))
     rows = [n for b in chosen for n in range(b * context.num_generations, (b + 1) * context.num_generations)]
     scores = torch.zeros(len(completions), device=device)
     applies = torch.zeros(len(completions), dtype=torch.bool, device=device)
     if rows:
-        shown = _checked(reward, [completions[n] for n in rows], batch.of(chosen), _rows(context, rows))
-        scores[rows] = shown.to(device)
+        part = _checked(reward, [completions[n] for n in rows], batch.of(chosen), _rows(context, rows))
+        scores[rows] = part.to(device)
         applies[rows] = True
-    return _Asked(scores, applies)
+    return _Computed(scores, applies)
 
 
 def _rows(context: RewardContext, rows: Sequence[int]) -> RewardContext:
-    """Some of the context's completions."""
+    """The context of some of its completions."""
     tensors = {f.name: getattr(context, f.name) for f in fields(context) if f.name != "num_generations"}
     return replace(context, **{name: tensor[list(rows)] for name, tensor in tensors.items()})
 
@@ -195,9 +200,11 @@ def _checked(reward: Reward, completions: Sequence[str], batch: PromptBatch, con
     if not isinstance(part, Tensor) or part.shape != (len(completions),):
         got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
         raise RewardError(
-            f"{where} must return a tensor of shape ({len(completions)},), one number a completion; got {got}"
+            f"{where} must return a tensor of shape ({len(completions)},), one number per completion; got {got}"
         )
     bad = (~part.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise RewardError(f"{where} returned {part[bad[0]].item()} for the completion {completions[bad[0]]!r}")
+        raise RewardError(
+            f"{where} must return finite numbers, got {part[bad[0]].item()} for the completion {completions[bad[0]]!r}"
+        )
     return part.detach().float()

@@ -1,4 +1,4 @@
-"""Rewards of the agreement among a prompt's completions; they need no target."""
+"""Consistency rewards: agreement among a prompt's completions; they need no target."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_gan.types import PromptBatch, RewardContext
 
 
 class SelfConsistency(Reward):
-    """Share of the other k − 1 completions to the prompt that say the same, in [0, 1] (Wang et al. 2022, as a reward).
+    """Share of the prompt's other k − 1 completions that equal this one, in [0, 1] (Wang et al. 2022, as a reward).
 
-    The same is equal but for case, outer white space and a final full stop; an empty completion agrees with nothing. It
-    says nothing of a single completion: where k is 1 it does not apply. Beware: a policy that gives every prompt one
-    and the same completion gets 1; watch it with ``lora_gan.callbacks.CollapseMonitor``.
+    Case, outer white space and a final full stop are ignored; an empty completion equals none. Does not apply if k
+    is 1. Beware: a policy that gives every prompt the same completion gets 1; ``lora_gan.callbacks.CollapseMonitor``
+    detects it.
 
     Args:
         weight: Factor in the total reward.
@@ -33,17 +33,17 @@ class SelfConsistency(Reward):
         return [k > 1] * len(batch)
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        said = [normalise(completion) for completion in completions]
-        counts = Counter((n // context.num_generations, text) for n, text in enumerate(said))
-        agreeing = [(counts[n // context.num_generations, text] - 1) * bool(text) for n, text in enumerate(said)]
+        normalised = [normalise(completion) for completion in completions]
+        counts = Counter((n // context.num_generations, text) for n, text in enumerate(normalised))
+        agreeing = [(counts[n // context.num_generations, text] - 1) * bool(text) for n, text in enumerate(normalised)]
         return torch.tensor(agreeing, dtype=torch.float32) / max(context.num_generations - 1, 1)
 
 
 class SemanticConsistency(Reward):
     """Mean cosine of the completion's sentence embedding with those of the prompt's other k − 1 completions, in [0, 1].
 
-    For completions that are too long to be equal; negative cosines count as 0. As :class:`SelfConsistency` it does not
-    apply where k is 1, and it is full for a policy that always says the same.
+    For completions that are too long to be equal; negative cosines count as 0. Like :class:`SelfConsistency`, it does
+    not apply if k is 1, and it is 1 for a policy that gives every prompt the same completion.
 
     Args:
         weight: Factor in the total reward.

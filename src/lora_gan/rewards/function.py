@@ -1,4 +1,4 @@
-"""Any function of completion and target."""
+"""Function reward: a user's function of completion and target."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from lora_gan.types import PromptBatch, RewardContext
 
 
 class FunctionReward(Reward):
-    """Your own ``f(response, target) -> float``, named by its import path; its range is yours.
+    """A user's function ``f(response, target) -> float``, given by its import path; it may have any range.
 
     Args:
         function: Import path of the function, such as my_rewards.closeness.
         weight: Factor in the total reward.
-        name: Name in the logs, ``reward/<name>``; the function's own by default.
+        name: Name in the logs, ``reward/<name>``; by default the function's name.
         batched: Call it once with the lists of responses and targets; it returns a number for each response.
-        needs_target: Leave out completions to prompts without target; false for a function that looks at the completion
-            only.
+        needs_target: Whether it applies only to prompts with a target; set false if it ignores the target.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class FunctionReward(Reward):
         found = torch.as_tensor(self.function(list(completions), targets), dtype=torch.float32)
         if found.shape != (len(completions),):
             raise RewardError(
-                f"reward {self.name!r} is batched: it must return {len(completions)} numbers, one for each response; "
+                f"reward {self.name!r} is batched: it must return {len(completions)} numbers, one per response; "
                 f"got shape {tuple(found.shape)}"
             )
         return found

@@ -1,4 +1,4 @@
-"""Rewards of a completion's form; they need no target."""
+"""Length and repetition rewards; they need no target."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lora_gan.types import PromptBatch, RewardContext
 
 
 class RepetitionPenalty(Reward):
-    """Less the share of the completion that repeats itself, in [−1, 0]; 0 where nothing does.
+    """Minus the share of the completion that is repetition, in [−1, 0].
 
-    The larger of two shares counts: of the n-grams that stood there before, and of the words and signs in the longest
-    loop, a unit that follows itself at once ("very very very very", "!!!!!!").
+    The larger of two shares counts: n-grams that occurred before, and words and symbols in the longest loop, a unit
+    that is repeated without a gap ("very very very very", "!!!!!!").
 
     Args:
         weight: Factor in the total reward.
-        n: Length of the n-grams in words and signs.
-        loop: Times that a unit has to stand in a row to be a loop.
+        n: Length of the n-grams in words and symbols.
+        loop: Smallest number of repetitions in a row that is a loop.
         name: Name in the logs, ``reward/<name>``.
     """
 
@@ -40,11 +40,11 @@ class RepetitionPenalty(Reward):
 
 
 class LengthReward(Reward):
-    """1 for a completion of a wanted length; length / shortest below, longest / length above; so in (0, 1].
+    """1 for a length from ``shortest`` to ``longest``, length / shortest below, longest / length above; in (0, 1].
 
     Args:
-        shortest: Tokens that a completion should have at least, its end included.
-        longest: Tokens that it should have at most.
+        shortest: Smallest wanted length in tokens, EOS included.
+        longest: Largest wanted length in tokens, EOS included.
         weight: Factor in the total reward.
         name: Name in the logs, ``reward/<name>``.
     """
@@ -52,7 +52,7 @@ class LengthReward(Reward):
     def __init__(self, shortest: int = 1, longest: int = 64, weight: float = 1.0, name: str = "length") -> None:
         super().__init__(weight, name)
         if not 1 <= shortest <= longest:
-            raise LoraGANError(f"shortest and longest must be 1 ≤ shortest ≤ longest, got {shortest} and {longest}")
+            raise LoraGANError(f"need 1 <= shortest <= longest, got {shortest} and {longest}")
         self.shortest = shortest
         self.longest = longest
 

@@ -1,4 +1,4 @@
-"""Any Hugging Face sequence-classification model as a reward."""
+"""Reward model: any Hugging Face sequence-classification model as a reward."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lora_gan.context import model_context, tokenizer_context
 from lora_gan.errors import LoraGANError
 from lora_gan.rewards.base import Reward
 from lora_gan.types import PromptBatch, RewardContext
 
-UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1e30
-
 
 class Classifier:
-    """A frozen sequence-classification model, loaded when it is first asked.
+    """A frozen sequence-classification model, loaded on first use.
 
     Args:
         model: Hub id or local folder.
-        batch_size: Texts in a forward pass.
+        batch_size: Texts per forward pass.
     """
 
     def __init__(self, model: str, batch_size: int = 32) -> None:
@@ -53,12 +52,12 @@ class Classifier:
             return kind.from_pretrained(self.name)
         except (OSError, ValueError) as error:
             raise LoraGANError(
-                f"{self.name!r} is neither the folder nor the hub id of a sequence-classification model that can be "
-                f"loaded here ({error})"
+                f"cannot load {self.name!r} as a sequence-classification model ({error}); "
+                "give a local folder or a hub id"
             ) from error
 
     def logits(self, texts: Sequence[str], seconds: Sequence[str] | None, device: torch.device) -> Tensor:
-        """(n, labels) in float32 of n texts, or of n pairs of texts; what is too long for the model is cut off."""
+        """Logits (n, labels) in float32 of n texts or n pairs of texts, truncated to the model's context."""
         self.model.to(device)
         found = [torch.zeros(0, self.model.config.num_labels, device=device)]
         for start in range(0, len(texts), self.batch_size):
@@ -67,7 +66,7 @@ class Classifier:
         return torch.cat(found)
 
     def _forward(self, texts: list[str], seconds: list[str] | None, device: torch.device) -> Tensor:
-        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", UNLIMITED))
+        limit = min(tokenizer_context(self.tokenizer), model_context(self.model.config))
         inputs = self.tokenizer(
             texts, seconds, padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(device)
@@ -76,7 +75,11 @@ class Classifier:
         return logits.float()
 
     def chat(self, prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
-        """Prompt and completion as a conversation in the tokenizer's own template."""
+        """Prompts and completions as conversations in the tokenizer's chat template.
+
+        Raises:
+            LoraGANError: The tokenizer has no chat template.
+        """
         if self.tokenizer.chat_template is None:
             raise LoraGANError(f"the tokenizer of {self.name!r} has no chat template; set shown: pair")
         turns = [
@@ -86,7 +89,11 @@ class Classifier:
         return [self.tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
 
     def index_of(self, label: str) -> int:
-        """Place of a label in the logits."""
+        """Index of a label in the logits; case is ignored.
+
+        Raises:
+            LoraGANError: The model has no such label.
+        """
         labels = {str(name).lower(): int(index) for index, name in self.model.config.id2label.items()}
         if label.lower() not in labels:
             raise LoraGANError(f"{self.name!r} has no label {label!r}; its labels are {', '.join(labels)}")
@@ -94,18 +101,18 @@ class Classifier:
 
 
 class RewardModel(Reward):
-    """The verdict of a Hugging Face sequence-classification model on prompt and completion, in [0, 1].
+    """Score of prompt and completion by a Hugging Face sequence-classification model, in [0, 1].
 
-    With one output (a reward model proper) its sigmoid; with several, the probability of ``label``: softmax over the
-    labels, or a sigmoid each where the model's own configuration says multi_label_classification.
+    A model with one output (a reward model) gives the sigmoid of its logit. One with several gives the probability of
+    ``label``: a softmax over the labels, or a sigmoid if the model's configuration says multi_label_classification.
 
     Args:
         model: Hub id or local folder.
-        label: The label whose probability is the reward, POSITIVE say; needed where the model has several.
-        shown: What the model sees: pair (prompt and completion as two segments), completion (alone), or chat (both in
-            the chat template of its tokenizer). The prompt is the formatted one that the generator sees.
+        label: The label whose probability is the reward, such as POSITIVE; required if the model has several.
+        shown: What the model reads: pair (prompt and completion as two segments), completion (alone), or chat (both in
+            the chat template of its tokenizer). The prompt is formatted as for the generator.
         weight: Factor in the total reward.
-        batch_size: Completions in a forward pass.
+        batch_size: Completions per forward pass.
         name: Name in the logs, ``reward/<name>``.
     """
 
@@ -127,11 +134,11 @@ class RewardModel(Reward):
         prompts = [batch.examples[n // context.num_generations].prompt for n in range(len(completions))]
         device = context.logprobs.device
         if self.shown == "pair":
-            return self._verdict(self.classifier.logits(prompts, completions, device))
+            return self._score(self.classifier.logits(prompts, completions, device))
         texts = completions if self.shown == "completion" else self.classifier.chat(prompts, completions)
-        return self._verdict(self.classifier.logits(texts, None, device))
+        return self._score(self.classifier.logits(texts, None, device))
 
-    def _verdict(self, logits: Tensor) -> Tensor:
+    def _score(self, logits: Tensor) -> Tensor:
         """(N, labels) → (N,)."""
         config = self.classifier.model.config
         if logits.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""Rewards that compare a completion's words or letters with its references; the best reference counts."""
+"""Overlap rewards: compare the words or letters of completion and references; the best reference counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_gan.types import PromptBatch, RewardContext
 
 
 class ReferenceReward(Reward):
-    """A reward of one completion and its references; 0 without references."""
+    """Compares one completion with its references; 0 without references."""
 
     needs_target = True
 
@@ -42,7 +42,7 @@ class BleuReward(ReferenceReward):
 
     Args:
         weight: Factor in the total reward.
-        tokenize: sacrebleu's tokeniser: 13a; zh, char or another for languages written without spaces.
+        tokenize: Tokenizer of sacrebleu: 13a; zh, char or another for languages written without spaces.
         name: Name in the logs, ``reward/<name>``.
     """
 
@@ -60,7 +60,7 @@ class RougeReward(ReferenceReward):
     Args:
         kind: rouge_1 (words), rouge_2 (pairs of words) or rouge_l (longest common subsequence).
         weight: Factor in the total reward.
-        name: Name in the logs, ``reward/<name>``; the kind by default.
+        name: Name in the logs, ``reward/<name>``; by default the kind.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class RougeReward(ReferenceReward):
 class MeteorReward(ReferenceReward):
     """METEOR (Lavie and Agarwal 2007) by nltk over words of any script, in [0, 1).
 
-    Words match when they or their English stems are equal; synonyms would need WordNet, which nltk has to download, and
-    are left out. Its penalty for fragments gives two equal one-word texts 0.5.
+    Words match if they or their English stems are equal. Synonyms are left out: nltk would have to download WordNet.
+    The penalty for fragments gives two equal one-word texts 0.5.
 
     Args:
         weight: Factor in the total reward.
@@ -90,7 +90,7 @@ class MeteorReward(ReferenceReward):
 
     @cached_property
     def _meteor(self) -> Any:
-        from nltk.translate.meteor_score import meteor_score  # a second to import
+        from nltk.translate.meteor_score import meteor_score  # here, because the import takes a second
 
         return meteor_score
 
@@ -99,7 +99,7 @@ class MeteorReward(ReferenceReward):
 
 
 class _NoSynonyms:
-    """What nltk asks for synonyms."""
+    """Replaces WordNet, which nltk asks for synonyms."""
 
     def synsets(self, word: str) -> list[Any]:
         return []
@@ -110,7 +110,7 @@ class ChrfReward(ReferenceReward):
 
     Args:
         weight: Factor in the total reward.
-        word_order: Longest n-grams of words that count, too: 0, or 2 for chrF++.
+        word_order: Length of the longest word n-grams that also count: 0 for chrF, 2 for chrF++.
         name: Name in the logs, ``reward/<name>``.
     """
 
@@ -123,7 +123,7 @@ class ChrfReward(ReferenceReward):
 
 
 class ExactReward(ReferenceReward):
-    """1 if the completion equals a reference but for case, outer white space and a final full stop, else 0.
+    """1 if the completion equals a reference, ignoring case, outer white space and a final full stop, else 0.
 
     Args:
         weight: Factor in the total reward.
@@ -138,10 +138,9 @@ class ExactReward(ReferenceReward):
 
 
 class ContainsReward(ReferenceReward):
-    """1 if the words of a reference stand in the completion one after the other, else 0; case and punctuation do not
-    count.
+    """1 if the completion contains the words of a reference in a row, ignoring case and punctuation, else 0.
 
-    Beware: a completion that names everything contains everything. Put a length reward beside it.
+    Beware: a completion that lists everything contains everything. Combine it with a length reward.
 
     Args:
         weight: Factor in the total reward.

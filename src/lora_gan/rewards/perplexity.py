@@ -1,4 +1,4 @@
-"""Fluency under the base."""
+"""Perplexity reward: fluency under the base."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lora_gan.types import PromptBatch, RewardContext
 
 
 class PerplexityReward(Reward):
-    """1 / (1 + perplexity) of the completion's tokens behind the prompt under the base (adapters off), in (0, 0.5].
+    """1 / (1 + perplexity) of the completion given its prompt, under the base (adapters off), in (0, 0.5].
 
-    It costs nothing: the base's log-probabilities are needed for the KL estimate anyway.
+    It needs no extra pass: the base's log-probabilities are computed for the KL estimate anyway.
 
     Args:
         weight: Factor in the total reward.

@@ -1,4 +1,4 @@
-"""Truth against a corpus of passages; needs no target."""
+"""Retrieval reward: truth according to a corpus of passages; it needs no target."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lora_gan.sentence_encoder import MINILM, sentence_encoder
 from lora_gan.text_metrics import words
 from lora_gan.types import PromptBatch, RewardContext
 
-HEADINGS = regex.compile(r"(?m)^#+ .*:\s*$")  # "### Response:" of a prompt's template
+HEADINGS = regex.compile(r"(?m)^#+ .*:\s*$")  # such as "### Response:" in a prompt template
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is to be proved: a completion, as a reply to its question."""
+    """A completion to verify, with its question."""
 
     question: str
     completion: str
@@ -39,7 +39,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found for a completion."""
+    """Passages found for a completion, and the verdict."""
 
     completion: str
     passages: tuple[str, ...]  # most similar first
@@ -48,24 +48,24 @@ class Evidence:
 
 
 class PassageVerifier(ABC):
-    """Says of claims whether a passage supports or contradicts them."""
+    """Decides whether passages support or contradict claims."""
 
-    def read(self, corpus: Sequence[str]) -> None:  # noqa: B027 — a verifier may do without
-        """Look at the whole corpus once, before the first claim."""
+    def read(self, corpus: Sequence[str]) -> None:  # noqa: B027 — optional
+        """Read the whole corpus; called once, before the first claim."""
 
     @abstractmethod
     def __call__(self, claims: Sequence[Claim], passages: Sequence[str], device: torch.device) -> Tensor:
-        """(N,) from −1, contradicted, to 1, supported; 0 where the passage does not tell."""
+        """Verdicts (N,) from −1, contradicted, to 1, supported; 0 if the passage decides nothing."""
 
 
 class AddedWords(PassageVerifier):
-    """Supported are the words that the completion adds to its question and that the passage has, too; weighed by
-    rarity.
+    """Share of the words added by the completion to its question that the passage contains, weighted by rarity.
 
-    2 · share − 1, where the passage is about what the question names; else 0. It knows no synonyms and no negation.
+    The verdict is 2 · share − 1 if the passage is about the question, else 0. Synonyms and negation are not recognised.
 
     Args:
-        about: Share of the question's words known to the corpus, by rarity, that the passage must have.
+        about: Smallest share of the question's words, weighted by rarity, in a passage that is about the question;
+            words missing from the corpus do not count.
     """
 
     def __init__(self, about: float = 0.7) -> None:
@@ -97,13 +97,13 @@ class AddedWords(PassageVerifier):
 
 
 class Entailment(PassageVerifier):
-    """Probability of entailment less that of contradiction, by a model of natural language inference.
+    """Probability of entailment minus that of contradiction, by a natural language inference model.
 
     Args:
         model: Hub id or local folder of a sequence-classification model with these two labels.
         entailment: Its label for "the passage implies the claim".
         contradiction: Its label for "the passage excludes the claim".
-        batch_size: Claims in a forward pass.
+        batch_size: Claims per forward pass.
     """
 
     def __init__(
@@ -124,21 +124,20 @@ class Entailment(PassageVerifier):
 
 
 class RetrievalReward(Reward):
-    """What the nearest passage of a local corpus says of the completion, times its similarity, in [−1, 1].
+    """Verdict on the completion by the nearest passage of a local corpus, times its similarity, in [−1, 1].
 
-    The passage is the nearest to question and completion together by sentence embedding; where none is near, 0. An
-    empty completion gets 0. The passages found for the completions of the latest call stand in ``evidence``, and
+    The nearest passage has the sentence embedding most similar to that of question and completion together. The reward
+    is 0 for an empty completion and if no passage is near. ``evidence`` holds the passages found in the latest call;
     ``lora_gan.callbacks.TextMetrics`` shows them at every validation.
 
-    On the built-in world, with its statements as corpus, the default verifier gives true completions more than false
-    ones in 0.99 of the pairs. Where the corpus lacks the fact, it is silent in six of ten cases and guesses in the
-    others.
+    On the built-in world, with its statements as corpus, the default verifier scores true completions above false ones
+    in 0.99 of the pairs. If the corpus lacks the fact, it gives 0 in six of ten cases and guesses in the others.
 
     Args:
-        corpus: File of passages: .txt with one a line, or .jsonl with a field "text".
+        corpus: File of passages: .txt with one per line, or .jsonl with a field "text".
         verifier: Decides between supported and contradicted; by default :class:`AddedWords`.
-        least: Smallest cosine of a passage that is near.
-        top: Passages kept as evidence.
+        least: Smallest cosine similarity of a passage that is near.
+        top: Number of passages kept as evidence.
         weight: Factor in the total reward.
         model: Sentence-transformers model: all-MiniLM-L6-v2 (works offline), another hub id, or a local folder.
         name: Name in the logs, ``reward/<name>``.
@@ -167,7 +166,7 @@ class RetrievalReward(Reward):
 
     @cached_property
     def index(self) -> Tensor:
-        """(passages, H) unit vectors."""
+        """Unit vectors of the passages, (passages, H)."""
         return sentence_encoder(self.model).encode(self.passages, keep=True)
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
@@ -192,10 +191,16 @@ class RetrievalReward(Reward):
 
 
 def read_passages(path: str) -> tuple[str, ...]:
-    """The passages of a .txt (one a line) or .jsonl (field "text") file, each once, empty ones left out."""
+    """Read the passages of a .txt (one per line) or .jsonl (field "text") file, without empty and repeated ones.
+
+    Raises:
+        DataError: There is no such file, it is malformed, or it has no passages.
+    """
     file = Path(path)
     if file.suffix not in (".txt", ".jsonl"):
-        raise DataError(f"corpus {path!r} must be a .txt file with a passage a line or a .jsonl file with fields text")
+        raise DataError(
+            f'corpus {path!r} must be a .txt file with one passage per line or a .jsonl file with a field "text"'
+        )
     if not file.is_file():
         raise DataError(f"no corpus at {path!r}; give the path of a local .txt or .jsonl file")
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -206,7 +211,7 @@ def read_passages(path: str) -> tuple[str, ...]:
     )
     passages = tuple(dict.fromkeys(text for text in texts if text))
     if not passages:
-        raise DataError(f"corpus {path!r} has no passages")
+        raise DataError(f"corpus {path!r} has no passages; it needs at least one")
     return passages
 
 

@@ -1,4 +1,4 @@
-"""Semantic similarity to the target."""
+"""Semantic reward: similarity in meaning to the target."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from lora_gan.types import PromptBatch, RewardContext
 
 
 class SemanticReward(Reward):
-    """Cosine of the sentence embeddings of completion and target, negative values cut to 0, so in [0, 1].
+    """Cosine similarity of the sentence embeddings of completion and target, clipped to [0, 1].
 
-    It tells topic and negatives well and truth badly: on TruthfulQA all-MiniLM-L6-v2 gives a fluent false completion
-    0.72 and another true completion 0.65. Where truth matters, put :class:`~lora_gan.rewards.TruthReward` (known wrong
-    completions) or :class:`~lora_gan.rewards.RetrievalReward` (a corpus) beside it or in its place.
+    It detects a wrong topic and nonsense well, and untruth badly: on TruthfulQA all-MiniLM-L6-v2 gives a fluent false
+    completion 0.72 and another true completion 0.65. If truth matters, add or use instead
+    :class:`~lora_gan.rewards.TruthReward` (known incorrect answers) or :class:`~lora_gan.rewards.RetrievalReward` (a
+    corpus).
 
     Args:
         weight: Factor in the total reward.

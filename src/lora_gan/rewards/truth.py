@@ -1,4 +1,4 @@
-"""Truth against known answers."""
+"""Truth reward: similarity to known correct and incorrect answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lora_gan.types import Example, PromptBatch, RewardContext
 
 
 class TruthReward(Reward):
-    """Largest similarity to a correct answer less the largest to an incorrect one, in [−1, 1].
+    """Largest similarity to a correct answer minus the largest to an incorrect one, in [−1, 1].
 
     The measure of TruthfulQA (Lin et al. 2022) with sentence embeddings: correct answers are the example's references,
-    incorrect ones its negatives; negative cosines count as 0. An example without negatives has only its correct
-    answers, and the reward is then no better than the semantic one at telling true from false.
+    incorrect ones its negatives; negative cosines count as 0. For an example without negatives the reward
+    distinguishes true from false no better than the semantic one.
 
     Args:
         weight: Factor in the total reward.
@@ -31,12 +31,12 @@ class TruthReward(Reward):
         super().__init__(weight, name)
         self.model = model
 
-    def __call__(self, answers: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        return truth(answers, batch.examples, self.model)
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        return truth(completions, batch.examples, self.model)
 
 
 def truth(answers: Sequence[str], examples: Sequence[Example], model: str = MINILM) -> Tensor:
-    """:class:`TruthReward` of N answers to B examples, N/B of them to each in turn → (N,)."""
+    """:class:`TruthReward` of N answers to B examples, N/B consecutive ones for each example: (N,)."""
     if not answers:
         return torch.zeros(0)
     encoder = sentence_encoder(model)

@@ -161,7 +161,7 @@ def test_the_warning_says_numbers_and_remedy(caplog: pytest.LogCaptureFixture) -
     watch(CollapseMonitor(every_n_steps=5), lambda batch, step: ["no no no no"] * len(batch) * K, steps=5)
     (message,) = [record.getMessage() for record in caplog.records if "repetition" in record.getMessage()][:1]
     assert message.startswith(
-        "collapse: repetition 0.75 in the 5 steps to step 5, of the targets 0: the completions repeat"
+        "collapse: repetition is 0.75 over the 5 steps up to step 5 (targets: 0): completions repeat"
     )
     assert "lora_gan.rewards.RepetitionPenalty" in message
 
@@ -169,7 +169,7 @@ def test_the_warning_says_numbers_and_remedy(caplog: pytest.LogCaptureFixture) -
 def test_it_can_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
     _, trainer = watch(CollapseMonitor(stop=True), turns_bad(lambda text: "yes " * 9))
     assert trainer.should_stop
-    assert caplog.records[0].getMessage().endswith("; the run stops")
+    assert caplog.records[0].getMessage().endswith("; stopping the run")
     _, trainer = watch(CollapseMonitor(stop=True), good)
     assert not trainer.should_stop
 
@@ -221,7 +221,7 @@ def test_collapse_is_remembered_through_a_resume(caplog: pytest.LogCaptureFixtur
     assert warned(caplog).count("repetition") == 1, "after ten steps, and not again"
 
 
-def test_a_module_without_rollout_is_told() -> None:
+def test_a_module_without_rollout_is_refused() -> None:
     for callback in (CollapseMonitor(), Throughput()):
         with pytest.raises(LoraGANError, match="needs a LoraGANModule, got a SimpleNamespace"):
             callback.on_train_batch_end(SimpleNamespace(), SimpleNamespace(), {}, None, 0)  # type: ignore[arg-type]
@@ -422,7 +422,7 @@ def test_two_metrics_of_one_name() -> None:
     def bleu(completions: Sequence[str], targets: Sequence[str]) -> float:
         return 0.0
 
-    with pytest.raises(LoraGANError, match="two metrics called 'bleu'; rename your function"):
+    with pytest.raises(LoraGANError, match="two metrics are named 'bleu'; rename your function"):
         measure([answered(("a", "a"))], own=[bleu])
 
 

@@ -91,12 +91,12 @@ def test_heads_travel_with_their_role(build: Build, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"generator_lora": LoraSettings(2, 8)}, r"has rank 4, and the generator's is 2: set generator_lora\.rank"),
-        ({"generator_lora": LoraSettings(4, 9)}, r"has alpha 8, and the generator's is 9: set generator_lora\.alpha"),
-        ({"generator_lora": LoraSettings(4, 8, ["c_attn"])}, r"other layers; set generator_lora\.targets"),
+        ({"generator_lora": LoraSettings(2, 8)}, r"has rank 4, but the generator has 2: set generator\.lora\.rank"),
+        ({"generator_lora": LoraSettings(4, 9)}, r"has alpha 8, but the generator has 9: set generator\.lora\.alpha"),
+        ({"generator_lora": LoraSettings(4, 8, ["c_attn"])}, r"other layers; set generator\.lora\.targets"),
         (
             {"architecture": "llama"},
-            r"was trained on the base '\S*gpt2\d*', and this one is '\S*llama\d*', whose weights",
+            r"was trained on the base '\S*gpt2\d*', but this base, '\S*llama\d*', has other weights",
         ),
     ],
 )
@@ -115,12 +115,12 @@ def test_a_base_is_known_by_its_weights(build: Build, bases: dict[str, str], tmp
     AutoModelForCausalLM.from_config(CONFIGS["gpt2"]).save_pretrained(other)
     started = {"generator_lora": LoraSettings(4, 8, ["c_attn"]), "generator_adapter": str(tmp_path / "mine")}
     build(base=str(moved_to), **started)
-    with pytest.raises(LoraGANError, match=rf"this one is '{other}', whose weights are others: set base to it"):
+    with pytest.raises(LoraGANError, match=rf"but this base, '{other}', has other weights: set base to "):
         build(base=str(other), **started)
     build(dtype="bfloat16", **started)
     (tmp_path / "mine" / "base.json").unlink()
     build(base=str(other), **started)
-    with pytest.raises(LoraGANError, match=r"this one is '\S*renamed': set base to it; if the two are the same"):
+    with pytest.raises(LoraGANError, match=r"this base is '\S*renamed': set base to '\S*'; if the two are the same"):
         build(base=str(moved_to), **started)
 
 

@@ -135,7 +135,7 @@ def test_text_is_cleaned() -> None:
         ("all_bad.json", json.dumps([{**ROW, "output": ""}]), ["all_bad.json", "empty_output 1"]),
     ],
 )
-def test_a_bad_file_is_told_by_name_row_and_field(
+def test_a_bad_file_is_reported_by_name_row_and_field(
     tmp_path: Path, tokenizer_folder: str, name: str, content: str | bytes, message: list[str]
 ) -> None:
     data = InstructionDataModule(Alpaca(write(tmp_path / name, content)), tokenizer=tokenizer_folder)
@@ -173,7 +173,7 @@ def test_a_hub_id_comes_second_and_its_error_names_both(monkeypatch: pytest.Monk
         raise ConnectionError(f"cannot reach {name}\nsplit {split}")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"neither a file here .* nor could .* ConnectionError: cannot .* split train;"):
+    with pytest.raises(DataError, match=r"not a local file .* not be loaded .* ConnectionError: cannot .*split train;"):
         list(read_rows("someone/rows"))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [ROW])
     assert [row.where for row in read_rows("someone/rows")] == ["someone/rows, row 1"]
@@ -262,7 +262,7 @@ def test_builtin_world_asks_every_wording_once() -> None:
 
     examples = list(BuiltinWorld().rows())
     assert len(examples) == sum(len(fact.questions) for fact in facts())
-    assert len({example.meta["item"] for example in examples}) == len(facts())
+    assert len({example.item for example in examples}) == len(facts())
     first, fact = examples[0], facts()[0]
     assert first.prompt == f"### Prompt:\n{fact.questions[0]}\n\n### Response:\n"
     assert (first.target, first.references[0], first.group) == (fact.answer, fact.answer, fact.group)
@@ -273,12 +273,12 @@ def test_builtin_world_is_evaluated_in_one_wording(build: Callable[..., Instruct
     data = build(max_test=50)
     assert len(data.splits["test"].items) == 50
     for name in ("validation", "test"):
-        items = [item.example.meta["item"] for item in data.splits[name].items]
+        items = [item.example.item for item in data.splits[name].items]
         assert len(items) == len(set(items)) > 0
         assert data.splits[name].dropped["other_wording"] > 0
-    wordings = Counter(item.example.meta["item"] for item in data.splits["train"].items)
+    wordings = Counter(item.example.item for item in data.splits["train"].items)
     assert max(wordings.values()) > 1
-    share = len(wordings) / len({example.meta["item"] for example in BuiltinWorld().rows()})
+    share = len(wordings) / len({example.item for example in BuiltinWorld().rows()})
     assert 0.65 < share < 0.75
 
 
@@ -316,19 +316,19 @@ def test_no_group_stands_in_two_splits_and_nothing_is_lost(build: Callable[..., 
 
 def test_official_splits_win_and_do_not_leak() -> None:
     examples = [
-        Example("1", "x", group="shared", meta={"split": "train"}),
-        Example("2", "x", group="shared", meta={"split": "test"}),
-        Example("3", "x", group="alone", meta={"split": "validation"}),
+        Example("1", "x", group="shared", split="train"),
+        Example("2", "x", group="shared", split="test"),
+        Example("3", "x", group="alone", split="validation"),
     ]
     placed = assign_splits(examples, {"validation": 0.0, "test": 0.0}, seed=0)
     assert [[example.prompt for example in placed[name].examples] for name in placed] == [[], ["3"], ["2"]]
     assert placed["train"].dropped == Counter(group_also_in_test=1)
     with pytest.raises(DataError, match="'dev' is not known; use one of train, validation, test"):
-        assign_splits([Example("1", "x", meta={"split": "dev"})], {"validation": 0.0, "test": 0.0}, seed=0)
+        assign_splits([Example("1", "x", split="dev")], {"validation": 0.0, "test": 0.0}, seed=0)
 
 
 def test_examples_without_an_item_are_all_evaluated() -> None:
-    examples = [Example(str(i), "x", meta={"item": "same"} if i < 3 else {}) for i in range(5)]
+    examples = [Example(str(i), "x", item="same" if i < 3 else "") for i in range(5)]
     chosen = one_wording_each(examples, seed=0)
     assert len(chosen) == 3
     assert {3, 4} < set(chosen)
@@ -516,7 +516,7 @@ def test_a_chat_needs_a_template(tokenizer_folder: str) -> None:
         data.setup()
 
 
-def test_when_nothing_fits_the_lengths_are_told(build: Callable[..., InstructionDataModule]) -> None:
+def test_when_nothing_fits_the_lengths_are_reported(build: Callable[..., InstructionDataModule]) -> None:
     with pytest.raises(DataError, match=r"longest prompt has 6 .*max_prompt_tokens 4.* target 3 .* raise"):
         build(Given(Example("123456", "12")), max_prompt_tokens=4)
     with pytest.raises(DataError, match=r"longest prompt has 2000 .* together they may have 1024"):
@@ -524,7 +524,7 @@ def test_when_nothing_fits_the_lengths_are_told(build: Callable[..., Instruction
 
 
 def test_tokenizer_errors_say_what_to_give(tokenizer_folder: str, tmp_path: Path) -> None:
-    with pytest.raises(LoraGANError, match=r"neither a folder here nor could it be loaded from the hub.*builtin"):
+    with pytest.raises(LoraGANError, match=r"not a local folder and could not be loaded from the hub.*builtin"):
         load_tokenizer(str(tmp_path))
     tokenizer: Any = load_tokenizer(tokenizer_folder)
     tokenizer.eos_token = None
@@ -714,7 +714,7 @@ def test_another_order_than_that_of_the_checkpoint_is_reported(
     resumed = Listener().fit(data, tmp_path / "16.ckpt")
     (name,) = changed
     message = "batch_size (times processes)" if name == "batch_size" else name
-    assert f"not as in the checkpoint: data.init_args.{message}; the epoch starts anew" in caplog.text
+    assert f"not as in the checkpoint: data.init_args.{message}; the epoch starts again" in caplog.text
     whole = [sorted(text for epoch, text in resumed if epoch == at) for at in (1, 2)]
     assert whole == [sorted(map(str, range(40)))] * 2, "the epochs after it are whole"
 

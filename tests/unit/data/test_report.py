@@ -29,7 +29,7 @@ def test_the_report_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--data.source", "lora_gan.data.ARC", "--data.source.path", str(FIXTURES / "arc.jsonl")]
     run(*settings, "--data.validation", "0", "--data.test", "0", "--data.max_target_tokens", "4")
     printed = capsys.readouterr().out
-    assert "arc.jsonl)\ntokenizer builtin; room for 510 tokens of prompt, 4 of target, 512 together" in printed
+    assert "arc.jsonl)\ntokenizer builtin; at most 510 tokens of prompt, 4 of target, 512 in total" in printed
     table = [line.split() for line in printed.splitlines()]
     kept = next(int(row[1]) for row in table if row[:1] == ["arc"])
     dropped = sum(int(row[-1]) for row in table if row[:2] == ["train:", "target_too_long"])
@@ -53,7 +53,7 @@ def test_every_data_set_by_its_overlay(name: str, capsys: pytest.CaptureFixture[
 def test_a_stream_is_not_described(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("--config", str(ROOT / "configs" / "data" / "stream.yaml"))
-    assert "error: the data command tells about lora_gan.data.InstructionDataModule" in capsys.readouterr().err
+    assert "error: the data command needs lora_gan.data.InstructionDataModule" in capsys.readouterr().err
 
 
 def test_every_overlay_is_tried_or_a_stream_or_a_mixture() -> None:

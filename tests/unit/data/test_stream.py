@@ -166,14 +166,14 @@ def test_a_position_must_be_in_the_file(tmp_path: Path) -> None:
     assert list(tail.lines()) == [Line(b"two\n", 2, 8)]
     tail.seek(Position(8, 2))
     assert list(tail.lines()) == []
-    with pytest.raises(DataError, match="no line starts at byte 2, where the checkpoint goes on"):
+    with pytest.raises(DataError, match="no line starts at byte 2, where the checkpoint resumes"):
         tail.seek(Position(2, 1))
     with pytest.raises(DataError, match="was cut to 8 bytes, but 9 had been read"):
         tail.seek(Position(9, 3))
 
 
 def test_a_missing_stream_says_what_to_do(tmp_path: Path, build: Build) -> None:
-    with pytest.raises(DataError, match=r"No such file.*make the file first"):
+    with pytest.raises(DataError, match=r"No such file.*create the file first"):
         build(tmp_path / "none.jsonl").train_dataloader()
 
 

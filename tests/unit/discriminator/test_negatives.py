@@ -152,7 +152,7 @@ def test_each_kind_has_its_name() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_least_one(kind: type[Negatives]) -> None:
-    with pytest.raises(LoraGANError, match=f"per_prompt of {kind.__name__} must be at least 1, got 0; .*leave it out"):
+    with pytest.raises(LoraGANError, match=f"per_prompt of {kind.__name__} must be at least 1, got 0; remove it"):
         kind(0)
 
 
@@ -327,7 +327,7 @@ def test_refusals(make_batch: Batches, texts_of: Texts) -> None:
 
 @pytest.mark.parametrize("texts", [[], ["No.", " "]])
 def test_refusals_need_texts(texts: list[str]) -> None:
-    with pytest.raises(LoraGANError, match="texts of Refusal must be texts that are not empty"):
+    with pytest.raises(LoraGANError, match="texts of Refusal must be one or more non-empty strings"):
         Refusal(texts=texts)
 
 

@@ -316,7 +316,7 @@ def test_auxiliary_predicts_a_part_of_the_reward() -> None:
         {"discriminator/auxiliary_error_sampled": 0.25, "discriminator/auxiliary_error_target": 0.0625}
     )
     assert found.loss.item() == pytest.approx((0.25 + 0.0625) / 2)
-    with pytest.raises(LoraGANError, match=r"no reward is called 'bleu'.*there are: perplexity"):
+    with pytest.raises(LoraGANError, match=r"no reward is named 'bleu'.*one of: perplexity"):
         Auxiliary("bleu")(completions)
 
 
@@ -333,7 +333,7 @@ def test_combined_is_the_weighted_sum() -> None:
     alone = Combined([ListwiseSoftmax(), ListwiseSoftmax()])(completions)
     assert alone.loss.item() == pytest.approx(2 * cost(1))
     for objectives, weights in (([], None), ([ListwiseSoftmax()], [1.0, 2.0])):
-        with pytest.raises(LoraGANError, match="as many weights"):
+        with pytest.raises(LoraGANError, match="a weight for each, got"):
             Combined(objectives, weights)
 
 

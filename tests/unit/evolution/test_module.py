@@ -326,7 +326,7 @@ def test_members_start_from_adapters(
     assert distance(members[3], weights[1]) == pytest.approx(0.03, rel=1e-3)
 
     other = Backbone(bases["gpt2"], LoraSettings(8, 16), LoraSettings(2, 4))
-    for backbone, message in ((make_backbone("llama"), r"trained on the base '\S*gpt2"), (other, "has rank 4, and")):
+    for backbone, message in ((make_backbone("llama"), r"trained on the base '\S*gpt2"), (other, "has rank 4, but")):
         with pytest.raises(LoraGANError, match=message):
             SavedAdapters(folders)(backbone, [], 4)
     with pytest.raises(LoraGANError, match="holds no adapter"):

@@ -97,9 +97,12 @@ def test_no_rewards_and_no_completions(batch: PromptBatch) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.tensor([1.0, float("nan")]), "reward 'given' .Given. returned nan for the completion 'second'"),
-        (torch.tensor([float("inf"), 1.0]), "returned inf for the completion 'first'"),
-        (torch.tensor([1.0]), r"'given' .* shape \(2,\), one number a completion; got shape \(1,\)"),
+        (
+            torch.tensor([1.0, float("nan")]),
+            "reward 'given' .Given. must return finite numbers, got nan for .* 'second'",
+        ),
+        (torch.tensor([float("inf"), 1.0]), "got inf for the completion 'first'"),
+        (torch.tensor([1.0]), r"'given' .* shape \(2,\), one number per completion; got shape \(1,\)"),
         (torch.tensor([[1.0], [2.0]]), r"got shape \(2, 1\)"),
         (torch.tensor(1.0), r"got shape \(\)"),
         ([1.0, 2.0], "got list"),
@@ -112,7 +115,7 @@ def test_a_broken_reward_is_named(value: Any, message: str, batch: PromptBatch) 
 
 
 def test_two_rewards_of_one_name_are_refused() -> None:
-    with pytest.raises(LoraGANError, match="two rewards are called 'given'"):
+    with pytest.raises(LoraGANError, match="two rewards are named 'given'"):
         check_names([Given(0), Given(0)])
     check_names([Given(0), Given(0, name="other")])
 
@@ -231,7 +234,7 @@ def letters_in_common(responses: list[str], targets: list[str]) -> Sequence[floa
 def test_a_function_of_a_whole_batch(batch: PromptBatch) -> None:
     found = FunctionReward(letters_in_common, batched=True)(["", "abcd", "xx", "x"], batch, context(4, k=2))
     assert found.tolist() == [0, 3, 1, 1]
-    with pytest.raises(RewardError, match=r"must return 4 numbers, one for each response; got shape \(1,\)"):
+    with pytest.raises(RewardError, match=r"must return 4 numbers, one per response; got shape \(1,\)"):
         FunctionReward(lambda r, t: [1.0], batched=True, name="mine")(["a"] * 4, batch, context(4, k=2))
 
 
@@ -400,7 +403,7 @@ def test_length_by_hand() -> None:
     message = RewardContext(1, torch.zeros(5, 16), mask)
     found = LengthReward(4, 8)([""] * 5, PromptBatch.empty(), message)
     assert found.tolist() == [0.25, 0.5, 1, 1, 0.5]
-    with pytest.raises(LoraGANError, match="shortest ≤ longest, got 9 and 8"):
+    with pytest.raises(LoraGANError, match="shortest <= longest, got 9 and 8"):
         LengthReward(9, 8)
 
 

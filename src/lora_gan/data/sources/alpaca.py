@@ -1,4 +1,4 @@
-"""Alpaca and every file in its format: instruction, input (may be empty or absent), output."""
+"""Alpaca data and files in its format: instruction, input (may be empty or absent), output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from lora_gan.data.files import Row
 from lora_gan.data.source import OnBad, RowSource, normal
-from lora_gan.data.templates import fill
+from lora_gan.data.templates import default_template, fill
 from lora_gan.types import Example
 
 _NO_INPUT = re.compile(r"[<`\s]*(no\s*input|n/a|none)[>`.\s]*", re.IGNORECASE)
@@ -17,23 +17,26 @@ _NEXT_ROW = re.compile(r"^\s*(##\s*$|\d+\.\s*Instruction:)", re.MULTILINE)  # a 
 
 
 class Alpaca(RowSource):
-    """Alpaca, or a file of your own in its format."""
+    """Alpaca (Taori et al. 2023) or a file in its format; ``output`` is the target."""
 
     def __init__(
         self,
         path: str = "yahma/alpaca-cleaned",
-        template: str = "### Prompt:\n{instruction}\n{input}\n\n### Response:\n",
-        template_without_input: str = "### Prompt:\n{instruction}\n\n### Response:\n",
+        template: str = default_template("{instruction}\n{input}"),
+        template_without_input: str = default_template("{instruction}"),
         limit: int | None = None,
         on_bad_row: OnBad = "raise",
     ) -> None:
         """
         Args:
-            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
-            template: The prompt of a row that has an input. It ends where the answer begins.
-            template_without_input: The prompt of a row that has none.
-            limit: Use only the first so many usable rows.
-            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            template: Prompt of a row with an input; it ends where the completion begins.
+            template_without_input: Prompt of a row without input.
+            limit: Number of usable rows to read, from the first; by default all.
+            on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+
+        Raises:
+            LoraGANError: limit is below 1, or a template names an unknown field.
         """
         super().__init__(path, limit, on_bad_row)
         fill(template, instruction="", input="")
@@ -65,7 +68,7 @@ class Alpaca(RowSource):
         return text
 
     def _output(self, text: str) -> str:
-        """``text`` up to where a second row was merged into it."""
+        """``text`` without a second row that was merged into it."""
         merged = _NEXT_ROW.search(text)
         if merged:
             self.repaired["merged_row_cut"] += 1

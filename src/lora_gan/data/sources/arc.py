@@ -1,4 +1,4 @@
-"""ARC: questions of school science with three to five choices."""
+"""ARC: school science questions with three to five choices (Clark et al. 2018, arXiv 1803.05457)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _NEEDS_CHOICES = re.compile(r"\b(all|none|both|neither|two) of (the above|the be
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its choices, and which of them is right."""
+    """A question and its choices."""
 
     text: str
     choices: tuple[str, ...]
-    gold: int
+    gold: int  # index of the correct choice
 
 
 class ARC(RowSource):
-    """ARC as rows of the hub, in AI2's own nested format, or as {query, choices, gold}; labels A-E or 1-5.
+    """ARC as rows of the hub, in AI2's nested format, or as {query, choices, gold}; labels are A-E or 1-5.
 
-    Wrong choices are the negatives. Files given for validation and test, and the splits of the hub, are kept as splits.
+    The wrong choices are the negatives. The official splits (of the hub, or given as files) are kept.
     """
 
     def __init__(
@@ -48,16 +48,19 @@ class ARC(RowSource):
     ) -> None:
         """
         Args:
-            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
-            validation_path: A local file with the official validation rows.
-            test_path: A local file with the official test rows.
-            config: ARC-Challenge or ARC-Easy, of a data set on the hub.
-            mode: open asks without the choices (questions that need them are dropped); mcq lists them as A., B., ….
-            answer: In mcq, how the choice is written: "B. iron" (both), "B" (letter) or "iron" (text).
-            template: The prompt of open. It ends where the answer begins.
-            mcq_template: The prompt of mcq.
-            limit: Use only the first so many usable rows.
-            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            validation_path: Local file with the official validation split.
+            test_path: Local file with the official test split.
+            config: Configuration of the data set on the hub: ARC-Challenge or ARC-Easy.
+            mode: "open" asks without the choices and drops questions that need them; "mcq" lists them as A., B., ….
+            answer: Completion in mcq mode: "B. iron" (both), "B" (letter) or "iron" (text).
+            template: Prompt in open mode; it ends where the completion begins.
+            mcq_template: Prompt in mcq mode.
+            limit: Number of usable rows to read, from the first; by default all.
+            on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+
+        Raises:
+            LoraGANError: limit is below 1, or a template names an unknown field.
         """
         super().__init__(path, limit, on_bad_row)
         fill(template, question="")
@@ -76,7 +79,7 @@ class ARC(RowSource):
                 yield replace(row, split=split)
 
     def _parts(self) -> list[tuple[str, str]]:
-        """Each file or hub id with the official split that it holds, "" where there is none."""
+        """Each file or hub id with its official split, "" if it has none."""
         if is_hub_id(self.path):
             return [(self.path, split) for split in SPLITS]
         given = [(path, split) for split, path in self.held_out.items() if path]
@@ -100,7 +103,8 @@ class ARC(RowSource):
             references=(choices[question.gold],),
             negatives=tuple(Negative(choices[i], kind="wrong_choice") for i in self._wrong(question)),
             group=normal(question.text),
-            meta={"id": str(row.values.get("id", ""))} | ({"split": row.split} if row.split else {}),
+            split=row.split,
+            meta={"id": str(row.values.get("id", ""))},
         )
 
     def _format_choice(self, number: int, text: str) -> str:
@@ -110,16 +114,16 @@ class ARC(RowSource):
         return letter if self.answer == "letter" else f"{letter}. {text}"
 
     def _wrong(self, question: Question) -> list[int]:
-        """The choices that say something else than the right one, each text once."""
+        """Indices of the wrong choices, without repeated texts."""
         first = {question.choices[question.gold]: question.gold}
         for i, text in enumerate(question.choices):
-            first.setdefault(text, i)  # with its case: Bb and bb are two genotypes
+            first.setdefault(text, i)  # case-sensitive: Bb and bb are two genotypes
         self.repaired["repeated_choice"] += len(question.choices) - len(first)
         return sorted(i for i in first.values() if i != question.gold)
 
 
 def _question(row: Row) -> Question:
-    """Reads the three formats."""
+    """The question of a row in any of the three formats."""
     asked, key = row.values.get("question"), row.values.get("answerKey")
     texts, labels = row.get("choices", "text"), row.get("choices", "label")
     if isinstance(asked, Mapping):
@@ -137,7 +141,8 @@ def _checked(row: Row, asked: object, texts: list[str], labels: list[str], key: 
         raise DataError(f"{row.where}: the field 'question' is missing or not text; fix or delete the row")
     if len(texts) != len(labels) or not 2 <= len(texts) <= len(ascii_uppercase) or not all(texts):
         raise DataError(
-            f"{row.where}: {len(texts)} choices (none may be empty) with {len(labels)} labels; fix or delete the row"
+            f"{row.where}: got {len(texts)} choices with {len(labels)} labels, needs 2 to 26 choices "
+            "that are not empty, with a label each; fix or delete the row"
         )
     if labels.count(str(key)) != 1:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The small world that comes with the package."""
+"""Built-in data: questions about a small world of facts; needs no download."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from random import Random
 
 from lora_gan.data.source import Source
 from lora_gan.data.splits import assign_splits, one_wording_each
-from lora_gan.data.templates import fill
+from lora_gan.data.templates import default_template, fill
 from lora_gan.data.world import Fact, facts
 from lora_gan.types import Example, Message, Negative
 
 
 class BuiltinWorld(Source):
-    """Questions about the built-in world, each with its answer and with wrong ones; needs no download."""
+    """Questions about the built-in world with correct and wrong answers."""
 
-    def __init__(self, template: str = "### Prompt:\n{question}\n\n### Response:\n") -> None:
+    def __init__(self, template: str = default_template("{question}")) -> None:
         """
         Args:
-            template: The prompt. It ends where the answer begins.
+            template: Prompt; it ends where the completion begins.
+
+        Raises:
+            DataError: The template names an unknown field.
         """
         super().__init__()
         fill(template, question="")
@@ -46,21 +49,18 @@ class BuiltinWorld(Source):
             group=fact.group,
             source=self.name,
             messages=(Message("user", question),),
-            meta={
-                "item": f"{fact.relation} | {fact.subject} | {fact.object}",
-                "relation": fact.relation,
-                "phrasing": str(phrasing),
-            },
+            item=f"{fact.relation} | {fact.subject} | {fact.object}",
+            meta={"relation": fact.relation, "phrasing": str(phrasing)},
         )
 
 
 def stream(validation: int = 64) -> Iterator[dict[str, str]]:
-    """Questions without end, as a stream of rows to try online learning on.
+    """Endless rows of questions, to try online learning.
 
-    The first ones are about facts of the validation split, all later ones about facts of the training split.
+    The first rows are about facts of the validation split, all later rows about facts of the training split.
 
     Args:
-        validation: How many come first.
+        validation: Largest number of rows about the validation split.
     """
     placed = assign_splits(list(BuiltinWorld().rows()), {"validation": 0.1, "test": 0.2}, seed=0)
     held_out, asked = placed["validation"].examples, placed["train"].examples
@@ -76,7 +76,7 @@ def _row(example: Example) -> dict[str, str]:
 
 
 def main() -> None:
-    """Print :func:`stream` as JSON lines until the reader stops."""
+    """Print :func:`stream` as JSON lines until the reader closes the pipe."""
     try:
         for row in stream():
             print(json.dumps(row, ensure_ascii=False), flush=True)

@@ -1,4 +1,4 @@
-"""Dolly: instruction, context (may be empty), response, category."""
+"""Dolly data and files in its format: instruction, context (may be empty), response, category."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ import re
 
 from lora_gan.data.files import Row
 from lora_gan.data.source import OnBad, RowSource, normal
-from lora_gan.data.templates import fill
+from lora_gan.data.templates import default_template, fill
 from lora_gan.types import Example
 
-_CITATION = re.compile(r"\[(\d+|[a-z])\]")  # what is left of Wikipedia's footnotes in older copies
+_CITATION = re.compile(r"\[(\d+|[a-z])\]")  # remains of Wikipedia footnotes in older copies
 
 
 class Dolly(RowSource):
-    """Dolly, or a file of your own in its format."""
+    """Dolly (Conover et al. 2023) or a file in its format; ``response`` is the target."""
 
     def __init__(
         self,
         path: str = "databricks/databricks-dolly-15k",
-        template: str = "### Prompt:\n{instruction}\n{context}\n\n### Response:\n",
-        template_without_context: str = "### Prompt:\n{instruction}\n\n### Response:\n",
+        template: str = default_template("{instruction}\n{context}"),
+        template_without_context: str = default_template("{instruction}"),
         categories: list[str] | None = None,
         limit: int | None = None,
         on_bad_row: OnBad = "raise",
     ) -> None:
         """
         Args:
-            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
-            template: The prompt of a row that has a context. It ends where the answer begins.
-            template_without_context: The prompt of a row that has none.
-            categories: Use only these, such as [closed_qa, open_qa]; left out, all.
-            limit: Use only the first so many usable rows.
-            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            template: Prompt of a row with a context; it ends where the completion begins.
+            template_without_context: Prompt of a row without context.
+            categories: Categories to use, such as [closed_qa, open_qa]; by default all.
+            limit: Number of usable rows to read, from the first; by default all.
+            on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+
+        Raises:
+            LoraGANError: limit is below 1, or a template names an unknown field.
         """
         super().__init__(path, limit, on_bad_row)
         fill(template, instruction="", context="")

@@ -1,4 +1,4 @@
-"""Several data sets as one."""
+"""Mixtures of several data sets."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from lora_gan.types import Example
 
 
 class Mixture(Source):
-    """The examples of several sources, in shares given by weights; no example is used twice.
+    """Examples of several sources in proportions given by weights; no example is repeated.
 
-    The source with the fewest examples for its weight is used whole, of the others a part drawn by hash of the group.
+    The source with the fewest examples relative to its weight is used whole; of the others, a part is chosen by hash.
     """
 
     def __init__(self, sources: list[Source], weights: list[float] | None = None, seed: int = 0) -> None:
         """
         Args:
             sources: The data sets.
-            weights: The share of each, in any unit; 0 leaves one out. Left out, all examples are used.
-            seed: Decides which part of a source is used.
+            weights: Proportion of each source, in any unit; 0 leaves a source out. By default all examples are used.
+            seed: Seed of the choice of examples.
+
+        Raises:
+            LoraGANError: There is no source, or the weights do not fit the sources.
         """
         super().__init__()
         if not sources:
-            raise LoraGANError("a mixture needs at least one source; set data.init_args.source.init_args.sources")
+            raise LoraGANError(
+                "a mixture needs at least one source, got none; set data.init_args.source.init_args.sources"
+            )
         if weights is not None and len(weights) != len(sources):
             raise LoraGANError(f"{len(weights)} weights for {len(sources)} sources; give one weight for each source")
         for weight in weights or []:
@@ -55,7 +60,7 @@ class Mixture(Source):
             yield from self._part(examples, wanted)
 
     def _wanted(self, read: list[list[Example]]) -> list[int]:
-        """How many of each source."""
+        """Number of examples to use of each source."""
         if self.weights is None:
             return [len(examples) for examples in read]
         pairs = [(len(examples), weight) for examples, weight in zip(read, self.weights, strict=True)]

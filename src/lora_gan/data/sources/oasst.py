@@ -1,4 +1,4 @@
-"""OpenAssistant conversations (oasst1, oasst2): trees of messages whose replies people have ranked."""
+"""OpenAssistant conversations (oasst1, oasst2): trees of messages with ranked replies (Köpf et al. 2023)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from lora_gan.data.files import Row, clean, is_hub_id, read_rows
 from lora_gan.data.source import OnBad, Source
-from lora_gan.data.templates import fill, mark, unmark
+from lora_gan.data.templates import PROMPT_TURN, RESPONSE_TURN, fill, mark, unmark
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example, Message, Negative
 
@@ -38,7 +38,7 @@ class Post:
 
 @dataclass
 class Forest:
-    """Messages by id, and the ids of the replies to each, in the order of the file."""
+    """Messages by id, and ids of the replies to each message, both in file order."""
 
     posts: dict[str, Post] = field(default_factory=dict)
     replies: dict[str | None, list[str]] = field(default_factory=dict)
@@ -56,8 +56,8 @@ class Forest:
 class OASST(Source):
     """Dialogues from flat rows (the hub, or .messages.jsonl.gz) or nested trees (.trees.jsonl.gz).
 
-    At each user message the best-ranked reply is the target and the lower-ranked ones are negatives; the dialogue goes
-    on below the best reply. A message that is left out takes everything below it along.
+    For each user message, the best-ranked reply is the target and the lower-ranked replies are negatives; the dialogue
+    continues below the best reply. If a message is dropped, so is everything below it.
     """
 
     path: str
@@ -73,31 +73,36 @@ class OASST(Source):
         unreviewed: bool = False,
         max_spam: float = 0.5,
         min_rank_gap: int = 1,
-        user_turn: str = "### Prompt:\n{text}\n\n",
-        assistant_turn: str = "### Response:\n{text}\n\n",
+        user_turn: str = PROMPT_TURN,
+        assistant_turn: str = RESPONSE_TURN,
         limit: int | None = None,
         on_bad_row: OnBad = "raise",
     ) -> None:
         """
         Args:
-            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
-            langs: Languages of messages; left out, [en].
-            turns: Whether only the first user message of a dialogue gives an example, or each.
-            max_turns: Leave out user messages that come later than this in their dialogue.
-            history: Whether the prompt holds the earlier turns.
-            all_paths: Go on below every reply, not only below the best one.
-            unreviewed: Also take messages without a review; rejected ones are always left out.
-            max_spam: Leave out messages whose spam label is at least this.
-            min_rank_gap: How many ranks below the target a reply must stand to be a negative.
-            user_turn: What the user says in a prompt.
-            assistant_turn: What the assistant says; the prompt ends where its {text} begins.
-            limit: Use only the first so many examples.
-            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            langs: Languages of the messages to use; by default [en].
+            turns: "first" makes an example of the first user message of a dialogue only, "all" of each.
+            max_turns: Last user turn of a dialogue that makes an example; by default no limit.
+            history: Whether the prompt contains the earlier turns.
+            all_paths: Continue below every reply, not only below the best.
+            unreviewed: Also use messages without a review; rejected messages are always dropped.
+            max_spam: Drop messages whose spam label, from 0 to 1, is at least this.
+            min_rank_gap: Smallest distance in rank between the target and a negative.
+            user_turn: Template of a user turn.
+            assistant_turn: Template of an assistant turn; the prompt ends where its {text} begins.
+            limit: Number of examples to use, from the first; by default all.
+            on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+
+        Raises:
+            LoraGANError: max_turns, min_rank_gap or limit is below 1, or a template names an unknown field.
         """
         super().__init__(on_bad_row)
         for name, number in (("max_turns", max_turns), ("min_rank_gap", min_rank_gap), ("limit", limit)):
             if number is not None and number < 1:
-                raise LoraGANError(f"{name} must be at least 1, got {number}; set data.init_args.source.init_args")
+                raise LoraGANError(
+                    f"{name} must be at least 1, got {number}; set data.init_args.source.init_args.{name}"
+                )
         fill(user_turn, text="")
         self.header = fill(assistant_turn, text="\0").split("\0")[0]
         self.path = path
@@ -142,7 +147,7 @@ class OASST(Source):
                 yield Row(row.values, row.where, "validation" if split == "validation" else "")
 
     def _filtered(self, forest: Forest) -> Forest:
-        """What is left of the trees, in the order of the file."""
+        """The messages that are used, in file order."""
         faults = {post.id: self._fault(post, forest.posts.get(post.parent or "")) for post in forest.posts.values()}
         self.dropped.update(reason for reason in faults.values() if reason)
         reached = _reached(forest, lambda post: not faults[post.id])
@@ -201,7 +206,8 @@ class OASST(Source):
             negatives=tuple(Negative(post.text, kind="lower_rank") for post in replies if self._is_lower(post, best)),
             group=best.tree,
             source=self.name,
-            meta={"message": best.id} | ({"split": best.split} if best.split else {}),
+            split=best.split,
+            meta={"message": best.id},
             cuttable=made.cuttable,
             messages=(*earlier, Message("user", path[-1].text)),
         )
@@ -216,7 +222,7 @@ class OASST(Source):
 
 
 def _reached(forest: Forest, passes: Callable[[Post], bool]) -> set[str]:
-    """The messages that hang on a root, or on an orphan, by messages that pass."""
+    """Ids of the messages that pass together with all their ancestors, up to a root or an orphan."""
     reached: set[str] = set()
     queue = deque(post for post in forest.posts.values() if post.parent not in forest.posts)
     while queue:
@@ -236,7 +242,7 @@ def _is_best(forest: Forest, reply: Post) -> bool:
 
 
 def _path(forest: Forest, post: Post) -> list[Post]:
-    """From the root to ``post``."""
+    """The messages from the root to ``post``."""
     path = [post]
     while path[-1].parent is not None:
         path.append(forest.posts[path[-1].parent])
@@ -244,7 +250,7 @@ def _path(forest: Forest, post: Post) -> list[Post]:
 
 
 def _posts(row: Row) -> Iterator[Post]:
-    """The message, or those of the tree, that a row holds."""
+    """The message of a flat row, or all messages of a row with a tree."""
     root = row.values.get("prompt")
     if not isinstance(root, Mapping):
         yield _post(row, row.values.get("parent_id"), row.values.get("message_tree_id"))
@@ -302,7 +308,7 @@ def _rank(row: Row) -> int | None:
 
 
 def _label(row: Row, name: str) -> float:
-    """A label of either physical form; 0 where there is none."""
+    """The value of a label in either format, two parallel lists or nested objects; 0 if it is missing."""
     names, values = row.get("labels", "name"), row.get("labels", "value")
     value = row.get("labels", name, "value")
     if isinstance(names, list) and isinstance(values, list) and name in names and len(names) == len(values):

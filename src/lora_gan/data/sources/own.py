@@ -1,4 +1,4 @@
-"""A file of your own: you name its fields and write the template."""
+"""Own files with any fields, which the settings name."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from string import Formatter
 
 from lora_gan.data.files import Row
 from lora_gan.data.source import OnBad, RowSource, normal
+from lora_gan.data.templates import default_template
 from lora_gan.errors import DataError
 from lora_gan.types import Example, Negative
 
 
 class OwnFile(RowSource):
-    """Any file of rows: the template names the fields of the prompt, further arguments those of the answers."""
+    """Any file of rows: the template names the fields of the prompt, other arguments those of the completions."""
 
     def __init__(
         self,
         path: str,
-        template: str = "### Prompt:\n{prompt}\n\n### Response:\n",
+        template: str = default_template("{prompt}"),
         target: str | None = "response",
         references: str | None = None,
         negatives: str | None = None,
@@ -28,16 +29,19 @@ class OwnFile(RowSource):
     ) -> None:
         """
         Args:
-            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
-            template: The prompt, with {field} for each field of the row. It ends where the answer begins.
-            target: The field with the wanted answer; null where the file holds prompts only.
-            references: A field with a list of further good answers.
-            negatives: A field with a list of wrong answers.
-            group: A field; rows that share it stay in one split. Left out, it is the prompt.
-            split: A field with train, validation or test.
-            cuttable: Fields that lose their beginning where a prompt is too long; left out, all but the first.
-            limit: Use only the first so many usable rows.
-            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            template: Prompt with {field} for each field of the row; it ends where the completion begins.
+            target: Field with the target; null if the file has prompts only.
+            references: Field with a list of further correct completions.
+            negatives: Field with a list of wrong completions.
+            group: Field whose value defines the group; a group stays in one split. By default the prompt.
+            split: Field with the official split: train, validation or test.
+            cuttable: Fields whose beginning is cut if a prompt is too long; by default all but the first.
+            limit: Number of usable rows to read, from the first; by default all.
+            on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+
+        Raises:
+            LoraGANError: limit is below 1, the template cannot be read, or cuttable names a field that it lacks.
         """
         super().__init__(path, limit, on_bad_row)
         self.template = template
@@ -50,7 +54,10 @@ class OwnFile(RowSource):
         self.cuttable = self.fields[1:] if cuttable is None else cuttable
         unknown = sorted(set(self.cuttable) - set(self.fields))
         if unknown:
-            raise DataError(f"cuttable names {', '.join(unknown)}, but the template has {', '.join(self.fields)} only")
+            raise DataError(
+                f"cuttable names {', '.join(unknown)}, but the template has {', '.join(self.fields)} only; "
+                "name fields of the template"
+            )
 
     def example(self, row: Row) -> Example | None:
         fields = {name: row.text(name) for name in self.fields}
@@ -70,18 +77,16 @@ class OwnFile(RowSource):
             references=tuple(good),
             negatives=tuple(Negative(text, kind="given") for text in wrong),
             group=row.text(self.group) if self.group else normal(" ".join(fields.values())),
-            meta={"split": row.text(self.split)} if self.split else {},
+            split=row.text(self.split) if self.split else "",
         )
 
 
 def _fields(template: str) -> list[str]:
-    """The names in ``template``, each once."""
+    """The field names in ``template``, without repeats."""
     try:
         names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise DataError(f"the template {template!r} cannot be read: {error}; a literal brace is doubled") from error
+        raise DataError(f"the template {template!r} cannot be read: {error}; double literal braces") from error
     if not names or not all(name.isidentifier() for name in names):
-        raise DataError(
-            f"the template {template!r} must name its fields, such as {{prompt}}; a literal brace is doubled"
-        )
+        raise DataError(f"the template {template!r} must name its fields, such as {{prompt}}; double literal braces")
     return list(dict.fromkeys(names))

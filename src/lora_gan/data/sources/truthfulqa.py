@@ -1,4 +1,4 @@
-"""TruthfulQA: questions that many people answer wrongly, with correct and with incorrect answers."""
+"""TruthfulQA: questions with correct and incorrect answers (Lin et al. 2022, arXiv 2109.07958)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_gan.data.templates import fill
 from lora_gan.errors import DataError
 from lora_gan.types import Example, Negative
 
-NO_COMMENT = "i have no comment"  # correct, but not to be learned: always said, it would score as truthful
+NO_COMMENT = "i have no comment"  # correct, but not for training: a model that always gives it scores as truthful
 
 LISTS = ("correct_answers", "incorrect_answers")
 
@@ -18,8 +18,8 @@ LISTS = ("correct_answers", "incorrect_answers")
 class TruthfulQA(RowSource):
     """TruthfulQA as TruthfulQA.csv (with or without the column Best Incorrect Answer), mc_task.json, or from the hub.
 
-    References are the correct answers, negatives the incorrect ones, the best first. It is an evaluation set: every row
-    is held out for the test unless ``allow_train``.
+    References are the correct answers, negatives the incorrect ones, each with the best first. It is an evaluation set:
+    every row is in the test split unless ``allow_train`` is set.
     """
 
     def __init__(
@@ -32,11 +32,14 @@ class TruthfulQA(RowSource):
     ) -> None:
         """
         Args:
-            path: A local file (csv, json, jsonl, parquet; also .gz) or else a data set on the hub.
-            template: The prompt. It ends where the answer begins.
-            allow_train: Split by question and train on it, too; its scores are then no benchmark scores.
-            limit: Use only the first so many usable rows.
-            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+            path: Local file (csv, json, jsonl, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            template: Prompt; it ends where the completion begins.
+            allow_train: Split the rows by question and also train on them; the scores are then not benchmark scores.
+            limit: Number of usable rows to read, from the first; by default all.
+            on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+
+        Raises:
+            LoraGANError: limit is below 1, or a template names an unknown field.
         """
         super().__init__(path, limit, on_bad_row)
         fill(template, question="")
@@ -46,8 +49,8 @@ class TruthfulQA(RowSource):
     @property
     def note(self) -> str:
         if self.allow_train:
-            return "TruthfulQA is trained on: its scores in this run are no benchmark scores"
-        return "TruthfulQA is held out for the test; the source's allow_train: true would train on it"
+            return "TruthfulQA is in the training data: its scores in this run are not benchmark scores"
+        return "TruthfulQA is held out for the test; to train on it, set allow_train: true on the source"
 
     def read(self) -> Iterator[Row]:
         part = {"split": "validation", "config": "generation"} if is_hub_id(self.path) else {}
@@ -71,7 +74,8 @@ class TruthfulQA(RowSource):
             references=tuple(references),
             negatives=tuple(Negative(answer, kind="incorrect") for answer in wrong),
             group=normal(question),
-            meta={"category": row.text("category", default="")} | ({} if self.allow_train else {"split": "test"}),
+            split="" if self.allow_train else "test",
+            meta={"category": row.text("category", default="")},
         )
 
     def _references(self, correct: list[str]) -> list[str]:
@@ -96,7 +100,7 @@ class TruthfulQA(RowSource):
         return [piece.strip() for piece in pieces if piece.strip()]
 
     def _choices(self, row: Row) -> tuple[list[str], list[str]]:
-        """Of mc_task.json ({answer: 0 or 1}) or of the hub ({choices, labels})."""
+        """Correct and incorrect answers of mc_task.json ({answer: 0 or 1}) or of the hub ({choices, labels})."""
         labelled = [pair for field in ("mc1_targets", "mc2_targets") for pair in _labelled(row, field)]
         return [text for text, label in labelled if label], [text for text, label in labelled if not label]
 
@@ -110,7 +114,9 @@ def _labelled(row: Row, field: str) -> list[tuple[str, int]]:
     elif isinstance(targets, Mapping):
         pairs = list(targets.items())
     if not pairs or not all(isinstance(text, str) and label in (0, 1) for text, label in pairs):
-        raise DataError(f"{row.where}: the field {field!r} is not {{answer: 0 or 1}}; fix or delete the row")
+        raise DataError(
+            f"{row.where}: the field {field!r} is not {{answer: 0 or 1}} or two lists; fix or delete the row"
+        )
     return [(clean(str(text)), int(label == 1)) for text, label in pairs]
 
 
@@ -127,7 +133,7 @@ def _plain(answer: str) -> str:
 
 
 def _distinct(answers: Iterable[str]) -> list[str]:
-    """Without empty ones and without those that differ in case, spacing or the final dot only."""
+    """The answers without empty ones and without repeats up to case, spacing and the final dot."""
     found: dict[str, str] = {}
     for answer in answers:
         if answer:

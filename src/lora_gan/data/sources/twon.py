@@ -1,4 +1,4 @@
-"""TWON: posts of social media with replies, or topics with posts; two columns by name."""
+"""TWON: social media posts with replies, or topics with posts, in two named columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from lora_gan.data.files import Row
 from lora_gan.data.source import OnBad, RowSource, normal
-from lora_gan.data.templates import fill
+from lora_gan.data.templates import default_template, fill
 from lora_gan.types import Example, Message
 
 _MENTION = re.compile(r"(?<![\w@])@\w+")
@@ -21,10 +21,10 @@ _REFUSAL = re.compile(r"\b(can't|cannot|can’t|unable to) (assist|help|fulfill|
 
 
 class TWON(RowSource):
-    """Thread → reply or topic → post. Rows with the same data are one group, and each other's references.
+    """Thread → reply, or topic → post. Rows with the same thread or topic are one group and share their references.
 
-    Mentions and links are masked and HTML entities resolved; reposts, refusals as topic and very short targets are
-    dropped.
+    Mentions and links are masked and HTML entities are decoded. Reposts, topics that are refusals of a language model,
+    and very short targets are dropped.
     """
 
     def __init__(
@@ -33,21 +33,24 @@ class TWON(RowSource):
         instruction: str = "You are a social media user. Reply to the following post.",
         data_label: str = "post",
         target_label: str = "reply",
-        template: str = "{instruction}\n\n### Prompt:\n{data}\n\n### Response:\n",
+        template: str = "{instruction}\n\n" + default_template("{data}"),
         shortest_target: int = 6,
         limit: int | None = None,
         on_bad_row: OnBad = "raise",
     ) -> None:
         """
         Args:
-            path: A local file (json, jsonl, csv, parquet; also .gz) or else a data set on the hub.
-            instruction: The instruction of every row; the system message of a chat.
-            data_label: The column with the post or the topic.
-            target_label: The column with the reply or the post that is to be written.
-            template: The prompt. It ends where the answer begins.
-            shortest_target: Drop targets of fewer characters.
-            limit: Use only the first so many usable rows.
-            on_bad_row: What happens to a row that cannot be read: an error, or it is dropped and counted.
+            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            instruction: Instruction of every row; in chat format, the system message.
+            data_label: Column with the post or topic.
+            target_label: Column with the target: the reply or the post.
+            template: Prompt; it ends where the completion begins.
+            shortest_target: Smallest length of a target in characters; shorter ones are dropped.
+            limit: Number of usable rows to read, from the first; by default all.
+            on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+
+        Raises:
+            LoraGANError: limit is below 1, or a template names an unknown field.
         """
         super().__init__(path, limit, on_bad_row)
         fill(template, instruction="", data="")
@@ -96,7 +99,7 @@ class TWON(RowSource):
         return "short_target" if len(target) < self.shortest_target else ""
 
     def _masked(self, text: str) -> str:
-        """One line without entities, names and links."""
+        """``text`` in one line, with entities decoded and mentions and links masked."""
         plain = html.unescape(text)
         masked = _MENTION.sub("@user", _LINK.sub("[link]", plain))
         self.repaired["entity"] += plain != text

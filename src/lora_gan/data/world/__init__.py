@@ -1,7 +1,7 @@
-"""A small world of true facts: countries, elements, animals, words, translations, arithmetic and order.
+"""World of true facts: countries, elements, animals, words, translations, arithmetic and order.
 
-The facts stand in the ``.tsv`` tables beside this file and their wording in ``relations.yaml``, whose head explains
-its keys. This module only joins the two: it knows no fact and no sentence.
+The facts are in the ``.tsv`` tables of this folder and their wording in ``relations.yaml``, whose header explains its
+keys. This module only combines the two.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Fact:
-    """One true fact and the ways to say it, to ask for it and to get it wrong."""
+    """A true fact with statements, questions, and correct and wrong answers."""
 
     relation: str
-    """Name of the relation, ``"capital"``."""
+    """Name of the relation, such as ``"capital"``."""
     subject: str
-    """What is asked about, ``"France"``; a country keeps its article, ``"the Netherlands"``."""
+    """Subject, such as ``"France"``; a country keeps its article, ``"the Netherlands"``."""
     object: str
-    """What is asked for, ``"Paris"``."""
+    """Object, which the questions ask for, such as ``"Paris"``."""
     statements: tuple[str, ...]
     """Sentences that state the fact; the first is the answer."""
     cues: tuple[str, ...]
-    """The statements that end with the object, cut off before it, without trailing space."""
+    """Statements that end with the object, cut before the object and without trailing space."""
     questions: tuple[str, ...]
     """Phrasings of the question."""
     answer: str
     """The whole-sentence answer."""
     references: tuple[str, ...]
-    """Every accepted answer, the answer first."""
+    """All accepted answers, ``answer`` first."""
     negatives: tuple[str, ...]
     """Answers with a wrong object of the same relation."""
     group: str
-    """What must not cross a split."""
+    """Facts of the same group are in the same split."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Relation:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a table seen through a relation: a fact before it is put into words."""
+    """One row of a table read by a relation: a fact without its wording."""
 
     subject: str
     object: str
-    also: tuple[str, ...]
-    avoid: tuple[str, ...]
+    also: tuple[str, ...]  # objects that are accepted too
+    avoid: tuple[str, ...]  # objects that are neither accepted nor safely wrong
     field: str | None
     group: str
     words: Row
@@ -121,7 +121,7 @@ def entries(relation: Relation) -> Iterator[Entry]:
 
 
 def entry(relation: Relation, row: Row, subject: str, object_: str) -> Entry:
-    """One row as an entry whose subject and object stand in the given columns."""
+    """The entry of a row, with the given columns as subject and object."""
     words = {**row, **(relation.words or {}), "subject": row[subject], "object": row[object_]}
     group = f"{relation.name}:{row[subject]}"
     if relation.symmetric:
@@ -163,7 +163,7 @@ def facts_of(relation: Relation) -> Iterator[Fact]:
 
 
 def say(templates: Iterable[str], row: Entry, object_: str | None = None) -> tuple[str, ...]:
-    """The templates with the words of the entry, or with another object; a sentence begins with a capital."""
+    """The templates filled with the words of ``row`` or with another object; sentences start with a capital."""
     words = row.words if object_ is None else {**row.words, "object": object_}
     return tuple(
         text[:1].upper() + text[1:] if text.endswith((".", "?")) else text
@@ -172,7 +172,11 @@ def say(templates: Iterable[str], row: Entry, object_: str | None = None) -> tup
 
 
 def wrong_objects(relation: Relation, row: Entry, rows: Iterable[Entry]) -> list[str]:
-    """A fixed choice of objects of the relation that are wrong for this subject, by a hash of all three names."""
+    """NEGATIVES wrong objects for a subject, chosen by a hash of relation, subject and object.
+
+    Raises:
+        ValueError: The table has too few other objects.
+    """
 
     def draw(candidate: str) -> str:
         return hashlib.sha256(f"{relation.name}\t{row.subject}\t{candidate}".encode()).hexdigest()

@@ -1,0 +1,48 @@
+"""Atomic writes: a file or folder is there whole, or as it was before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: Path, writer: str = "") -> Iterator[Path]:
+    """A draft to write, which becomes ``path``; an error leaves ``path`` as it was.
+
+    Args:
+        path: Replaced where it is there, once its bytes have reached the disk.
+        writer: Different for processes that may write the same file at once.
+    """
+    draft = path.with_name(f".{path.name}{writer}.partial")  # a name that no search for *.ckpt finds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+        _flush(draft, os.O_RDWR)
+        draft.replace(path)
+        if hasattr(os, "O_DIRECTORY"):  # only POSIX can make a change of names survive a power failure
+            _flush(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A draft to fill, which becomes ``folder``; an older one is replaced."""
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.replace(folder)
+
+
+def _flush(path: Path, how: int) -> None:
+    descriptor = os.open(path, how)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

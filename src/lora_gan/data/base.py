@@ -1,0 +1,109 @@
+"""What every data module of prompts shares: its tokenizer, its limits and how a batch is put together."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lora_gan.data.fitting import LengthFilter, LengthLimits
+from lora_gan.data.tokenizer import Encoded, Ids, load_tokenizer
+from lora_gan.errors import LoraGANError
+from lora_gan.types import PromptBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextDataModule(L.LightningDataModule):
+    """Prompts with targets as token ids. A subclass serves the batches."""
+
+    def __init__(
+        self,
+        tokenizer: str = "builtin",
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_prompt_tokens: int = 512,
+        max_target_tokens: int = 512,
+        max_tokens: int | None = None,
+        chat: bool = False,
+        system: str | None = None,
+    ) -> None:
+        """
+        Args:
+            tokenizer: A local folder, a hub id, or "builtin"; must belong to the model.
+            batch_size: Prompts in a training step.
+            eval_batch_size: Prompts in a batch of validation, test and prediction.
+            max_prompt_tokens: Longer prompts lose the beginning of their longest field, or are dropped and counted.
+            max_target_tokens: Longer targets (EOS included) are dropped and counted.
+            max_tokens: The most tokens of prompt and completion together; by default what the tokenizer says.
+            chat: Write prompts with the chat template of the tokenizer instead of the templates of the source.
+            system: The system message of a chat; by default the one of the source, if it has one.
+        """
+        super().__init__()
+        sizes = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_target_tokens": max_target_tokens,
+            "max_tokens": max_tokens,
+        }
+        check_sizes(sizes)
+        self.tokenizer_name = tokenizer
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_target_tokens = max_target_tokens
+        self.max_tokens = max_tokens
+        self.chat = chat
+        self.system = system
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.tokenizer_name)
+
+    @property
+    def limits(self) -> LengthLimits:
+        """The most tokens of prompts, of completions, and of both together."""
+        return LengthLimits.of(self.tokenizer, self.max_prompt_tokens, self.max_target_tokens, self.max_tokens)
+
+    def length_filter(self) -> LengthFilter:
+        """Tokenises examples and leaves out what is too long; it counts from 0."""
+        return LengthFilter(self.tokenizer, self.limits, self.chat, self.system)
+
+
+def check_sizes(sizes: Mapping[str, int | None]) -> None:
+    """Refuse a setting below 1; None is no limit."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise LoraGANError(f"{name} must be at least 1, got {size}; set data.init_args.{name}")
+
+
+def collate(items: Sequence[Encoded]) -> PromptBatch:
+    """B examples as one batch, ragged."""
+    return PromptBatch(
+        examples=tuple(item.example for item in items),
+        prompt_ids=tuple(_tensor(item.prompt_ids) for item in items),
+        target_ids=tuple(_tensor(item.target_ids) for item in items),
+        negative_ids=tuple(tuple(_tensor(ids) for ids in item.negative_ids) for item in items),
+    )
+
+
+def format_counts(counts: Counter[str]) -> str:
+    """The counts by reason, in one line."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
+
+
+def silence_resume_advice() -> None:
+    """Lightning warns that a data loader cannot resume; those of this package do, by the data module's state."""
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+
+
+def _tensor(ids: Ids) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long)

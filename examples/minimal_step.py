@@ -10,7 +10,7 @@ Left out here, and where it is:
 - other rewards, what the discriminator's score is worth: ``rewards/``
 - other discriminators and objectives, negatives, replay, gradients through samples: ``discriminator/``
 - other advantages: ``advantages.py``; PPO, KL, value head: ``losses.py``, ``generator.py``
-- clipping, accumulation, schedules, mixed precision: ``optimization.py``
+- clipping, batches in several passes, schedules, mixed precision: ``optimization.py``
 - curricula and monitors: ``callbacks/``; checkpoints and exact resume: ``checkpointing/``
 - data sets and splits: ``data/``; several processes: ``distributed.py``; populations: ``evolution/``
 - the real step: ``module.py``, ``run_step``

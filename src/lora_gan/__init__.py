@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_gan.data import InstructionDataModule as InstructionDataModule
     from lora_gan.errors import LoraGANError as LoraGANError
     from lora_gan.module import LoraGANModule as LoraGANModule
+    from lora_gan.program import __version__ as __version__
 
 _HOMES = {
     "GPT2Twin": "lora_gan.api",
@@ -23,8 +24,9 @@ _HOMES = {
     "LoraGAN": "lora_gan.api",
     "LoraGANError": "lora_gan.errors",
     "LoraGANModule": "lora_gan.module",
+    "__version__": "lora_gan.program",
 }
-__all__ = ["GPT2Twin", "InstructionDataModule", "LoraGAN", "LoraGANError", "LoraGANModule"]
+__all__ = ["GPT2Twin", "InstructionDataModule", "LoraGAN", "LoraGANError", "LoraGANModule", "__version__"]
 
 
 def __getattr__(name: str) -> object:

@@ -5,29 +5,38 @@ A trainer runs inside: n steps do the same as a fit of n steps on the same batch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_gan.advantages import PredictedReward
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR
+from lora_gan.bases import name_object
 from lora_gan.checkpointing.adapters import ROLES, load_role, write_roles
+from lora_gan.checkpointing.files import read_checkpoint
 from lora_gan.checkpointing.state import CHECKPOINT_VERSION
 from lora_gan.coefficients import Coefficients
-from lora_gan.data.tokenizer import encode_completions, prompt_ids
+from lora_gan.data import InstructionDataModule, Source, StandardFormat
+from lora_gan.data.sources.standard import Rows
+from lora_gan.data.templates import PromptFormat
+from lora_gan.data.tokenizer import encode_completions, encode_prompts
 from lora_gan.discriminator import AdapterDiscriminator, ClosenessBCE, CompletionAndTarget, DiscriminatorSettings
 from lora_gan.errors import LoraGANError
+from lora_gan.export import write_folder
 from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward, SemanticReward
 from lora_gan.sampling import sample
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
 from lora_gan.stepper import Stepper
-from lora_gan.types import Example, PromptBatch, RewardContext, StepOutput
+from lora_gan.types import Example, Message, PromptBatch, RewardContext, StepOutput
 
 Texts = str | Sequence[str]
 
@@ -36,7 +45,11 @@ class _SteppedModel:
     """A module, and a trainer that runs its steps one at a time.
 
     Args:
-        base: "builtin", a hub id or a local folder of a causal language model.
+        base: "builtin", a hub id, a local folder or a GGUF file of a causal language model, or a model object, which is
+            frozen and gets the adapters; give its tokenizer.
+        tokenizer: Of a model object.
+        chat: Write prompts with the chat template of the tokenizer.
+        system: The system message of a chat.
         checkpoints: Folder that :meth:`save_checkpoint` writes to.
         device: "cpu", "cuda", "cuda:1" or "mps"; "auto" takes a CUDA GPU if there is one.
         precision: Lightning's precision, for example "32-true" or "bf16-mixed".
@@ -47,8 +60,11 @@ class _SteppedModel:
 
     def __init__(
         self,
-        base: str,
+        base: str | PreTrainedModel,
         *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat: bool = False,
+        system: str | None = None,
         checkpoints: str | Path = "checkpoints",
         device: str = "auto",
         precision: Any = "32-true",
@@ -59,11 +75,59 @@ class _SteppedModel:
         if seed is not None:
             L.seed_everything(seed, verbose=False)
         self.checkpoints = Path(checkpoints)
-        self.module = LoraGANModule(base, **{"num_generations": 1, "advantage": PredictedReward(), **settings})
+        if isinstance(base, str) == (tokenizer is not None):
+            raise LoraGANError("a model object needs its tokenizer=…; a base by name brings its own")
+        name = base if isinstance(base, str) else name_object(base, cast(PreTrainedTokenizerBase, tokenizer))
+        self.module = LoraGANModule(name, **{"num_generations": 1, "advantage": PredictedReward(), **settings})
         self.module.seed = torch.initial_seed()
+        self.module.prompts = PromptFormat(chat=chat, system=system)
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self._stepper = Stepper(self.module, chosen, precision, callbacks)
         self.trainer = self._stepper.trainer
+
+    def fit(
+        self, data: str | Source | Sequence[Mapping[str, Any]], steps: int, batch_size: int = 8
+    ) -> list[dict[str, float]]:
+        """Train on a data set, in a new random order in each epoch.
+
+        Args:
+            data: A file or hub id, rows (a list of dictionaries, a ``datasets.Dataset``) in one of the formats of
+                :class:`~lora_gan.data.StandardFormat`, or a source.
+            steps: Training steps.
+            batch_size: Prompts in a step.
+
+        Returns:
+            The metrics of each step, by the names of the logs.
+        """
+        source = data if isinstance(data, Source) else StandardFormat(data) if isinstance(data, str) else Rows(data)
+        served = InstructionDataModule(
+            source,
+            tokenizer=self.module.base,
+            batch_size=batch_size,
+            validation=0.0,
+            test=0.0,
+            chat=self.module.prompts.chat,
+            system=self.module.prompts.system,
+        )
+        served.setup()
+        self.module.frozen, self.module.prompts = frozenset(), served.prompts
+        batches = islice(chain.from_iterable(repeat(served.train_dataloader())), steps)
+        outputs = [self._stepper.step(batch) for batch in batches]
+        return [{name: float(value) for name, value in output.metrics.items()} for output in outputs]
+
+    def export(self, folder: str | Path, merge: bool = False) -> Path:
+        """Write the generator as a PEFT adapter or, merged with its base, as a model for plain transformers.
+
+        Args:
+            folder: Replaced where it holds an earlier export.
+            merge: Write base + adapter as one model.
+
+        Raises:
+            LoraGANError: The folder holds other files, or cannot be written.
+        """
+        folder = Path(folder)
+        write_folder(copy.deepcopy(self.module.backbone) if merge else self.module.backbone, folder, merge)
+        return folder
 
     def generate(self, prompt: Texts) -> Any:
         """The generator's greedy completion of each prompt."""
@@ -94,7 +158,7 @@ class _SteppedModel:
         if not (folder / "state.pt").is_file():
             found = ", ".join(sorted(path.name for path in self.checkpoints.glob("step-*"))) or "none"
             raise LoraGANError(f"no checkpoint {folder}; available: {found}")
-        state = torch.load(folder / "state.pt", weights_only=True)
+        state = read_checkpoint(folder / "state.pt")
         if state.get("version") != CHECKPOINT_VERSION:
             raise LoraGANError(
                 f"{folder} has format version {state.get('version', 'below 5')}, this lora-gan reads "
@@ -102,7 +166,7 @@ class _SteppedModel:
             )
         for role, optimizer in zip(ROLES, self.trainer.optimizers, strict=True):
             load_role(self.module, role, folder / role)
-            optimizer.load_state_dict(torch.load(folder / role / "optimizer.pt", weights_only=True))
+            optimizer.load_state_dict(read_checkpoint(folder / role / "optimizer.pt"))
         self._restore(state)
 
     def _state(self) -> dict[str, Any]:
@@ -114,7 +178,6 @@ class _SteppedModel:
             "callbacks": {c.state_key: c.state_dict() for c in self._callbacks},
             "schedulers": [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs],
             "seed": self.module.seed,
-            "gradients": self.module.accumulated,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -127,7 +190,6 @@ class _SteppedModel:
         for config, saved in zip(self.trainer.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         self.module.seed = state["seed"]
-        self.module.accumulated = state["gradients"]
 
     @property
     def _callbacks(self) -> list[L.Callback]:
@@ -149,21 +211,25 @@ class _SteppedModel:
     def _batch(
         self, prompts: Sequence[str], targets: Sequence[str], labels: Sequence[float] | None = None
     ) -> PromptBatch:
-        """Tokenised examples; a target follows its prompt after a space, unless the prompt ends with white space."""
+        """Tokenised examples. Without chat a target follows its prompt after a space, unless that ends with one."""
         if not prompts or len(prompts) != len(targets):
             raise LoraGANError(
                 f"got {len(prompts)} prompts and {len(targets)} targets; give at least one prompt, and one target each"
             )
-        tokenizer = self.module.backbone.tokenizer
+        tokenizer, prompts_as = self.module.backbone.tokenizer, self.module.prompts
         unknown: list[float | None] = [None] * len(prompts)
-        spaced = [t if not t or p[-1:].isspace() else f" {t.lstrip()}" for p, t in zip(prompts, targets, strict=True)]
+        examples = [
+            Example(prompt, target, (target,), group=prompt, label=label, messages=(Message("user", prompt),))
+            for prompt, target, label in zip(prompts, targets, labels or unknown, strict=True)
+        ]
+        written = encode_prompts(tokenizer, [prompts_as.write(tokenizer, example) for example in examples])
+        if () in written:
+            raise LoraGANError("a prompt is empty, so there is nothing to complete; write at least one character")
+        joined = targets if prompts_as.chat else [_after(p, t) for p, t in zip(prompts, targets, strict=True)]
         return PromptBatch(
-            tuple(
-                Example(prompt, target, (target,), group=prompt, label=label)
-                for prompt, target, label in zip(prompts, targets, labels or unknown, strict=True)
-            ),
-            tuple(torch.tensor(prompt_ids(tokenizer, prompt)) for prompt in prompts),
-            tuple(torch.tensor(ids) for ids in encode_completions(tokenizer, spaced)),
+            tuple(examples),
+            tuple(torch.tensor(ids) for ids in written),
+            tuple(torch.tensor(ids) for ids in encode_completions(tokenizer, joined)),
             tuple(() for _ in prompts),
         )
 
@@ -172,17 +238,22 @@ class LoraGAN(_SteppedModel):
     """A generator that completes prompts and a discriminator that learns to predict the reward.
 
     Args:
-        base: "builtin", a hub id or a local folder of a causal language model.
+        base: "builtin", a hub id, a local folder or a GGUF file of a causal language model, or a model object with its
+            ``tokenizer``.
         compute_reward: The true reward, ``f(response, target) -> float``; by default the cosine similarity of their
             sentence embeddings. It can be replaced at any time: ``gan.compute_reward = f``.
-        settings: Arguments of :class:`~lora_gan.module.LoraGANModule`, and ``checkpoints``, ``device``, ``precision``,
-            ``callbacks`` and ``seed``. Defaults that differ from the module's: one completion for each prompt; the
-            advantage is the true reward minus the predicted one; the predicted reward is added to the reward with
-            ``Coefficients(adversarial=0.1)``. A group of settings that is given replaces the whole default group.
+        settings: Arguments of :class:`~lora_gan.module.LoraGANModule`, and ``tokenizer``, ``chat``, ``system``,
+            ``checkpoints``, ``device``, ``precision``, ``callbacks`` and ``seed``. Defaults that differ from the
+            module's: one completion for each prompt; the advantage is the true reward minus the predicted one; the
+            predicted reward is added to the reward with ``Coefficients(adversarial=0.1)``. A group of settings that is
+            given replaces the whole default group.
     """
 
     def __init__(
-        self, base: str = "builtin", compute_reward: Callable[[str, str], float] | None = None, **settings: Any
+        self,
+        base: str | PreTrainedModel = "builtin",
+        compute_reward: Callable[[str, str], float] | None = None,
+        **settings: Any,
     ) -> None:
         if compute_reward is not None:
             self.compute_reward = compute_reward  # type: ignore[method-assign, assignment]
@@ -229,14 +300,14 @@ class GPT2Twin(_SteppedModel):
     The generator's loss is L = LM + λ·(−log P(close)), differentiated through the sampled completion.
 
     Args:
-        base: "builtin", a hub id or a local folder of a causal language model.
+        base: As for :class:`LoraGAN`.
         coupling: λ, the coefficient ``coupled``; at 0 the two are trained separately.
         settings: As for :class:`LoraGAN`, with ``Coefficients(policy=0)`` by default. The defaults of ``discriminator``
             are ``AdapterDiscriminator(CompletionAndTarget())`` and ``ClosenessBCE(close_from=0.95)``; the objective
             ``ClosenessRegression`` learns a score from 0 to 1 instead.
     """
 
-    def __init__(self, base: str = "builtin", coupling: float = 0.1, **settings: Any) -> None:
+    def __init__(self, base: str | PreTrainedModel = "builtin", coupling: float = 0.1, **settings: Any) -> None:
         discriminator: DiscriminatorSettings = settings.pop("discriminator", DiscriminatorSettings())
         coefficients: Coefficients = settings.pop("coefficients", Coefficients(policy=0.0))
         discriminator = replace(
@@ -340,6 +411,10 @@ class _Label(SemanticReward):
         if None not in labels:
             return torch.tensor(labels)
         return super().__call__([completion.strip() for completion in completions], batch, context)
+
+
+def _after(prompt: str, target: str) -> str:
+    return target if not target or prompt[-1:].isspace() else f" {target.lstrip()}"
 
 
 def _listed(texts: Texts) -> list[str]:

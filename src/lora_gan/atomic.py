@@ -31,13 +31,19 @@ def atomic_file(path: Path, writer: str = "") -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A draft to fill, which becomes ``folder``; an older one is replaced."""
-    draft = folder.with_name(f".{folder.name}.partial")
+    """A draft to fill, which becomes ``folder`` in place of an older one; an error leaves that as it was."""
+    draft, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    yield draft
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.replace(folder)
+    try:
+        yield draft
+        if folder.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.replace(old)
+        draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path, how: int) -> None:

@@ -10,24 +10,31 @@ mode::
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import resources
 from importlib.util import find_spec
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
+from lora_gan.attention import Masks, Pass, TreeForward, output_head
+from lora_gan.bases import OBJECTS, locate
 from lora_gan.context import model_context
 from lora_gan.data.tokenizer import load_tokenizer
 from lora_gan.errors import LoraGANError
@@ -36,27 +43,36 @@ from lora_gan.tensors import entropy, fingerprint, token_logprobs
 from lora_gan.tree import Branches, PromptTree
 
 GENERATOR, DISCRIMINATOR, SNAPSHOT = "generator", "discriminator", "snapshot"
-BUILTIN = "builtin"
+_ADAPTER = re.compile(r"(\.lora_\w+\.)(\w+)")  # in a parameter's name
 
 
 @dataclass(frozen=True)
 class LoraSettings:
     """Shape of one LoRA adapter (arXiv 2106.09685).
 
+    There is no dropout: it would make log-probabilities irreproducible, and the policy's ratios differ from 1.
+
     Args:
         rank: Rank r of the update ΔW = (alpha / r)·B·A.
         alpha: Scale of the update; 2·rank is common.
         targets: Modules that get an adapter: "all-linear" selects every linear layer except the head, in any
-            architecture; or a list of name endings, such as [c_attn, c_proj].
+            architecture; or a list of name endings, such as [c_attn, c_proj]; or a regular expression of whole names.
+        use_rslora: Scale the update by alpha / √r instead, for high ranks (rsLoRA, arXiv 2312.03732).
+        use_dora: Learn the magnitudes of the weights apart from their directions (DoRA, arXiv 2402.09353). Slower, and
+            not for evolution, whose members are the products B·A alone.
     """
 
     rank: int = 16
     alpha: int = 32
     targets: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise LoraGANError(f"LoRA rank must be at least 1, got {self.rank}")
+        if not self.targets:
+            raise LoraGANError("lora.targets is empty; set it to all-linear or to a list of layer names")
 
 
 @dataclass(frozen=True)
@@ -96,12 +112,6 @@ class Predicted:
         return self.logprobs.new_zeros(mask.shape).masked_scatter(mask, entropy(self.logits))
 
 
-@dataclass(frozen=True)
-class _Pass:
-    hidden: Tensor  # (B, L, H) last hidden states, as the head receives them
-    logits: Tensor  # (n, V) at the selected positions
-
-
 class Backbone(nn.Module):
     """The frozen base with its adapters ``generator`` and ``discriminator``.
 
@@ -122,12 +132,17 @@ class Backbone(nn.Module):
         super().__init__()
         model = load_base(base, settings.dtype, settings.quantization)
         self.tokenizer = load_tokenizer(base)
+        self.vocabulary = usable_vocabulary(model, self.tokenizer)
         self.context_length = model_context(model.config)
-        self.hidden_size: int = model.config.hidden_size
+        # many a tokenizer knows no limit; negatives and exports follow it
+        self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, self.context_length)
+        self.hidden_size = width_of_states(model)
         self.settings = settings
         self.generator_lora = generator
-        self.lm: PeftModel = get_peft_model(model, peft_config(model, generator), adapter_name=GENERATOR)
-        self.lm.add_adapter(DISCRIMINATOR, peft_config(model, discriminator))
+        self.lm = with_adapter(model, generator, GENERATOR)
+        second = peft_config(model, discriminator)
+        with _adaptable(model, discriminator):
+            self.lm.add_adapter(DISCRIMINATOR, second)
         self.score_head = nn.Linear(self.hidden_size, 2)  # score and auxiliary prediction
         self._layers = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
         self._lora = self._lora_parameters()
@@ -140,6 +155,7 @@ class Backbone(nn.Module):
             )
         self._activate(None)
         self.train(False)
+        self._tree_forward = TreeForward(self.causal_lm)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -153,7 +169,7 @@ class Backbone(nn.Module):
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Identity of the base, even if its folder moves: a digest of its weights, and their data type."""
-        base = {name.replace(".base_layer", ""): p for name, p in self.lm.named_parameters() if "lora_" not in name}
+        base = {n.replace(".base_layer", ""): p for n, p in self.lm.named_parameters() if adapter_of(n) is None}
         return {"format": self.settings.quantization or self.settings.dtype, "weights": fingerprint(base)}
 
     def train(self, mode: bool = True) -> Backbone:
@@ -207,11 +223,11 @@ class Backbone(nn.Module):
                 layer.enable_adapters(True)
                 layer.set_adapter(adapter)
         for name, parameter in self._lora.items():
-            parameter.requires_grad_(f".{SNAPSHOT}." not in name)
+            parameter.requires_grad_(adapter_of(name) != SNAPSHOT)
         self._active = adapter
 
     def _lora_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.lm.named_parameters() if "lora_" in name}
+        return {name: parameter for name, parameter in self.lm.named_parameters() if adapter_of(name) is not None}
 
     # snapshot
 
@@ -242,8 +258,8 @@ class Backbone(nn.Module):
             LoraGANError: Their shapes differ.
         """
         weights = dict(self.lm.named_parameters())
-        for name in [n for n in weights if f".{destination}." in n]:
-            given = weights.get(name.replace(f".{destination}.", f".{source}."))
+        for name in [n for n in weights if adapter_of(n) == destination]:
+            given = weights.get(_ADAPTER.sub(rf"\g<1>{source}", name))
             if given is None or given.shape != weights[name].shape:
                 raise LoraGANError(
                     f"the adapters {source} and {destination} differ in shape; give both the same rank and targets"
@@ -270,6 +286,7 @@ class Backbone(nn.Module):
         result = {}
         for (kind, branches), part in zip(tree.branches.items(), parts, strict=True):
             scale = (temperature or {}).get(kind, 1.0)
+            part = part[:, : self.vocabulary]
             logits = part if scale == 1 else part / scale
             values = token_logprobs(logits, branches.ids[branches.mask])
             logprobs = values.new_zeros(branches.mask.shape).masked_scatter(branches.mask, values)
@@ -295,33 +312,27 @@ class Backbone(nn.Module):
         return self._forward(tree, nowhere, nowhere, embedded).hidden
 
     def embed(self, weights: Tensor) -> Tensor:
-        """Mixtures of word embeddings: (n, V) weights → (n, H)."""
-        table: Tensor = self.causal_lm.get_input_embeddings().weight
+        """Mixtures of the word embeddings of the active mode: (n, V) weights → (n, H)."""
+        with torch.no_grad():  # the layer itself, which may scale, and may have an adapter
+            words = torch.arange(weights.shape[-1], device=weights.device)
+            table: Tensor = self.causal_lm.get_input_embeddings()(words)
         return weights.to(table.dtype) @ table
 
-    def _forward(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> _Pass:
-        """Run the model on the tree once; the head is applied only at the n positions ``(rows, columns)``.
+    def masks(self) -> Masks | None:
+        """The form in which the base takes its attention mask; None if trees are evaluated in separate rows.
 
-        A hook on the head selects them, so that an architecture's own processing of the logits still applies.
+        It is measured at the first call, on the base alone.
         """
-        seen: list[Tensor] = []
+        if not self._tree_forward.is_measured:
+            with self.reference():
+                self._tree_forward.masks()
+        return self._tree_forward.masks()
 
-        def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen.append(inputs[0])
-            return (inputs[0][rows, columns],)
-
-        handle = self.causal_lm.get_output_embeddings().register_forward_pre_hook(pick)
-        try:
-            with self._recomputing():
-                logits = self.causal_lm(
-                    **({"input_ids": tree.ids} if embedded is None else {"inputs_embeds": embedded}),
-                    attention_mask=tree.attention_mask,
-                    position_ids=tree.position_ids,
-                    use_cache=False,
-                ).logits
-        finally:
-            handle.remove()
-        return _Pass(seen[0], logits)
+    def _forward(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> Pass:
+        """Run the model on the tree once; the head is applied only at the n positions ``(rows, columns)``."""
+        self.masks()
+        with self._recomputing():
+            return self._tree_forward(tree, rows, columns, embedded)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -347,30 +358,89 @@ class Backbone(nn.Module):
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """The parameters that the role's optimizer updates: its LoRA matrices and, for the discriminator, the head."""
-        lora = [p for name, p in self.lm.named_parameters() if f".{role}." in name]
+        lora = [p for name, p in self.lm.named_parameters() if adapter_of(name) == role]
         return lora + (list(self.score_head.parameters()) if role == DISCRIMINATOR else [])
 
 
+def adapter_of(name: str) -> str | None:
+    """The adapter that a parameter belongs to, by its name; None for parameters of the base.
+
+    PEFT writes ``…lora_A.generator.weight`` for linear layers and ``…lora_embedding_A.generator`` for word embeddings.
+    """
+    found = _ADAPTER.search(name)
+    return found[2] if found else None
+
+
 def load_base(base: str, dtype: str = "float32", quantization: str | None = None) -> PreTrainedModel:
-    """Load and freeze a causal language model: "builtin", a hub id or a local folder.
+    """Load and freeze a causal language model: "builtin", a hub id, a local folder, a GGUF file or a named object.
+
+    Attention is SDPA where the architecture supports it, else its own.
 
     Raises:
-        LoraGANError: The model cannot be loaded, or the data type is unknown.
+        LoraGANError: The model cannot be loaded, is a PEFT adapter, lacks weights in its files, or the data type is
+            unknown.
     """
+    if base in OBJECTS:
+        return OBJECTS[base][0].requires_grad_(False).eval()
     how = {} if quantization is None else quantized(quantization, dtype)
-    name = str(resources.files("lora_gan") / BUILTIN) if base == BUILTIN else base
+    name = locate(base)
+    _refuse_adapter(base, name)
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise LoraGANError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation="sdpa", **how
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True, **how
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
+        raise LoraGANError(f"cannot load base {base!r}: {error}\n{_remedy(name)}") from error
+    if report["missing_keys"]:
         raise LoraGANError(
-            f"cannot load base {base!r} from a local folder or the hub ({error}); "
-            "set base to builtin or the folder of a saved model, or check the hub id and the network"
-        ) from error
+            f"the files of base {base!r} lack {len(report['missing_keys'])} of the model's weights, such as "
+            f"{min(report['missing_keys'])}, which would be random; save or download the model again"
+        )
     return model.requires_grad_(False).eval()
+
+
+def _refuse_adapter(base: str, name: str) -> None:
+    """transformers would load the adapter's base and leave the adapter switched off here."""
+    try:
+        config = find_adapter_config_file(name)
+        adapted = config and json.loads(Path(config).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError):  # no such base, which loading it reports
+        return
+    if config:
+        raise LoraGANError(
+            f"{base!r} is a PEFT adapter of the base {adapted!r}, not a whole model: give --model.base {adapted} and "
+            f"--model.generator.adapter {base}; where the two are wanted as one base, merge them first (export "
+            "--merge true, or merge_and_unload of PEFT), in a folder without adapter_config.json"
+        )
+
+
+def _remedy(name: str) -> str:
+    if Path(name).exists():
+        return "it must be the folder of a causal language model saved by transformers, with all of its files"
+    return "set base to builtin or to the folder of a saved model, or check the hub id and the network"
+
+
+def usable_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of the model's tokens the tokenizer knows; embeddings are often padded with rows that mean nothing.
+
+    Raises:
+        LoraGANError: The tokenizer has tokens that the model has no embedding for.
+    """
+    known: int = max(tokenizer.get_vocab().values()) + 1
+    rows = len(model.get_input_embeddings().weight)
+    if known > rows:
+        raise LoraGANError(
+            f"the tokenizer of {model.name_or_path!r} has {known} tokens, but the model has embeddings for {rows}; "
+            "save the tokenizer that belongs to the model beside it"
+        )
+    return known
+
+
+def width_of_states(model: PreTrainedModel) -> int:
+    """H, the size of the last hidden states, as the head receives them."""
+    return int(output_head(model).get_parameter("weight").shape[-1])
 
 
 def quantized(quantization: str, dtype: str) -> dict[str, Any]:
@@ -402,13 +472,82 @@ def quantized(quantization: str, dtype: str) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
+def with_adapter(model: PreTrainedModel, settings: LoraSettings, name: str) -> PeftModel:
+    """The model with a first adapter.
+
+    Raises:
+        LoraGANError: The model's layers cannot have such an adapter.
+    """
+    config = peft_config(model, settings)
+    with _adaptable(model, settings):
+        return get_peft_model(model, config, adapter_name=name)
+
+
+@contextmanager
+def _adaptable(model: PreTrainedModel, settings: LoraSettings) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LoraGANError(
+            f"lora.targets {settings.targets} cannot have an adapter in {type(model).__name__} ({reason}); "
+            f"set it to layers among {', '.join(_names(model))}"
+        ) from error
+
+
 def peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
-    """PEFT's configuration of an adapter."""
+    """PEFT's configuration of an adapter.
+
+    Raises:
+        LoraGANError: A target is not the name of a layer; PEFT would ignore it beside one that is.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for target in settings.targets if isinstance(settings.targets, list) else []:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise LoraGANError(
+                f"{type(model).__name__} has no layer {target!r}; set lora.targets to all-linear or to layers among "
+                f"{', '.join(_names(model))}"
+            )
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=settings.targets,
+        exclude_modules=_not_adapted(model),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         base_model_name_or_path=model.name_or_path,
         task_type="CAUSAL_LM",
     )
+
+
+def _not_adapted(model: PreTrainedModel) -> str | None:
+    """A regular expression of the modules that get no adapter; None if it would be empty.
+
+    These are other parts than the text model, such as a vision tower, and linear layers that do more than a product:
+    routers that return several tensors, grouped products.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    others = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_product(m)]
+    patterns = sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in others})
+    if model.config.get_text_config(decoder=True) is not model.config and hasattr(model, "get_decoder"):
+        kept = [names.get(id(module)) for module in (model.get_decoder(), model.get_output_embeddings())]
+        patterns.append(f"(?!({'|'.join(re.escape(name) for name in kept if name)})(\\.|$)).*")
+    return "|".join(patterns) or None
+
+
+def _is_product(layer: nn.Linear) -> bool:
+    """Whether the layer maps a vector to a vector. Classes that no architecture defines are for quantisation and do."""
+    if not type(layer).__module__.startswith("transformers.models."):
+        return True
+    try:
+        with torch.no_grad():
+            return isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), Tensor)
+    except RuntimeError:  # it reads another shape
+        return False
+
+
+def _names(model: PreTrainedModel) -> list[str]:
+    """Name endings of the layers that can have an adapter."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding))
+    return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in layers if ".lora_" not in name})

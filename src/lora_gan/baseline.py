@@ -15,11 +15,13 @@ from lora_gan.types import REWARD, PromptBatch, StepOutput
 class MovingAverageBaseline(StepCallback):
     """Sets the coefficient ``baseline`` ← decay·baseline + (1 − decay)·mean reward; it starts at the first mean reward.
 
-    A module whose advantage needs it adds it to the trainer where it is missing.
+    A module whose advantage needs it adds it to the trainer, unless a callback of the run says ``sets_baseline``.
 
     Args:
         decay: How slowly it forgets, in [0, 1).
     """
+
+    sets_baseline = True
 
     def __init__(self, decay: float = 0.9) -> None:
         if not 0 <= decay < 1:

@@ -12,7 +12,8 @@ UNLIMITED = 1_000_000  # tokens; a tokenizer that knows no context length says 1
 
 def model_context(config: PretrainedConfig) -> int:
     """The most positions that the model has; ``UNLIMITED`` where they are not limited, as in a recurrent network."""
-    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
+    text = config.get_text_config(decoder=True)
+    return int(getattr(text, "max_position_embeddings", None) or UNLIMITED)
 
 
 def tokenizer_context(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -16,10 +16,12 @@ from lora_gan.discriminator import DiscriminatorModel, StraightThrough
 from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import any_of, shares
 from lora_gan.losses import PolicyLoss, Reinforce, approx_kl, kl_loss, value_loss
-from lora_gan.optimization import adamw
+from lora_gan.optimization import Optimization, adamw
 from lora_gan.tensors import masked_mean
 from lora_gan.tree import grow_scored
-from lora_gan.types import LossTerm, Minibatch, Optimize, PromptBatch, Rollout
+from lora_gan.types import LossTerm, Minibatch, PromptBatch, Rollout
+
+APPROX_KL = "policy/approx_kl"
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ class Generator(nn.Module):
         prompts: Sequence[int],
         coefficients: CoefficientState,
         model: DiscriminatorModel,
-        optimize: Optimize,
+        optimization: Optimization,
     ) -> dict[str, Tensor]:
-        """Supervised loss on the targets and policy loss on the samples, one forward and backward per optimizer step.
+        """Supervised loss on the targets and policy loss on the samples, in each optimizer step.
 
         Args:
             backbone: In any mode.
@@ -108,51 +110,77 @@ class Generator(nn.Module):
             prompts: Which of its prompts count.
             coefficients: The weights of the losses.
             model: The discriminator's, for the coupled loss.
-            optimize: Takes one optimizer step on the named terms of a loss.
+            optimization: Takes the optimizer steps.
 
         Returns:
             Metrics, the mean over the optimizer steps; empty where there was nothing to learn from.
         """
         reports: list[dict[str, Tensor]] = []
-        for part in self._minibatches(prompts, bool(coefficients.policy)):
+        for chosen in self._minibatches(prompts, bool(coefficients.policy)):
+            part = minibatch.of(chosen)
+            if not any_of(bool(self._weights(part, coefficients))):
+                return {}
             with backbone.generator():
-                terms, metrics = self.losses(backbone, minibatch.of(part), coefficients, model)
-                if not any_of(bool(terms)):
-                    return {}
-                reports.append(metrics)
-                moved = metrics.get("policy/approx_kl", torch.zeros(()))
-                if any_of(bool(moved > self.policy_loss.target_kl)):
+                reports.append(self._backward(backbone, part, coefficients, model, optimization))
+                if "loss/generator" not in reports[-1]:
                     break
-                terms = terms or {"nothing": 0 * backbone.parameters_of(GENERATOR)[0].sum()}  # others have some
-                optimize(terms)
-                metrics["loss/generator"] = torch.stack(list(terms.values())).sum()
+                optimization.step(GENERATOR)
         metrics = {name: torch.stack([m[name] for m in reports if name in m]).mean() for m in reports for name in m}
         if coefficients.policy and self.updates_per_step > 1:
             metrics["policy/updates"] = torch.tensor(float(sum("loss/generator" in m for m in reports)))
-            metrics["policy/approx_kl"] = reports[-1]["policy/approx_kl"]
-        return {name: value.detach() for name, value in metrics.items()}
+            metrics[APPROX_KL] = reports[-1][APPROX_KL]
+        return metrics
+
+    def _backward(
+        self,
+        backbone: Backbone,
+        minibatch: Minibatch,
+        coefficients: CoefficientState,
+        model: DiscriminatorModel,
+        optimization: Optimization,
+    ) -> dict[str, Tensor]:
+        """The gradient of one optimizer step, in one or several passes.
+
+        Returns:
+            Metrics; without "loss/generator" the policy has moved too far for another step, and there is no gradient.
+        """
+        weights, counts = self._weights(minibatch, coefficients), self._counts(minibatch)
+        share = dict(zip(counts, shares(*counts.values()), strict=True))
+        passes = optimization.micro_batches(len(minibatch.batch))
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        for number, prompts in enumerate(passes, 1):
+            part = minibatch.of(prompts)
+            found = self.losses(backbone, part, coefficients, model)
+            portion = {name: n / counts[name] if counts[name] else 1.0 for name, n in self._counts(part).items()}
+            for metric, value in _weighted_metrics(found, portion).items():
+                metrics[metric] = metrics.get(metric, 0) + value
+            moved = metrics.get(APPROX_KL, torch.zeros(()))
+            if number == len(passes) and any_of(bool(moved > self.policy_loss.target_kl)):
+                optimization.discard(GENERATOR)
+                return metrics
+            weighted = {name: weights[name] * (share[name] * portion[name]) * term.loss for name, term in found.items()}
+            losses.append(optimization.backward(GENERATOR, weighted))
+        return {**metrics, "loss/generator": torch.stack(losses).sum()}
 
     def losses(
         self, backbone: Backbone, minibatch: Minibatch, coefficients: CoefficientState, model: DiscriminatorModel
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weighted terms of the loss, with gradient, and metrics about them; in the generator's mode."""
-        weights, share = self._weights(minibatch, coefficients), self._shares(minibatch)
-        batch, rollout = minibatch.batch, minibatch.rollout
+    ) -> dict[str, LossTerm]:
+        """The losses that count, before their weights, from one pass in the generator's mode; none without prompts."""
+        weights, batch, rollout = self._weights(minibatch, coefficients), minibatch.batch, minibatch.rollout
+        if not weights or not len(batch):
+            return {}
         branches: dict[str, list[list[Tensor]]] = {}
         if weights.keys() - {"supervised"}:
             branches[SAMPLED] = rollout.by_prompt(len(batch))
         if "supervised" in weights:
             branches[TARGET] = batch.targets_by_prompt
-        if not branches:
-            return {}, {}
         predicted = backbone.predict(grow_scored(batch.prompt_ids, branches), self.temperature)
-        terms = {name: loss(predicted, minibatch) for name, loss in self._losses.items() if name in weights}
+        terms = {name: self._losses[name](predicted, minibatch) for name in weights if name != "coupled"}
         if "coupled" in weights:
             coupled = self.straight_through(backbone, model, predicted[SAMPLED], rollout, batch)
             terms["coupled"] = LossTerm(coupled, {})
-        metrics = {name: value for term in terms.values() for name, value in term.metrics.items()}
-        metrics |= {f"loss/{name}": term.loss.detach() for name, term in terms.items()}
-        return {name: weight * share[name] * terms[name].loss for name, weight in weights.items()}, metrics
+        return terms
 
     def _weights(self, minibatch: Minibatch, coefficients: CoefficientState) -> dict[str, Tensor]:
         """The weights of the losses that count in this step."""
@@ -163,12 +191,15 @@ class Generator(nn.Module):
             del weights["value"]
         return {name: weight for name, weight in weights.items() if weight}
 
-    def _shares(self, minibatch: Minibatch) -> dict[str, float]:
-        """By loss, the factor that makes the mean of all processes' gradients the mean over all of their tokens."""
+    def _counts(self, minibatch: Minibatch) -> dict[str, int]:
+        """How many tokens, or completions, each loss is the mean of, and the metric for which it is another number.
+
+        They weight the means of several passes and processes, so that together they are the mean of all.
+        """
         batch, rollout = minibatch.batch, minibatch.rollout
-        wanted = sum(len(batch.target_ids[b]) for b in batch.with_target)
-        target, sampled, completions = shares(wanted, int(self._counted(rollout).mask.sum()), len(rollout))
-        return dict.fromkeys(self._losses, sampled) | {"supervised": target, "coupled": completions}
+        counts = dict.fromkeys(self._losses, int(self._counted(rollout).mask.sum()))
+        counts["supervised"] = sum(len(batch.target_ids[b]) for b in batch.with_target)
+        return {**counts, "coupled": len(rollout), APPROX_KL: int(rollout.mask.sum())}
 
     def _supervised_loss(self, predicted: Mapping[str, Predicted], minibatch: Minibatch) -> LossTerm:
         target = predicted[TARGET]
@@ -177,7 +208,7 @@ class Generator(nn.Module):
     def _policy_loss(self, predicted: Mapping[str, Predicted], minibatch: Minibatch) -> LossTerm:
         logprobs = predicted[SAMPLED].logprobs
         policy = self.policy_loss(logprobs, self._counted(minibatch.rollout), minibatch.advantages)
-        return LossTerm(policy.loss, {**policy.metrics, "policy/approx_kl": approx_kl(logprobs, minibatch.rollout)})
+        return LossTerm(policy.loss, {**policy.metrics, APPROX_KL: approx_kl(logprobs, minibatch.rollout)})
 
     def _value_loss(self, predicted: Mapping[str, Predicted], minibatch: Minibatch) -> LossTerm:
         values = self._value(predicted[SAMPLED].states)
@@ -214,6 +245,15 @@ class Generator(nn.Module):
             else:
                 order = torch.randperm(len(prompts)).tensor_split(min(parts, len(prompts)))
                 yield from ([prompts[i] for i in part.tolist()] for part in order)
+
+
+def _weighted_metrics(terms: Mapping[str, LossTerm], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """What the losses of a pass report, times the weight of the metric or else of the loss."""
+    metrics = {}
+    for name, term in terms.items():
+        for metric, value in {**term.metrics, f"loss/{name}": term.loss}.items():
+            metrics[metric] = weights.get(metric, weights[name]) * value.detach()
+    return metrics
 
 
 def easiest(returns: Tensor, share: float) -> list[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,93 +15,137 @@ import torch
 import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings
-from lora_gan.checkpointing.files import read_checkpoint
-from lora_gan.data.templates import as_chat, default_template
-from lora_gan.data.tokenizer import prompt_ids
+from lora_gan.atomic import atomic_file
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, adapter_of
+from lora_gan.checkpointing.files import LAST, intact_checkpoint, read_checkpoint
+from lora_gan.checkpointing.state import CHECKPOINT_VERSION, vocabulary_of
+from lora_gan.data.dialogues import dialogue
+from lora_gan.data.files import FORMATS, Row, clean, read_lines, read_rows
+from lora_gan.data.templates import PromptFormat
+from lora_gan.data.tokenizer import encode_prompts
 from lora_gan.errors import LoraGANError
-from lora_gan.sampling import Sampling, eos_ids, sample
+from lora_gan.sampling import Sampling, end_turns, eos_ids, sample
 from lora_gan.tree import grow
 from lora_gan.types import Example, Message
 
-TEMPLATE = default_template("{prompt}")
+log = logging.getLogger("lora_gan")
+
+RUNS = "lightning_logs"  # where runs lie by default
 # the only discriminator that needs nothing but the backbone to score
 SCORED_BY = {
     "class": "AdapterDiscriminator",
     "input_format": "PromptAndCompletion",
 }
+COMMANDS = """/reset forgets the conversation
+/base switches between the trained generator and its base
+/temperature 0.7 samples at this temperature; 0 takes the most likely token each time
+/quit ends the chat, as an empty line does"""
+
+
+# a saved run
 
 
 @dataclass(frozen=True)
 class Saved:
     """A loaded checkpoint, with the configuration and the test table of its run."""
 
+    path: Path  # of the checkpoint
+    step: int  # training steps that its weights have learned in
     backbone: Backbone
     base: str
-    model: dict[str, str]  # class and input format of the discriminator
-    config: dict[str, Any]  # configuration of the run; empty if its file is missing
+    model: Mapping[str, str]  # class and input format of the discriminator
+    prompts: PromptFormat
+    sampling: Sampling
+    config: Mapping[str, Any]  # configuration of the run; empty if its file is missing
     held_out: str  # table of the test; empty if there was no test
 
     @property
     def scores(self) -> bool:
         """Whether the discriminator can score completions here."""
-        return self.model == SCORED_BY
+        return not self.no_scores
+
+    @property
+    def no_scores(self) -> str:
+        """Why the discriminator cannot score completions here; empty if it can."""
+        if self.model != SCORED_BY:
+            model = "{class} that reads {input_format}".format(**self.model)
+            return f"the discriminator of this run is a {model}; use predict for completions with rewards"
+        return "" if _has_learned(self.backbone) else "the discriminator of this run has never been trained"
 
     def settings(self, part: str) -> dict[str, Any]:
         """The arguments of the run's ``model`` or ``data``; empty if the configuration is missing."""
         found: dict[str, Any] = (self.config.get(part) or {}).get("init_args") or {}
         return found
 
-    def prompt(self, question: str, template: str | None = None) -> Tensor:
-        """Token ids (P,) of a question, in the chat template if the run was trained with it, else in ``TEMPLATE``.
-
-        Args:
-            question: The question.
-            template: Format to use instead; {prompt} stands for the question.
+    def question(self, text: str, template: str | None = None) -> Example:
+        """A question as an example of the run, or in a template of its own, where {prompt} stands for the question.
 
         Raises:
-            LoraGANError: The template does not contain {prompt}.
+            LoraGANError: The template does not contain {prompt}, or that of the run has several fields.
         """
-        if template is None and self.settings("data").get("chat"):
-            text = as_chat(self.backbone.tokenizer, self._asked(question), self.settings("data").get("system")).prompt
-        else:
-            text = _filled(TEMPLATE if template is None else template, question)
-        return torch.tensor(prompt_ids(self.backbone.tokenizer, text), device=self.backbone.device)
+        if template is None:
+            return self.prompts.asked(clean(text))
+        if "{prompt}" not in template:
+            raise LoraGANError(
+                f"the template {template!r} does not contain {{prompt}}; write {{prompt}} where the question belongs"
+            )
+        return Example(template.replace("{prompt}", text), "")
 
-    def _asked(self, question: str) -> Example:
-        """A question as a dialogue, after the system message of the data source, if it has one."""
-        source = (self.settings("data").get("source") or {}).get("init_args") or {}
-        system = [Message("system", source["instruction"])] if "instruction" in source else []
-        return Example(question, "", messages=(*system, Message("user", question)))
+    def prompt(self, example: Example) -> Tensor:
+        """Token ids (P,) of the prompt of an example, written as in training.
+
+        Raises:
+            LoraGANError: The prompt is empty, or the chat template cannot write it.
+        """
+        tokenizer = self.backbone.tokenizer
+        written = self.prompts.write(tokenizer, example) if example.messages else example
+        ids = encode_prompts(tokenizer, [written])[0]
+        if not ids:
+            raise LoraGANError("the prompt is empty, so there is nothing to complete; write at least one character")
+        return torch.tensor(ids, device=self.backbone.device)
 
 
-def load_saved(ckpt_path: str) -> Saved:
+def load_saved(ckpt_path: str, base: str | None = None) -> Saved:
     """Load a checkpoint: base, both adapters and the discriminator's head.
 
+    Args:
+        ckpt_path: Its path, or "last" for the newest in ``lightning_logs``.
+        base: Where its base is now, if it has moved.
+
     Raises:
-        LoraGANError: There is no such file, it is damaged, or it was not written by lora-gan.
+        LoraGANError: There is no such file, it is damaged or was not written by this lora-gan, or its base is missing
+            or another one than in training.
     """
-    checkpoint = read_checkpoint(ckpt_path)
+    path = _newest() if ckpt_path == "last" else Path(ckpt_path)
+    checkpoint = read_checkpoint(path)
     described = checkpoint.get("lora_gan")
     if described is None:
-        raise LoraGANError(f"{ckpt_path} was not written by lora-gan")
-    lora = {role: LoraSettings(**described["lora"][role]) for role in (GENERATOR, DISCRIMINATOR)}
-    backbone = Backbone(described["base"], lora[GENERATOR], lora[DISCRIMINATOR], BackboneSettings(described["dtype"]))
+        raise LoraGANError(f"{path} was not written by lora-gan")
+    if described["version"] != CHECKPOINT_VERSION:
+        raise LoraGANError(
+            f"{path} has format version {described['version']}, this lora-gan reads {CHECKPOINT_VERSION}; use the "
+            "lora-gan that wrote it"
+        )
+    backbone = _load_base(described, base)
     prefix = "backbone."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     backbone.load_state_dict(weights, strict=False)
     if torch.cuda.is_available():
         backbone.to("cuda")
-    run = Path(ckpt_path).absolute().parents[1]
-    config, held_out = run / "config.yaml", run / "held_out.md"
+    prompts = PromptFormat(**described["prompts"] | {"templates": tuple(described["prompts"]["templates"])})
+    end_turns(backbone, prompts)
+    config, held_out = _beside(path)
     return Saved(
+        path,
+        checkpoint["global_step"],
         backbone,
-        described["base"],
+        base or described["base"],
         described["model"],
-        yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
-        held_out.read_text(encoding="utf-8").strip() if held_out.is_file() else "",
+        prompts,
+        Sampling(**described["sampling"]),
+        config,
+        held_out,
     )
 
 
@@ -108,8 +154,64 @@ def load_backbone(ckpt_path: str) -> Backbone:
     return load_saved(ckpt_path).backbone
 
 
+def _newest() -> Path:
+    """The newest checkpoint of the run that wrote one last."""
+    written = sorted(Path(RUNS).glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not written:
+        raise LoraGANError(f"no run with a checkpoint in {Path(RUNS).absolute()}; give the checkpoint's path")
+    newest = intact_checkpoint(written[-1].with_name(LAST))
+    log.info("checkpoint: %s", newest)
+    return newest
+
+
+def _load_base(described: Mapping[str, Any], moved: str | None) -> Backbone:
+    """The base of a checkpoint with new adapters, once it is known to be the same."""
+    name = moved or described["base"]
+    lora = {role: LoraSettings(**described["lora"][role]) for role in (GENERATOR, DISCRIMINATOR)}
+    try:
+        backbone = Backbone(name, lora[GENERATOR], lora[DISCRIMINATOR], BackboneSettings(described["dtype"]))
+    except LoraGANError as error:
+        if moved:
+            raise
+        raise LoraGANError(
+            f"the base of the checkpoint, {name!r}, cannot be loaded (working directory {Path.cwd()}): {error}\n"
+            "If it has moved, say where it is now with --base"
+        ) from error
+    there, here = described["fingerprint"], backbone.fingerprint
+    weights_differ = there["format"] == here["format"] and there["weights"] != here["weights"]
+    if weights_differ or described["vocabulary"] != vocabulary_of(backbone):
+        raise LoraGANError(
+            f"{name!r} has other {'weights' if weights_differ else 'tokens'} than the base of the checkpoint's run, "
+            f"{described['base']!r}; say where that base is with --base, or train again on this one"
+        )
+    return backbone
+
+
+def _beside(path: Path) -> tuple[dict[str, Any], str]:
+    """The configuration of the run and its test table, where the checkpoint is still in the folder of its run."""
+    config, held_out = (path.absolute().parents[1] / name for name in ("config.yaml", "held_out.md"))
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    ours = isinstance(settings, dict) and all(isinstance(settings.get(part), dict) for part in ("model", "data"))
+    if not ours:  # another program's, or none
+        return {}, ""
+    return settings, held_out.read_text(encoding="utf-8").strip() if held_out.is_file() else ""
+
+
+def _has_learned(backbone: Backbone) -> bool:
+    """Whether the discriminator's adapter changes the base: one of its two matrices is 0 until the first update."""
+    adapter = {n: p for n, p in backbone.lm.named_parameters() if adapter_of(n) == DISCRIMINATOR}
+    return any(bool(p.any()) for name, p in adapter.items() if "lora_B" in name or "lora_embedding_A" in name)
+
+
+# chat
+
+
 def chat(
     ckpt_path: str,
+    base: str | None = None,
     template: str | None = None,
     compare: bool = False,
     max_new_tokens: int = 64,
@@ -118,81 +220,94 @@ def chat(
 ) -> None:
     """Chat with the generator; an empty line ends it. The discriminator's score follows each completion.
 
+    Prompts are written as in training. A question continues the conversation if the run was trained with a chat
+    template or on dialogues. Instead of a question, /reset, /base, /temperature 0.7 and /quit are commands.
+
     Args:
-        ckpt_path: Checkpoint of a run.
-        template: Format of a prompt; {prompt} stands for the question. By default the tokenizer's chat template if the
-            run was trained with it (data.chat), else "### Prompt: … ### Response:".
+        ckpt_path: Checkpoint of a run, or "last" for the newest one in lightning_logs.
+        base: Folder or hub id of the base, if it has moved since the training.
+        template: Format of a prompt instead of that of the run; {prompt} stands for the question.
         compare: Show the completion of the base as well.
         max_new_tokens: Length limit of a completion.
         temperature: Divides the logits when sampling.
         do_sample: Sample tokens instead of taking the most likely ones.
     """
-    saved = load_saved(ckpt_path)
-    backbone = saved.backbone
     how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, do_sample=do_sample)
-    if not saved.scores:
-        model = "{class} that reads {input_format}".format(**saved.model)
-        print(
-            f"no scores: the discriminator of this run is a {model}; use predict for completions with rewards",
-            flush=True,
-        )
-    modes: dict[str, Callable[[], AbstractContextManager[None]]] = {"generator": backbone.generator}
-    if compare:
-        modes = {"base": backbone.reference, **modes}
-    while question := _read():
-        prompt = saved.prompt(question, template)
-        for name, mode in modes.items():
-            print(f"{name:<11}" if compare else "", end="", flush=True)
-            with mode():
-                completion = _stream(backbone, prompt, how)
-            score = f"   (discriminator {score_of(backbone, prompt, completion):.2f})" if saved.scores else ""
+    session = _Session(load_saved(ckpt_path, base), how, template, compare)
+    print(session.opening(), flush=True)
+    while (line := _read()) and session.take(line):
+        pass
+
+
+class _Session:
+    """A chat: settings that commands change, and the conversation with each of the models that answer."""
+
+    def __init__(self, saved: Saved, how: Sampling, template: str | None, compare: bool) -> None:
+        self.saved, self.how, self.template = saved, how, template
+        self.models = ["base", "generator"] if compare else ["generator"]
+        self.keeps = template is None and saved.prompts.keeps_dialogue
+        self.turns: dict[str, list[Message]] = {"base": [], "generator": []}
+
+    def opening(self) -> str:
+        """What a user has to know at the start."""
+        kept = "the conversation is kept" if self.keeps else "each question is asked alone, as in training"
+        scores = [f"no scores: {self.saved.no_scores}"] * (not self.saved.scores)
+        return "\n".join([f"{kept}; /reset, /base, /temperature, /quit", *scores])
+
+    def take(self, line: str) -> bool:
+        """Answer a question or obey a command; False ends the chat."""
+        name, _, value = line.partition(" ")
+        if name == "/quit":
+            return False
+        if name == "/reset":
+            self._reset()
+        elif name == "/base":
+            self.models = ["generator"] if self.models == ["base"] else ["base"]
+            print(f"now the {self.models[0]} answers")
+        elif name == "/temperature":
+            self._set_temperature(value)
+        elif name.startswith("/") and name[1:].isalpha() and not value:
+            print(COMMANDS)
+        else:
+            self._answer(line)
+        return True
+
+    def _reset(self) -> None:
+        for turns in self.turns.values():
+            turns.clear()
+        print("a new conversation")
+
+    def _set_temperature(self, value: str) -> None:
+        try:
+            given = float(value)
+            self.how = replace(self.how, temperature=given or 1.0, do_sample=given != 0)
+        except (ValueError, LoraGANError) as error:
+            print(f"/temperature takes a number from 0, such as /temperature 0.7 ({error})")
+
+    def _answer(self, question: str) -> None:
+        backbone = self.saved.backbone
+        modes: dict[str, Callable[[], AbstractContextManager[None]]]
+        modes = {"base": backbone.reference, "generator": backbone.generator}
+        for name in self.models:
+            print(f"{name:<11}" if len(self.models) > 1 else "", end="", flush=True)
+            asked = self.saved.question(question, self.template)
+            prompt = self._prompt(self.turns[name], asked)
+            with modes[name]():
+                completion, text = _stream(backbone, prompt, self.how)
+            score = f"   (discriminator {score_of(backbone, prompt, completion):.2f})" if self.saved.scores else ""
             print(score, flush=True)
+            if self.keeps:
+                self.turns[name] += [*asked.messages[-1:], Message("assistant", clean(text))]
 
-
-def generate(
-    ckpt_path: str,
-    input: str,
-    output: str = "completions.jsonl",
-    template: str | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    do_sample: bool = False,
-    seed: int = 0,
-) -> None:
-    """Complete the prompts of a file; write JSON lines of prompt, completion and the discriminator's score.
-
-    Args:
-        ckpt_path: Checkpoint of a run.
-        input: Text file with a prompt on each line, or .jsonl file whose rows have a "prompt"; other fields are kept.
-        output: File to write.
-        template: Format of a prompt, with the default of chat; "{prompt}" leaves the prompts unchanged.
-        batch_size: Prompts completed at once.
-        max_new_tokens: Length limit of a completion.
-        temperature: Divides the logits when sampling.
-        top_p: Draw from the smallest set of tokens with at least this mass.
-        do_sample: Sample tokens instead of taking the most likely ones.
-        seed: Seed of the sampling.
-    """
-    rows = _rows(Path(input))
-    if batch_size < 1:
-        raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
-    how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, do_sample=do_sample)
-    saved = load_saved(ckpt_path)
-    backbone = saved.backbone
-    torch.manual_seed(seed)
-    with Path(output).open("w", encoding="utf-8") as stream:
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            prompts = [saved.prompt(row["prompt"], template) for row in part]
-            with backbone.generator():
-                rollout = sample(backbone, prompts, 1, how)
-            for row, prompt, text, ids in zip(part, prompts, rollout.texts, rollout.completion_ids, strict=True):
-                score = {"score": score_of(backbone, prompt, ids)} if saved.scores else {}
-                stream.write(json.dumps({**row, "completion": text, **score}, ensure_ascii=False) + "\n")
-            stream.flush()
-    print(f"{len(rows)} completions written to {output}")
+    def _prompt(self, turns: list[Message], asked: Example) -> Tensor:
+        """The question after as many of the turns as fit into the context; the others are forgotten."""
+        while True:
+            example = self.saved.prompts.dialogue([*turns, *asked.messages]) if turns else asked
+            prompt = self.saved.prompt(example)
+            if not turns or len(prompt) + self.how.max_new_tokens <= self.saved.backbone.context_length:
+                return prompt
+            del turns[:2]
+            print("(the oldest turns no longer fit into the context and are forgotten)")
 
 
 @torch.no_grad()
@@ -206,55 +321,28 @@ def score_of(backbone: Backbone, prompt: Tensor, completion: Tensor) -> float:
         return float(backbone.score_branches(grow([prompt], {"completion": [[ended]]}))["completion"][0, 0])
 
 
-def _filled(template: str, question: str) -> str:
-    if "{prompt}" not in template:
-        raise LoraGANError(
-            f"the template {template!r} does not contain {{prompt}}; write {{prompt}} where the question belongs"
-        )
-    return template.replace("{prompt}", question)
+def _stream(backbone: Backbone, prompt: Tensor, how: Sampling) -> tuple[Tensor, str]:
+    """Generate a completion in the active mode and print it token by token; returns its ids (T,) and its text."""
+    printer = _Printer(backbone.tokenizer)
+    rollout = sample(backbone, [prompt], 1, how, on_tokens=printer.put)
+    printer.end()
+    return rollout.completion_ids[0], rollout.texts[0]
 
 
-def _stream(backbone: Backbone, prompt: Tensor, how: Sampling) -> Tensor:
-    """Generate a completion in the active mode and print it token by token; returns its ids (T,)."""
-    if len(prompt) + how.max_new_tokens > backbone.context_length:
-        raise LoraGANError(
-            f"the prompt has {len(prompt)} tokens; with max_new_tokens {how.max_new_tokens} that is more than the "
-            f"model's context of {backbone.context_length}: lower max_new_tokens or shorten the prompt"
-        )
-    ends = eos_ids(backbone)
-    drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.do_sample else {}
-    with torch.no_grad():
-        ids: Tensor = backbone.causal_lm.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt)[None],
-            max_new_tokens=how.max_new_tokens,
-            do_sample=how.do_sample,
-            repetition_penalty=1.0,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-            streamer=_Printer(backbone.tokenizer),
-            **drawn,
-        )
-    return ids[0, len(prompt) :]
-
-
-class _Printer(BaseStreamer):  # type: ignore[misc]
+class _Printer:
     """Prints the text that each token adds, as soon as its characters are complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] | None = None  # None: the first call passes the prompt
+        self.ids: list[int] = []
         self.shown = 0
 
-    def put(self, value: Tensor) -> None:
-        if self.ids is None:
-            self.ids = []
-            return
-        self.ids += value.flatten().tolist()
+    def put(self, tokens: Tensor) -> None:
+        self.ids += tokens.tolist()
         self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True), "\ufffd")
 
     def end(self) -> None:
-        self._show(self.tokenizer.decode(self.ids or [], skip_special_tokens=True))
+        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True))
 
     def _show(self, text: str, *waits: str) -> None:
         if not text.endswith(waits):
@@ -269,27 +357,150 @@ def _read() -> str:
         return ""
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+# completions to a file
+
+
+def generate(
+    ckpt_path: str,
+    input: str,
+    output: str = "completions.jsonl",
+    base: str | None = None,
+    template: str | None = None,
+    output_key: str = "completion",
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    do_sample: bool = False,
+    seed: int = 0,
+) -> None:
+    """Complete the prompts of a file; write JSON lines of the rows with the completion and the discriminator's score.
+
+    Prompts are written as in training. The output may be the input: it is replaced once all is written.
+
+    Args:
+        ckpt_path: Checkpoint of a run, or "last" for the newest one in lightning_logs.
+        input: Text file with a prompt on each line, or .jsonl, .json, .csv, .tsv or .parquet file whose rows have a
+            "prompt", "messages", "conversations", "instruction" and "input", or the fields of the run's own template; a
+            reply at the end of a dialogue is not read.
+        output: File to write.
+        base: Folder or hub id of the base, if it has moved since the training.
+        template: Format of a prompt instead of that of the run; "{prompt}" leaves the prompts unchanged.
+        output_key: Field for the completion; the score is in "score", or in "<output_key>_score" for another field.
+        batch_size: Prompts completed at once.
+        max_new_tokens: Length limit of a completion.
+        temperature: Divides the logits when sampling.
+        top_p: Draw from the smallest set of tokens with at least this mass.
+        do_sample: Sample tokens instead of taking the most likely ones.
+        seed: Seed of the sampling.
+    """
+    if batch_size < 1:
+        raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
+    how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, do_sample=do_sample)
+    rows = _rows(Path(input))
+    keys = (output_key, "score" if output_key == "completion" else f"{output_key}_score")
+    _check_keys(rows, keys[:1])
+    _check_writable(Path(output))
+    saved = load_saved(ckpt_path, base)
+    _check_keys(rows, keys if saved.scores else keys[:1])
+    prompts = [_row_prompt(saved, row, template) for row in rows]
+    _check_lengths(saved.backbone, rows, prompts, how)
+    torch.manual_seed(seed)
+    with atomic_file(Path(output)) as draft, draft.open("w", encoding="utf-8") as stream:
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            for row, made in zip(rows[part], _completed(saved, prompts[part], how), strict=True):
+                named = dict(zip(keys, made, strict=False))
+                stream.write(json.dumps({**row.values, **named}, ensure_ascii=False, default=str) + "\n")
+    print(f"{len(rows)} completions written to {output}")
+
+
+def _completed(saved: Saved, prompts: Sequence[Tensor], how: Sampling) -> list[tuple[str, float] | tuple[str]]:
+    """A completion to each prompt, with its score if the discriminator can give one."""
+    with saved.backbone.generator():
+        rollout = sample(saved.backbone, prompts, 1, how)
+    if not saved.scores:
+        return [(text,) for text in rollout.texts]
+    made = zip(rollout.texts, prompts, rollout.completion_ids, strict=True)
+    return [(text, score_of(saved.backbone, prompt, ids)) for text, prompt, ids in made]
+
+
+def _rows(path: Path) -> list[Row]:
     """The rows of a file of prompts."""
     if not path.is_file():
         raise LoraGANError(f"no file {path}; give a text file with a prompt on each line, or a .jsonl file")
-    rows = list(_read_rows(path))
+    if path.name.removesuffix(".gz").endswith(FORMATS):
+        rows = list(read_rows(str(path)))
+    else:
+        lines = enumerate(read_lines(path), start=1)
+        rows = [Row({"prompt": line}, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not rows:
         raise LoraGANError(f"{path} contains no prompts; write one on each line")
     return rows
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            yield {"prompt": line}
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise LoraGANError(f"{path}, line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise LoraGANError(f'{path}, line {number} has no "prompt"; each row looks like {{"prompt": "…"}}')
-        yield row
+def _row_prompt(saved: Saved, row: Row, template: str | None) -> Tensor:
+    """Token ids (P,) of the prompt of a row."""
+    try:
+        if template is None:
+            values = {name: clean(value) if isinstance(value, str) else value for name, value in row.values.items()}
+            return saved.prompt(saved.prompts.row(values) or saved.prompts.dialogue(_asked(row)))
+        prompt = row.values.get("prompt")
+        if not isinstance(prompt, str):
+            raise LoraGANError('there is no text in "prompt" to put into the template; leave out --template')
+        return saved.prompt(saved.question(prompt, template))
+    except LoraGANError as error:
+        raise error if row.where in str(error) else LoraGANError(f"{row.where}: {error}") from error
+
+
+def _asked(row: Row) -> list[Message]:
+    """The dialogue of a row up to the last question."""
+    field = next((name for name in ("prompt", "messages", "conversations", "conversation") if name in row.values), None)
+    if field is not None and isinstance(row.values[field], str):
+        system = row.text("system", default="")
+        return [Message("system", system)] * bool(system) + [Message("user", row.text(field))]
+    if field is None and "instruction" in row.values:
+        said = [row.text("instruction"), row.text("input", default="")]
+        return [Message("user", "\n\n".join(filter(None, said)))]
+    turns = dialogue(row, None, field) if field is not None else []
+    while turns and turns[-1].role != "user":
+        turns.pop()
+    if not turns:
+        raise LoraGANError(
+            f'{row.where} has no "prompt"; each row looks like {{"prompt": "…"}} or '
+            '{"messages": [{"role": "user", "content": "…"}]}'
+        )
+    return turns
+
+
+def _check_keys(rows: Sequence[Row], keys: Sequence[str]) -> None:
+    """Refuse to write over what the rows hold."""
+    for key in keys:
+        if taken := next((row.where for row in rows if key in row.values), None):
+            raise LoraGANError(
+                f"{taken} has a field {key!r}, which would be overwritten; choose a new name with --output_key"
+            )
+
+
+def _check_writable(output: Path) -> None:
+    """Make the folder of the output, and check that a file can be written there."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+        if output.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise LoraGANError(f"cannot write {output}: {error}; choose another file with --output") from error
+
+
+def _check_lengths(backbone: Backbone, rows: Sequence[Row], prompts: Sequence[Tensor], how: Sampling) -> None:
+    """Find prompts that leave no room for a completion before the first is generated."""
+    room = backbone.context_length - how.max_new_tokens
+    long = [(row.where, len(prompt)) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) > room]
+    if long:
+        where, length = long[0]
+        raise LoraGANError(
+            f"{len(long)} prompts are too long: that of {where} has {length} tokens; with max_new_tokens "
+            f"{how.max_new_tokens} that is more than the model's context of {backbone.context_length}: lower "
+            "max_new_tokens or shorten the prompts"
+        )

@@ -15,12 +15,13 @@ import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from lora_gan.errors import LoraGANError
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
-    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Module = TypeVar("Module", bound=nn.Module)
@@ -45,7 +46,7 @@ def overrides(base: type) -> Callable[[Function], Function]:
     """Mark a method that replaces a private one of ``base``; it must exist there, or the override is never called.
 
     Used for ``LightningCLI._parse_ckpt_path``, which lets the settings that a checkpoint holds override those given,
-    ``LightningCLI._run_subcommand``, and the methods of a layer of transformers' key-value cache.
+    and for the methods of a layer of transformers' key-value cache.
 
     Raises:
         LoraGANError: While the class is made, if ``base`` has no method of this name.
@@ -107,6 +108,17 @@ def validates_after_this_batch(trainer: L.Trainer) -> bool:
     return loop._should_check_val_fx(fetcher)
 
 
+def validate_now(trainer: L.Trainer) -> None:
+    """Run a validation at the start of a fit, before the first step; nothing where the fit has no validation."""
+    loop = trainer.fit_loop.epoch_loop
+    _require(loop, "val_loop")
+    if not trainer.enable_validation:
+        return
+    trainer.validating = True
+    loop.val_loop.run()
+    trainer.training = True
+
+
 def is_last_batch(trainer: L.Trainer) -> bool:
     """Whether this training batch is the last one of its epoch, as far as the data loader knows."""
     loop = trainer.fit_loop.epoch_loop
@@ -121,12 +133,35 @@ def is_fitting(module: L.LightningModule) -> bool:
     return module._trainer is not None and module._trainer.state.fn == TrainerFn.FITTING
 
 
+def refuse_half_precision_weights(trainer: L.Trainer) -> None:
+    """Refuse the precisions that convert all weights: adapters and heads learn in float32.
+
+    Raises:
+        LoraGANError: ``trainer.precision`` is such a one.
+    """
+    if str(trainer.precision) in ("bf16-true", "16-true"):
+        raise LoraGANError(
+            f"trainer.precision {trainer.precision} would convert the adapters, too, whose updates are too small for "
+            "16 bits; set model.backbone.dtype: bfloat16 for the frozen base, and trainer.precision to 32-true or "
+            "bf16-mixed"
+        )
+
+
 def share_of_process(trainer: L.Trainer | None) -> dict[str, int]:
     """Number of processes and index of this one, as Lightning passes them to a sampler."""
     if trainer is None:
         return {"num_replicas": 1, "rank": 0}
     _require(trainer, "distributed_sampler_kwargs")
     return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+
+
+# schedules
+
+
+def last_of_sequence(scheduler: SequentialLR) -> tuple[int, LRScheduler]:
+    """The last schedule of a sequence, and the step at which it begins."""
+    _require(scheduler, "_milestones", "_schedulers")
+    return scheduler._milestones[-1], scheduler._schedulers[-1]
 
 
 # the command line and the logger
@@ -138,12 +173,18 @@ def subcommand_setting(cli: LightningCLI, name: str) -> Any:
     return cli._get(cli.config, name)
 
 
-def continue_in_folder(logger: TensorBoardLogger, name: str) -> None:
-    """Write to the subfolder of an earlier run; Lightning fixes a logger's version when it is created."""
+def has_version(logger: TensorBoardLogger | CSVLogger) -> bool:
+    """Whether the logger's subfolder is settled; asking for ``logger.version`` would settle it."""
     _require(logger, "_version")
-    logger._version = name
-    if logger.version != name:
-        raise _changed(logger, f"writes to {logger.version} and not to the resumed run's {name}")
+    return logger._version is not None
+
+
+def set_version(logger: TensorBoardLogger | CSVLogger, version: int | str) -> None:
+    """Write to this subfolder, ``version_<n>`` for a number; Lightning offers it only when a logger is created."""
+    _require(logger, "_version")
+    logger._version = version
+    if logger.version != version:
+        raise _changed(logger, f"writes to {logger.version} and not to the run's folder {version}")
 
 
 # modules

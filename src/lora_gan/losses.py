@@ -14,7 +14,7 @@ from lora_gan.types import Advantages, LossTerm, Rollout
 
 
 class PolicyLoss(ABC):
-    """Raises the probability of tokens with positive advantage.
+    """Raises the probability of tokens with positive advantage; the loss and each metric are means over the tokens.
 
     The completions of a step are used ``num_iterations`` times in ``num_minibatches`` parts, with one optimizer step
     for each part, until KL(policy that sampled‖current policy) exceeds ``target_kl``.

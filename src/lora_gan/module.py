@@ -6,10 +6,9 @@ reads them. A new variant is a new class behind a seam (reward, objective, advan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -29,6 +28,7 @@ from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import mean_of_all
 from lora_gan.errors import LoraGANError
 from lora_gan.generator import Generator, GeneratorSettings, easiest
+from lora_gan.lightning_compat import is_fitting, refuse_half_precision_weights
 from lora_gan.optimization import Optimization, OptimizationSettings
 from lora_gan.rewards import (
     AdversarialReward,
@@ -43,7 +43,7 @@ from lora_gan.rewards import (
 )
 from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
-from lora_gan.step_callback import OUTPUT
+from lora_gan.step_callback import OUTPUT, StepCallback
 from lora_gan.step_metrics import adversarial_metrics, step_metrics
 from lora_gan.tensors import masked_row_mean
 from lora_gan.tree import grow_scored
@@ -63,6 +63,7 @@ from lora_gan.types import (
 
 REFERENCES = ("base", "snapshot")
 ADVERSARIAL = "adversarial"  # the discriminator's part among the rewards
+LOGITS = 2**26  # numbers in the logits of one pass over targets
 
 
 class LoraGANModule(Checkpointed):
@@ -86,7 +87,7 @@ class LoraGANModule(Checkpointed):
         coefficients: Weights of the losses and of the adversarial reward.
         generator: The generator's losses, adapter and optimizer.
         discriminator: The discriminator's architecture, objective, adapter and optimizer.
-        optimization: Gradient clipping and accumulation.
+        optimization: Gradient clipping, and how many prompts a pass takes.
     """
 
     def __init__(
@@ -133,6 +134,8 @@ class LoraGANModule(Checkpointed):
         for role, adapter in ((GENERATOR, generator.adapter), (DISCRIMINATOR, discriminator.adapter)):
             if adapter is not None:
                 load_role(self, role, adapter)
+        start = self.backbone.parameters_of(GENERATOR) if generator.adapter is not None else []
+        self.starting_adapter = [parameter.detach().clone() for parameter in start]  # at the start of the run
         self.coefficients = CoefficientState(coefficients)
         self.frozen: frozenset[str] = frozenset()  # roles that take part and do not learn
         self._seconds: dict[str, float] = {}  # by phase of this step
@@ -151,17 +154,17 @@ class LoraGANModule(Checkpointed):
                 f"{type(self.discriminator.model).__name__} is none: set coefficients.coupled to 0, and "
                 "coefficients.adversarial to use its score as a reward"
             )
-        updates = max(self.generator.updates_per_step, self.configured_coefficients.discriminator_updates)
-        if self.optimization.settings.gradient_accumulation_steps > 1 and updates > 1:
-            raise LoraGANError(
-                "gradient_accumulation_steps > 1 makes one optimizer step of several training steps, but here a role "
-                "takes several optimizer steps in each: set num_iterations, num_minibatches and discriminator_updates "
-                "to 1, or gradient_accumulation_steps to 1"
-            )
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        refuse_half_precision_weights(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The moving-average baseline, where the advantage needs it and the trainer does not have it."""
-        given = any(isinstance(c, MovingAverageBaseline) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        """The moving-average baseline, where the advantage needs it and no callback of the trainer sets one."""
+        if is_fitting(self):
+            self.optimization.check_trainer()
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        given = any(isinstance(callback, StepCallback) and callback.sets_baseline for callback in callbacks)
         return [MovingAverageBaseline()] if self.advantage.needs_baseline and not given else []
 
     # the step
@@ -194,12 +197,14 @@ class LoraGANModule(Checkpointed):
             rewards = self.compute_rewards(rollout, scores, disc_scores, batch)
             advantages = self.compute_advantages(rollout, rewards)
             learned = self.update_generator(rollout, scores, disc_scores, advantages, batch)
+        optimized = self.optimization.metrics()
         self.optimization.step_schedulers()
         metrics = {
             **learned,
             **advantages.metrics,
             **step_metrics(rollout, scores, rewards),
             **adversarial_metrics(disc_scores, self.adversarial_reward),
+            **optimized,
             **{f"coefficient/{name}": value.clone() for name, value in self.coefficients.named_buffers()},
         }
         return StepOutput(mean_of_all(metrics), rollout, scores, disc_scores, dict(self._seconds))
@@ -248,9 +253,7 @@ class LoraGANModule(Checkpointed):
         now = self.coefficients
         learns = DISCRIMINATOR not in self.frozen
         updates = int(learns * now.discriminator_updates * now.discriminator_gate)
-        return self.discriminator.update(
-            self.backbone, batch, rollout, opponent, scores, updates, partial(self.optimization.step, DISCRIMINATOR)
-        )
+        return self.discriminator.update(self.backbone, batch, rollout, opponent, scores, updates, self.optimization)
 
     def compute_rewards(
         self, rollout: Rollout, scores: Scores, disc_scores: DiscriminatorScores | None, batch: PromptBatch
@@ -261,7 +264,9 @@ class LoraGANModule(Checkpointed):
         if now.adversarial and disc_scores is not None:
             parts[ADVERSARIAL] = self.adversarial_reward(disc_scores)
             weights[ADVERSARIAL] = float(now.adversarial * now.adversarial_scale * now.adversarial_gate)
-        total = self.aggregation(parts, weights, scores.applies, rollout.num_generations) if parts else scores.total
+        total, adversarial = self._total(parts, weights, scores, rollout.num_generations), None
+        if ADVERSARIAL in parts:
+            adversarial = total - self._total(dict(scores.parts), weights, scores, rollout.num_generations)
         total = total - self.truncated_penalty * rollout.truncated.float()
         rewards = torch.zeros_like(rollout.logprobs)
         if len(rollout):
@@ -269,7 +274,12 @@ class LoraGANModule(Checkpointed):
         if now.kl_penalty:
             rewards = rewards - now.kl_penalty * (rollout.logprobs - scores.reference_logprobs) * rollout.mask
         predicted = None if disc_scores is None else disc_scores.sampled
-        return TokenRewards(rewards, predicted, now.baseline, self.generator.values(self.backbone, rollout, batch))
+        values = self.generator.values(self.backbone, rollout, batch)
+        return TokenRewards(rewards, predicted, now.baseline, values, adversarial)
+
+    def _total(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], scores: Scores, k: int) -> Tensor:
+        """The parts in one number, (N,)."""
+        return self.aggregation(parts, weights, scores.applies, k) if parts else scores.total
 
     def compute_advantages(self, rollout: Rollout, rewards: TokenRewards) -> Advantages:
         """Advantages of the sampled tokens; none where nothing was sampled."""
@@ -290,14 +300,15 @@ class LoraGANModule(Checkpointed):
         if share < 1 and disc_scores is not None:
             prompts = easiest(disc_scores.per_prompt, share)
         minibatch = Minibatch(batch, rollout, advantages, scores.reference_logprobs)
-        model, optimize = self.discriminator.model, partial(self.optimization.step, GENERATOR)
-        return self.generator.update(self.backbone, minibatch, prompts, self.coefficients, model, optimize)
+        model, now = self.discriminator.model, self.coefficients
+        return self.generator.update(self.backbone, minibatch, prompts, now, model, self.optimization)
 
     def log_step(self, metrics: Mapping[str, Tensor]) -> None:
         """Log what a step reported, the totals in the progress bar, too."""
         shown = {name for name in metrics if name in (REWARD, "loss/generator", "loss/discriminator")}
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
+        self.log("step", float(self.trainer.global_step + 1), batch_size=1)  # where loggers put all of these
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -312,20 +323,31 @@ class LoraGANModule(Checkpointed):
         generator, discriminator = self.generator.trainable(self.backbone), self.discriminator.trainable(self.backbone)
         return self.optimization.configure({GENERATOR: generator, DISCRIMINATOR: discriminator})
 
+    def on_train_start(self) -> None:
+        self.optimization.check_schedules()
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.optimization.clip(optimizer)
+
+    def on_validation_epoch_end(self) -> None:
+        """Before checkpoints are written, so that they hold what a schedule made of the metrics."""
+        if is_fitting(self) and not self.trainer.sanity_checking:
+            self.optimization.follow_metrics(self.trainer.callback_metrics)
 
     # evaluation
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
-        """Greedy completions of the generator."""
+        """Greedy completions of the generator, and its loss on the targets."""
         with self.backbone.generator():
             return {"trained": self.complete(batch, self.greedy)}
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
-        """Base and generator side by side, and the generator once more as it samples."""
+        """Base, generator at the start if that was a saved adapter, and generator; once more as it samples."""
         with self.backbone.reference():
             outputs = {"base": self.complete(batch, self.greedy)}
+        if self.starting_adapter:
+            with self._at_start():
+                outputs["start"] = self.complete(batch, self.greedy)
         with self.backbone.generator():
             outputs["trained"] = self.complete(batch, self.greedy)
             outputs["sampled"] = self.complete(batch, self.sampling)
@@ -342,8 +364,41 @@ class LoraGANModule(Checkpointed):
         ]
 
     def complete(self, batch: PromptBatch, how: Sampling) -> EvalOutput:
-        """One completion for each prompt in the active mode, with its reward."""
+        """One completion for each prompt in the active mode, with its reward, and the likelihood of the target."""
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
         scores = self.score(rollout, batch, with_targets=False)
         perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
-        return EvalOutput(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity)
+        lengths = [len(target) for row in batch.targets_by_prompt for target in row or ((),)]
+        tokens = torch.tensor(lengths, device=self.device)
+        target = self.target_logprobs(batch)
+        return EvalOutput(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity, target, tokens)
+
+    @torch.no_grad()
+    def target_logprobs(self, batch: PromptBatch) -> Tensor:
+        """(B,) log-probability of each target, EOS included, in the active mode; 0 where there is none."""
+        total, wanted = torch.zeros(len(batch), device=self.device), batch.with_target
+        longest = max((len(batch.target_ids[b]) for b in wanted), default=1)
+        size = max(LOGITS // (longest * len(self.backbone.tokenizer)), 1)
+        for prompts in (wanted[i : i + size] for i in range(0, len(wanted), size)):
+            part = batch.of(prompts)
+            tree = grow_scored(part.prompt_ids, {TARGET: part.targets_by_prompt})
+            total[prompts] = self.backbone.logprobs(tree)[TARGET].sum(-1)
+        return total
+
+    @contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """The generator with the adapter that it started from."""
+        parameters = self.backbone.parameters_of(GENERATOR)
+        trained = [parameter.detach().clone() for parameter in parameters]
+        _copy(self.starting_adapter, parameters)
+        try:
+            with self.backbone.generator():
+                yield
+        finally:
+            _copy(trained, parameters)
+
+
+@torch.no_grad()
+def _copy(weights: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.copy_(weight)

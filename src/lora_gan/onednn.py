@@ -29,10 +29,17 @@ def packed(model: nn.Module) -> Iterator[None]:
     GPT-2's activation takes one pass over its input instead of eight. Nothing changes on other devices, under autocast,
     and if torch lacks the operators.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and _can_be_packed(m.weight)]
+    layers = [
+        m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and _is_plain(m) and _can_be_packed(m.weight)
+    ]
     activations = [m for m in model.modules() if isinstance(m, NewGELUActivation)] if layers else []
     with patched_forward(layers, _packed_product), patched_forward(activations, lambda _: _gelu):
         yield
+
+
+def _is_plain(layer: nn.Linear | Conv1D) -> bool:
+    """Whether the layer computes a product and nothing more; some routers of experts are subclasses that do."""
+    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _can_be_packed(weight: Tensor) -> bool:

@@ -1,7 +1,10 @@
-"""Manual optimization: backward, accumulation, clipping, schedules, and the count of training steps."""
+"""Manual optimization: backward passes, clipping, learning-rate schedules, and the count of training steps."""
 
 from __future__ import annotations
 
+import logging
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,12 +12,17 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau as Plateau
 
+from lora_gan.distributed import gathered
 from lora_gan.errors import LoraGANError, NonFiniteError
-from lora_gan.lightning_compat import count_one_step
+from lora_gan.lightning_compat import count_one_step, last_of_sequence
+
+log = logging.getLogger("lora_gan")
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> AdamW:
@@ -40,19 +48,122 @@ class OptimizationSettings:
 
     Args:
         max_grad_norm: Largest norm of a role's gradient; larger ones are scaled down to it.
-        gradient_accumulation_steps: Training steps whose gradients are averaged into one step of both optimizers.
+        micro_batch_size: Most prompts in one forward and backward pass; null: all of the batch. An optimizer step is
+            that of the whole batch, but takes less memory.
     """
 
     max_grad_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
+    micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_grad_norm <= 0:
             raise LoraGANError(f"max_grad_norm must be > 0, got {self.max_grad_norm}; a large one, 1e9, never clips")
-        if self.gradient_accumulation_steps < 1:
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise LoraGANError(
-                f"gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}"
+                f"micro_batch_size must be at least 1, got {self.micro_batch_size}; null is the whole batch"
             )
+
+
+class WarmupSchedule(LRScheduler, ABC):
+    """The learning rate rises linearly to the optimizer's, then falls to a floor at the end, and stays there.
+
+    Steps are those in which the role learned. A resumed run may have another end: from the step that it has reached its
+    rate follows the new schedule, but it does not rise again: it stays where it is until a longer one has fallen to it.
+
+    Args:
+        optimizer: The optimizer, at its full learning rate.
+        warmup_steps: Steps before the full rate; the first of them has 1 / (warmup_steps + 1) of it.
+        total_steps: Steps until the floor; null: all of the run, as many as ``trainer.max_steps``.
+        floor: Rate at the end, as a share of the full one.
+
+    Raises:
+        LoraGANError: The numbers do not fit together.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, floor: float = 0.0
+    ) -> None:
+        if warmup_steps < 0 or not 0 <= floor <= 1:
+            raise LoraGANError(f"need warmup_steps >= 0 and floor in [0, 1], got {warmup_steps} and {floor}")
+        if total_steps is not None and total_steps <= warmup_steps:
+            raise LoraGANError(f"total_steps must be more than warmup_steps, got {total_steps} and {warmup_steps}")
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.floor = floor
+        self.end: float = math.inf if total_steps is None else total_steps
+        self.highest = 1.0  # share of the full rate above which it does not rise again
+        super().__init__(optimizer)
+
+    @abstractmethod
+    def decayed(self, progress: float) -> float:
+        """Share of the fall that is still ahead, from 1 at progress 0 to 0 at progress 1."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rates of the optimizer's groups at this step."""
+        return [rate * self.share(self.last_epoch) for rate in self.base_lrs]
+
+    def share(self, step: int) -> float:
+        """Share of the full rate at a step."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = min(1.0, (step - self.warmup_steps) / (self.end - self.warmup_steps))
+        return min(self.highest, self.floor + (1 - self.floor) * self.decayed(progress))
+
+    def end_at(self, end: float) -> None:
+        """Move the end: that of the run, or of the settings of a resumed one.
+
+        Raises:
+            LoraGANError: There is none, it lies in the warm-up, or the rate had already fallen to 0 for good.
+        """
+        if not self.warmup_steps < end < math.inf:
+            raise LoraGANError(
+                f"{type(self).__name__} with warmup_steps: {self.warmup_steps} and total_steps: null needs a "
+                f"trainer.max_steps above it, got {end if end < math.inf else 'none'}; set it, or total_steps"
+            )
+        if end > self.end and self.last_epoch >= self.warmup_steps:
+            self._keep_low(end)
+        self.end = end
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def _keep_low(self, end: float) -> None:
+        """Before a later end: the rate stays where it is until the longer schedule has fallen to it."""
+        self.highest = self.share(self.last_epoch)
+        change = f"{type(self).__name__} ends at step {end:.0f} instead of {self.end:.0f}"
+        if self.highest == 0:
+            raise LoraGANError(
+                f"{change}, but its learning rate has already fallen to 0, so nothing would be learned: set its floor, "
+                f"the share of the full rate at which to go on, or {NEW_RUN}"
+            )
+        log.warning("%s: the learning rate does not rise above %.2g of the full one again", change, self.highest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and the end; what a resumed run may set otherwise is left out."""
+        return {name: value for name, value in super().state_dict().items() if name not in ("total_steps", "floor")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the step; the end is that of the settings or, where the schedule follows the run, of this run."""
+        end = self.end
+        super().load_state_dict(state_dict)
+        if end < math.inf:
+            self.end_at(end)
+
+
+class WarmupCosine(WarmupSchedule):
+    """Warm-up, then half a cosine (arXiv 1608.03983) down to a floor; its arguments are those of WarmupSchedule."""
+
+    def decayed(self, progress: float) -> float:
+        return (1 + math.cos(math.pi * progress)) / 2
+
+
+class WarmupLinear(WarmupSchedule):
+    """Warm-up, then a straight line down to a floor, 1 for a constant rate; arguments as in WarmupSchedule."""
+
+    def decayed(self, progress: float) -> float:
+        return 1 - progress
+
+
+NEW_RUN = "start a new run from its adapters (generator.adapter, discriminator.adapter) with the schedule that you want"
 
 
 class Optimization:
@@ -70,12 +181,9 @@ class Optimization:
         self.module = module
         self.roles = roles
         self.settings = settings
+        self.updates = dict.fromkeys(roles, 0)  # optimizer steps behind the present weights, by role
         self._stepped: set[str] = set()
-
-    @property
-    def accumulating(self) -> bool:
-        """Whether this training step only adds to the gradients."""
-        return bool((self.module.trainer.global_step + 1) % self.settings.gradient_accumulation_steps)
+        self._norms: dict[str, list[Tensor]] = {}  # of the gradients of this training step, by role
 
     def configure(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> tuple[list[Optimizer], list[Any]]:
         """The optimizers and the schedules, for ``configure_optimizers``."""
@@ -94,40 +202,150 @@ class Optimization:
         configs = self.module.trainer.lr_scheduler_configs
         return configs[scheduled.index(role)].scheduler if role in scheduled else None
 
-    def step(self, role: str, terms: Mapping[str, Tensor]) -> None:
-        """Backward over the sum of the terms and, when the accumulation is full, an optimizer step.
+    # steps
 
-        The caller is inside the role's mode.
+    def micro_batches(self, prompts: int) -> list[list[int]]:
+        """Which of the prompts are in each forward and backward pass of one optimizer step.
+
+        Every process has equally many passes, because they wait for each other; one of them may be empty.
+        """
+        size = self.settings.micro_batch_size
+        passes = 1 if size is None else max(gathered(math.ceil(prompts / size)))
+        return [part.tolist() for part in torch.arange(prompts).tensor_split(passes)]
+
+    def backward(self, role: str, terms: Mapping[str, Tensor]) -> Tensor:
+        """Add the gradient of the sum of the terms, none or several, to the role's; returns the sum, without gradient.
+
+        The caller is inside the role's mode. With several processes the gradient becomes their mean.
 
         Raises:
-            NonFiniteError: A term is infinite or not a number; nothing was changed.
+            NonFiniteError: A term is infinite or not a number; no weight was changed.
         """
         for name, term in terms.items():
             if not term.isfinite():
+                self.discard(role)
                 raise NonFiniteError(self._stopped(f"loss/{name} is {term.item()}"))
-        loss = torch.stack(list(terms.values())).sum() / self.settings.gradient_accumulation_steps
+        nothing = {"nothing": 0 * self.optimizer(role).param_groups[0]["params"][0].sum()}  # other processes have some
+        loss = torch.stack(list((terms or nothing).values())).sum()
         self.module.manual_backward(loss)
-        if self.accumulating:
-            return
+        return loss.detach()
+
+    def step(self, role: str) -> None:
+        """One optimizer step by the gradient of the backward passes since the last one."""
         optimizer = self.module.optimizers()[list(self.roles).index(role)]  # type: ignore[index]
-        optimizer.step()
-        optimizer.zero_grad()
+        try:
+            optimizer.step()
+        finally:
+            optimizer.zero_grad()
+        self.updates[role] += 1
         self._stepped.add(role)
 
-    def step_schedulers(self) -> None:
-        """Once per training step for each role whose optimizer took a step."""
-        for role in self._stepped:
-            if (scheduler := self.scheduler(role)) is not None:
-                scheduler.step()
-        self._stepped.clear()
+    def discard(self, role: str) -> None:
+        """Forget the gradient."""
+        self.optimizer(role).zero_grad()
 
     def clip(self, optimizer: Optimizer) -> None:
         """Clip one role's gradient, for ``on_before_optimizer_step``: fp16 gradients are unscaled by then."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         skipped = self.module.trainer.precision == "16-mixed"  # which leaves such steps out and lowers its scale
-        if not norm.isfinite() and not skipped:
+        if norm.isfinite():
+            role = list(self.roles)[self.module.trainer.optimizers.index(optimizer)]
+            self._norms.setdefault(role, []).append(norm)
+        elif not skipped:
             raise NonFiniteError(self._stopped(f"the gradient's norm is {norm.item()}"))
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Each role's learning rate and, where it learned in this step, the norm of its gradient before clipping."""
+        rates = {role: self.optimizer(role).param_groups[0]["lr"] for role in self.roles}
+        metrics = {f"{role}/learning_rate": torch.tensor(float(rate)) for role, rate in rates.items()}
+        metrics |= {f"{role}/grad_norm": torch.stack(norms).mean() for role, norms in self._norms.items()}
+        self._norms.clear()
+        return metrics
+
+    # the run
+
+    def check_trainer(self) -> None:
+        """Refuse the trainer's settings of automatic optimization.
+
+        Raises:
+            LoraGANError: One is set; the message names the setting that takes its place.
+        """
+        trainer = self.module.trainer
+        if trainer.accumulate_grad_batches != 1:
+            raise LoraGANError(
+                f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches} has no effect here: set "
+                "data.batch_size to the prompts of an optimizer step, optimization.micro_batch_size to those of a pass"
+            )
+        if trainer.gradient_clip_val:
+            raise LoraGANError(
+                f"trainer.gradient_clip_val: {trainer.gradient_clip_val} has no effect here: set "
+                "optimization.max_grad_norm, which holds for each role"
+            )
+
+    def check_schedules(self) -> None:
+        """Tell schedules how long the run is, before its first step.
+
+        Raises:
+            LoraGANError: A schedule does not fit the run.
+        """
+        trainer = self.module.trainer
+        end = trainer.estimated_stepping_batches
+        for role in self.roles:
+            scheduler = self.scheduler(role)
+            if isinstance(scheduler, WarmupSchedule):
+                scheduler.end_at(scheduler.total_steps or end)
+            elif isinstance(scheduler, Plateau):
+                self._check_plateau(role, scheduler)
+            elif scheduler is not None and end < math.inf:
+                self._check_end(role, scheduler, scheduler.last_epoch + int(end) - trainer.global_step)
+
+    def step_schedulers(self) -> None:
+        """Once per training step for each role whose optimizer took a step."""
+        for role in self._stepped:
+            scheduler = self.scheduler(role)
+            if scheduler is not None and not isinstance(scheduler, Plateau):
+                self._check_end(role, scheduler, scheduler.last_epoch + 1)
+                scheduler.step()
+        self._stepped.clear()
+
+    def follow_metrics(self, metrics: Mapping[str, Tensor]) -> None:
+        """Once per validation, for schedules that follow a metric of it.
+
+        Raises:
+            LoraGANError: A metric is missing.
+        """
+        for role in self.roles:
+            scheduler = self.scheduler(role)
+            if isinstance(scheduler, ReduceLROnPlateau):
+                if scheduler.monitor not in metrics:
+                    raise LoraGANError(
+                        f"{role}.scheduler: ReduceLROnPlateau has monitor: {scheduler.monitor}, which the validation "
+                        f"does not measure; choose one of {', '.join(sorted(metrics))}"
+                    )
+                scheduler.step(metrics[scheduler.monitor])
+
+    def _check_plateau(self, role: str, scheduler: Plateau) -> None:
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            raise LoraGANError(
+                f"{role}.scheduler: torch's ReduceLROnPlateau does not say which metric it follows; use "
+                "lightning.pytorch.cli.ReduceLROnPlateau with monitor: text/reward and mode: max, for example"
+            )
+        if not self.module.trainer.enable_validation:
+            raise LoraGANError(
+                f"{role}.scheduler: ReduceLROnPlateau follows a metric of the validation, and this run has none; "
+                "use another schedule, such as lora_gan.optimization.WarmupCosine"
+            )
+
+    def _check_end(self, role: str, scheduler: LRScheduler, step: int) -> None:
+        """Refuse a step behind the end of a schedule, from which its rate would rise again."""
+        if step > (end := last_step(scheduler)):
+            raise LoraGANError(
+                f"{role}.scheduler: {type(scheduler).__name__} ends at step {end:.0f}, and its rate would rise again "
+                f"behind it, up to step {step}. In a new run, let it end with the run, or use "
+                "lora_gan.optimization.WarmupCosine, which follows trainer.max_steps, or stays at its floor from "
+                f"total_steps on. To train on after a run with this schedule, {NEW_RUN}"
+            )
 
     def counted(self) -> AbstractContextManager[None]:
         """Within it ``trainer.global_step`` grows by one."""
@@ -144,3 +362,16 @@ class Optimization:
             f"{what} in step {trainer.global_step}; the optimizer step was not taken. "
             f"Lower the learning rate or check the rewards; last good checkpoint: {best or 'none yet'}"
         )
+
+
+def last_step(scheduler: LRScheduler) -> float:
+    """Step at which a schedule of torch that falls is at its lowest, and behind which it rises or raises an error."""
+    match scheduler:
+        case CosineAnnealingLR():
+            return scheduler.T_max
+        case OneCycleLR():
+            return scheduler.total_steps
+        case SequentialLR():
+            begins, last = last_of_sequence(scheduler)
+            return begins + last_step(last)
+    return math.inf

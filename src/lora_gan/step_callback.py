@@ -33,6 +33,8 @@ class StepModule(L.LightningModule):
 class StepCallback(L.Callback):
     """Called before and after each training step of a :class:`StepModule`."""
 
+    sets_baseline: bool = False  # True: it sets the coefficient ``baseline``, so the module adds no moving average
+
     def before_step(self, trainer: L.Trainer, module: StepModule, batch: PromptBatch) -> None:
         """Before the step, whose number is ``trainer.global_step``."""
 

@@ -10,13 +10,19 @@ from lora_gan.types import ENTROPY, KL, MEAN_LENGTH, REWARD, DiscriminatorScores
 
 
 def step_metrics(rollout: Rollout, scores: Scores, rewards: TokenRewards) -> dict[str, Tensor]:
-    """Rewards, KL and entropy (nats per token), length (tokens) of the samples; the reward of the targets."""
+    """Rewards, KL and entropy (nats per token), length (tokens) of the samples; the reward of the targets.
+
+    ``reward/<name>`` is the reward before its weight, but ``reward/adversarial`` is what the discriminator adds to
+    ``reward/total``.
+    """
     metrics = {}
     if len(scores.target_total):
         metrics["reward/target"] = scores.target_total.mean()
     if len(rollout):
         metrics |= {f"reward/{name}": masked_mean(x, scores.applies[name]) for name, x in scores.parts.items()}
         metrics[REWARD] = rewards.returns.mean()
+        if rewards.adversarial is not None:
+            metrics["reward/adversarial"] = rewards.adversarial.mean()
         metrics[KL] = masked_mean(kl_k3(rollout.logprobs, scores.reference_logprobs), rollout.mask)
         metrics[ENTROPY] = -masked_mean(rollout.logprobs, rollout.mask)
         metrics[MEAN_LENGTH] = rollout.mask.sum(-1).float().mean()

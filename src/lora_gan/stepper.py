@@ -36,7 +36,7 @@ class Stepper:
         callbacks: Sequence[L.Callback] = (),
     ) -> None:
         self.module = module
-        self._one = _OneStep(module)
+        self._one = _OneStep()
         with _quiet():
             self.trainer = L.Trainer(
                 accelerator=device.type,
@@ -74,18 +74,14 @@ class Stepper:
 
 
 class _OneStep(L.Callback):
-    """Ends a fit after one step; keeps its output and the accumulated gradients for the next step."""
+    """Ends a fit after one step and keeps its output."""
 
     output: Any
-
-    def __init__(self, module: Checkpointed) -> None:
-        self.module = module
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.output = outputs[OUTPUT]
-        self.module.accumulated = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         trainer.should_stop = True
 
 

@@ -7,12 +7,14 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from lora_gan.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Example:
     ``split`` ("train", "validation" or "test") is the official one, which wins over the hash of the group. Examples
     with the same ``item`` ask the same thing in other words; evaluation keeps one of them.
     ``cuttable`` are the spans of the prompt that may lose their beginning where the prompt is too long: an input, a
-    context or an earlier turn, never the instruction. ``messages`` is the prompt as a dialogue.
+    context or an earlier turn, never the instruction. ``messages`` is the prompt as a dialogue. ``literal`` are the
+    spans that come from the data: the names of control tokens in them are plain text. ``chat`` says that a chat
+    template wrote the prompt, with BOS where it wants one.
     ``label`` scores the generated completion from 0 to 1, where a person gave one. ``stream_end`` are the bytes and
     lines of a stream up to the example. ``meta`` is information that nothing in the package reads.
     """
@@ -60,9 +64,17 @@ class Example:
     item: str = ""
     cuttable: tuple[Span, ...] = ()
     messages: tuple[Message, ...] = ()
+    literal: tuple[Span, ...] = ()
+    chat: bool = False
     label: float | None = None
     stream_end: tuple[int, int] | None = None
     meta: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        misplaced = {"split", "item", "label"} & self.meta.keys()
+        if misplaced:
+            name = min(misplaced)
+            raise DataError(f"an example's {name} is a field of its own: Example(…, {name}=…), not meta[{name!r}]")
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ class Rollout:
         """The completions to the chosen prompts only, as wide as the longest of them."""
         rows = self.rows_of(prompts)
         index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
-        width = int(self.mask[index].sum(-1).max())
+        width = int(self.mask[index].sum(-1).max()) if rows else 0
         ids, mask, logprobs = (x[index, :width] for x in (self.ids, self.mask, self.logprobs))
         return Rollout(
             ids, mask, logprobs, self.truncated[index], tuple(self.texts[n] for n in rows), self.num_generations
@@ -204,7 +216,9 @@ class EvalOutput:
     texts: tuple[str, ...]  # B
     truncated: Tensor  # (B,) bool
     reward: Tensor  # (B,)
-    perplexity: Tensor  # (B,) under the base
+    perplexity: Tensor  # (B,) of the completion under the base
+    target_logprob: Tensor  # (B,) of the whole target, EOS included; 0 where there is none
+    target_tokens: Tensor  # (B,) tokens of the target, EOS included; 0 where there is none
 
 
 @dataclass(frozen=True)
@@ -220,6 +234,14 @@ class DiscriminatorBatch:
     rewards: Mapping[str, Tensor] = field(default_factory=dict)  # kind → (M,); kinds without rewards are left out
     parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # kind → name of the reward → (M,)
     fresh: int = 0  # prompts of this step
+
+    def of(self, prompts: Sequence[int]) -> DiscriminatorBatch:
+        """The chosen prompts only, as far as a discriminator reads them: without rewards."""
+        if list(prompts) == list(range(len(self.prompts))):
+            return self
+        completions = {kind: [rows[b] for b in prompts] for kind, rows in self.completions.items()}
+        prompt_ids, targets = (tuple(field[b] for b in prompts) for field in (self.prompts, self.targets))
+        return DiscriminatorBatch(prompt_ids, targets, completions)
 
     def is_target(self, completion: Tensor, prompt: int) -> bool:
         """Whether the completion is the prompt's target, word for word; an empty one never is."""
@@ -277,6 +299,7 @@ class TokenRewards:
     predicted: Tensor | None  # (N,) the discriminator's scores; None in a step without it
     baseline: Tensor  # scalar, the coefficient of that name
     values: Tensor | None = None  # (N, T) of the value head, at each token before it was drawn
+    adversarial: Tensor | None = None  # (N,) what the adversarial reward adds; None where it has no part
 
     @property
     def returns(self) -> Tensor:
@@ -339,8 +362,6 @@ class StepOutput:
     discriminator: DiscriminatorScores | None  # None in a step without the discriminator
     seconds: Mapping[str, float]  # by phase of the step
 
-
-Optimize = Callable[[Mapping[str, Tensor]], None]  # backward over the sum of the named terms of a loss, and a step
 
 # what callbacks look for in StepOutput.metrics
 REWARD = "reward/total"

@@ -63,9 +63,10 @@ class Scripted(LoraGANModule):
 
 
 def main(base: str, processes: int, folder: str, case: str, accelerator: str = "cpu") -> None:
-    """Train three steps on batches dealt out to the processes."""
+    """Train three steps on batches dealt out to the processes; in one case each of two takes a prompt at a time."""
+    at_once = None if processes == 1 else 1
     settings: dict[str, dict[str, Any]] = {
-        "moving average": {"advantage": MovingAverage(), "kl": 0.3, "entropy": 0.1},
+        "moving average": {"advantage": MovingAverage(), "kl": 0.3, "entropy": 0.1, "micro_batch_size": at_once},
         "ppo": {"advantage": LeaveOneOut(), "policy_loss": ClippedPPO(num_iterations=2, target_kl=1e-4)},
         "missing targets": {"advantage": LeaveOneOut(), "policy": 0.0},
     }
@@ -139,7 +140,7 @@ class Journal(L.Callback):
 
 
 def epochs(base: str, processes: int, folder: str, ckpt_path: str | None = None) -> None:
-    """Train twelve steps, five an epoch, with all that a checkpoint holds: replay, monitor, half an accumulation."""
+    """Train twelve steps, five an epoch, with all that a checkpoint holds: replay, baseline, monitor."""
     torch.manual_seed(4)
     settings = {
         "num_generations": K,
@@ -147,7 +148,6 @@ def epochs(base: str, processes: int, folder: str, ckpt_path: str | None = None)
         "rewards": [FunctionReward(share_of_a)],
         "replay": Replay(4, 2),
         "adversarial": 0.3,
-        "gradient_accumulation_steps": 2,
         "generator_lora": LoraSettings(4, 8),
         "discriminator_lora": LoraSettings(4, 8),
     }

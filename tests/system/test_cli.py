@@ -21,14 +21,19 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lora_gan
 from lora_gan.backbone import Backbone, LoraSettings
-from lora_gan.cli import last_of_each_kind, main
+from lora_gan.cli import main
+from lora_gan.cli.configuration import last_of_each_kind
 from lora_gan.inference import load_backbone
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs").glob("overlay/*.yaml")) + sorted((ROOT / "configs").glob("data/*.yaml"))
 IDS = torch.tensor([[72, 101, 108, 108, 111]])
+
+
+CONSTANT = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
 
 
 def share_of_a(response: str, target: str) -> float:
@@ -45,6 +50,7 @@ def settings(base: str, data: Path, run: Path) -> list[str]:
         f"--model.init_args.base={base}",
         f"--model.init_args.rewards={json.dumps([reward])}",
         "--model.init_args.sampling.max_new_tokens=4",
+        f"--model.init_args.generator.scheduler={json.dumps(CONSTANT)}",  # so that a run can be extended
         "--data.init_args.source=lora_gan.data.Alpaca",
         f"--data.init_args.path={data}",
         "--data.init_args.batch_size=3",
@@ -103,8 +109,8 @@ def test_fit_ends_with_the_table_and_what_to_do_next(run: Run) -> None:
     assert "| metric | base | trained | trained, sampled |" in run.printed
     for metric in ("reward", "exact_match", "rouge_l", "semantic", "distinct_2", "truncated"):
         assert f"| {metric} |" in run.printed
-    closing = [line.split()[0] for line in run.printed.splitlines()[-6:]]
-    assert closing == ["run", "adapters", "checkpoints", "resume", "chat", "export"]
+    closing = [line.split()[0] for line in run.printed.splitlines()[-7:]]
+    assert closing == ["run", "adapters", "best", "last", "resume", "chat", "export"]
     assert (run.folder / "held_out.md").read_text(encoding="utf-8").strip() in run.printed
     assert (run.folder / "config.yaml").exists()
 
@@ -132,8 +138,8 @@ def test_fit_writes_checkpoints_and_adapters(run: Run) -> None:
 def test_tensorboard_counts_steps(run: Run) -> None:
     events = EventAccumulator(str(run.folder)).Reload()
     names = events.Tags()["scalars"]
-    assert [event.step for event in events.Scalars("loss/generator")] == [0, 1, 2, 3]
-    assert [event.step for event in events.Scalars("coefficient/baseline")] == [0, 1, 2, 3]
+    assert [event.step for event in events.Scalars("loss/generator")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("coefficient/baseline")] == [1, 2, 3, 4]
     assert {"reward/target", "loss/supervised", "text/exact_match", "text/rouge_l", "test/base/reward"} <= set(names)
     assert "test/trained/exact_match" in names
     assert {"samples/text_summary", "held_out/text_summary"} <= set(events.Tags()["tensors"])
@@ -145,7 +151,7 @@ def test_resume_continues(run: Run, capsys: pytest.CaptureFixture[str], tmp_path
         main(["fit", *run.settings, *more, f"--trainer.logger.init_args.save_dir={tmp_path}"])
     (folder,) = tmp_path.glob("gan/version_*")
     steps = [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss/generator")]
-    assert steps == [4, 5]
+    assert steps == [5, 6]
     assert "Held-out" not in capsys.readouterr().out
 
 
@@ -178,15 +184,18 @@ def test_validate_and_test(run: Run, capsys: pytest.CaptureFixture[str], tmp_pat
     )
 
 
-def test_predict_writes_completions(run: Run, tmp_path: Path) -> None:
+def test_predict_writes_its_file_without_a_writer_in_the_configuration(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     more = [
-        "--trainer.callbacks+=lora_gan.callbacks.PredictionWriter",
+        "--trainer.callbacks=null",
         f"--ckpt_path={run.last}",
         f"--trainer.logger.init_args.save_dir={tmp_path}",
     ]
-    with torch_state():
+    with torch_state(), caplog.at_level("INFO", "lora_gan"):
         main(["predict", *run.settings, *more])
     (path,) = tmp_path.glob("gan/version_*/predictions.jsonl")
+    assert f"completions written to {os.path.relpath(path)}" in caplog.text
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(records) >= 4
     for record in records:
@@ -226,7 +235,99 @@ def test_export_an_adapter_and_a_merged_model(run: Run, tmp_path: Path, capsys: 
     Backbone(str(tmp_path / "merged"), LoraSettings(), LoraSettings())  # an exported model is a base again
 
 
+# nothing is lost
+
+
+def few(run: Run, steps: int, *more: str) -> list[str]:
+    """A short fit like the run's, without its test."""
+    return [
+        *run.settings,
+        f"--trainer.max_steps={steps}",
+        "--trainer.limit_val_batches=0",
+        "--test_after_fit=false",
+        *more,
+    ]
+
+
+def test_a_run_without_a_logger_has_a_folder_of_its_own_and_leaves_the_users_config_alone(
+    run: Run, work_in: Path
+) -> None:
+    Path("config.yaml").write_text("mine: 1 # a comment\n", encoding="utf-8")
+    with torch_state():
+        main(["fit", *few(run, 1, "--trainer.logger=false")])
+    assert Path("config.yaml").read_text(encoding="utf-8") == "mine: 1 # a comment\n"
+    assert {path.name for path in work_in.iterdir()} == {"config.yaml", "lightning_logs"}
+    folder = work_in / "lightning_logs" / "version_0"
+    assert {"config.yaml", "adapters", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    with torch_state():
+        main(["fit", *few(run, 2, "--trainer.logger=false", "--ckpt_path=last")])
+    assert [path.name for path in folder.parent.iterdir()] == ["version_0"], "a resumed run goes on in its folder"
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["ckpt_path"] is None, "so that the configuration starts a fresh run"
+
+
+def test_a_run_in_the_folder_of_another_is_refused(run: Run, work_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work_in / "gan" / "mine").mkdir(parents=True)
+    (work_in / "gan" / "mine" / "config.yaml").write_text("mine: 1\n", encoding="utf-8")
+    there = [f"--trainer.logger.init_args.save_dir={work_in}", "--trainer.logger.init_args.version=mine"]
+    with torch_state(), pytest.raises(SystemExit) as stopped:
+        main(["fit", *few(run, 1, *there)])
+    assert stopped.value.code == 2
+    assert "config.yaml is there already, and this run would replace it" in capsys.readouterr().err
+    assert (work_in / "gan" / "mine" / "config.yaml").read_text(encoding="utf-8") == "mine: 1\n"
+
+
+def test_a_trial_step_leaves_the_real_checkpoint_alone(run: Run, work_in: Path) -> None:
+    Path("checkpoints").mkdir()
+    Path("checkpoints/last.ckpt").write_text("real", encoding="utf-8")
+    with torch_state():
+        main(["fit", *few(run, 4, "--trainer.fast_dev_run=true")])
+    assert [str(path.relative_to(work_in)) for path in sorted(work_in.rglob("*"))] == [
+        "checkpoints",
+        "checkpoints/last.ckpt",
+    ]
+    assert Path("checkpoints/last.ckpt").read_text(encoding="utf-8") == "real"
+
+
 # mistakes
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    run: Run, work_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *run.settings, "--model.base=no/such-model", "--trainer.logger.init_args.save_dir=file/runs"])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert (
+        "error: cannot write the run to file/runs/gan: Not a directory; set trainer.logger.init_args.save_dir"
+        in printed
+    )
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "message"),
+    [
+        ("fit", "--trainer.gradient_clip_val=1.0", "set optimization.max_grad_norm"),
+        ("fit", "--trainer.accumulate_grad_batches=2", "optimization.micro_batch_size"),
+        ("fit", "--trainer.strategy=nonsense", "nonsense"),
+        ("fit", "--trainer.strategy=deepspeed", "DeepSpeed"),
+        ("fit", "--trainer.devices=0", "devices"),
+        ("fit", "--trainer.accelerator=tpu", "torch_xla"),
+        ("test", "--ckpt_path=best", "give the file's path"),
+    ],
+)
+def test_what_lightning_refuses_is_one_error(
+    command: str, given: str, message: str, run: Run, work_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch_state(), pytest.raises(SystemExit) as stopped:
+        main([command, *few(run, 1, f"--trainer.logger.init_args.save_dir={work_in}", given)])
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2
+    assert message in error
 
 
 @pytest.mark.parametrize(
@@ -259,10 +360,9 @@ def test_a_missing_checkpoint(command: str, work_in: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stopped:
         main([command, "--ckpt_path=nowhere.ckpt"])
     assert stopped.value.code == 2
-    assert (
-        capsys.readouterr().err
-        == "error: no checkpoint at nowhere.ckpt; fit prints the checkpoint paths when it ends\n"
-    )
+    first, error = capsys.readouterr().err.splitlines()
+    assert first == f"lora-gan {lora_gan.__version__}: loading …"
+    assert error == "error: no checkpoint at nowhere.ckpt; fit prints the checkpoint paths when it ends"
 
 
 def test_an_unknown_key_in_a_file_from_the_shell(work_in: Path) -> None:
@@ -335,7 +435,7 @@ def test_replaced_callbacks_are_logged(
         printed_config(capsys, ppo, mine, other)
     (message,) = caplog.messages
     assert f"{other} replaces the callbacks before it" in message
-    for name in ("StepProgressBar", "ModelCheckpoint", "Curriculum", "AdaptiveKL", "Throughput"):
+    for name in ("StepProgressBar", "BestCheckpoint", "Curriculum", "AdaptiveKL", "Throughput"):
         assert name in message
     assert "TextMetrics" not in message
 
@@ -345,18 +445,83 @@ def test_a_later_callback_takes_the_place_of_one_of_its_kind() -> None:
         return Namespace(class_path=f"some.{name}", init_args=Namespace(**init_args))
 
     best = callback("ModelCheckpoint", dirpath=None, filename="best", monitor="a")
-    newer = callback("ModelCheckpoint", dirpath=None, filename="best", monitor="b")
+    newer = callback("BestCheckpoint", dirpath=None, filename="best", monitor="b")
     other = callback("ModelCheckpoint", dirpath=None, filename="each", monitor="a")
     last, later = callback("LastCheckpoint", every_n_steps=100), callback("LastCheckpoint", every_n_steps=2)
     schedule = callback("KLSchedule", coefficient="kl"), callback("KLSchedule", coefficient="kl_penalty")
     assert last_of_each_kind([best, last, *schedule, other, newer, later]) == [newer, later, *schedule, other]
 
 
-def test_help_names_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", "--model.help=lora_gan.module.LoraGANModule"])
-    assert stopped.value.code == 0
-    assert "num_generations" in capsys.readouterr().out
+QUICK = [
+    (["--help"], "export      write a trained generator"),
+    ([], "usage: "),
+    (["--version"], f"lora-gan {lora_gan.__version__}"),
+    (["fit", "--help"], "--model.num_generations"),
+    (["fit", "--help", "model"], "--model.generator.lora.rank  (int; default 16)"),
+    (["fit", "--help", "trainer"], "--trainer.max_steps  (int; default -1)"),
+    (["fit", "--help", "lora_gan.rewards.SemanticReward"], "model  (str; default 'all-MiniLM-L6-v2')"),
+    (["fit", "--help", "nothing"], "no help on nothing; --help takes model, data, trainer, or a class"),
+    (["data", "--help"], "--data.max_validation"),
+    (["chat", "--help"], " chat [--config CONFIG]"),
+    (["chat"], "ckpt_path"),
+    (["fti"], "no command fti; "),
+    (["fti"], "did you mean fit?"),
+    (["fit"], "fit needs a configuration: "),
+    (["fit", "--config="], "--config needs a file"),
+    (["fit", "--config=missing.yaml"], "cannot read the configuration missing.yaml: No such file or directory; "),
+    (["fit", "--config", "empty.yaml"], "the configuration empty.yaml is empty"),
+    (["fit", "--config", "tab.yaml"], "the configuration tab.yaml is not valid YAML: "),
+    (
+        ["fit", "--config", "typo.yaml"],
+        "typo.yaml: lightning.pytorch.Trainer has no setting 'max_stepz'; did you mean max_steps?",
+    ),
+    (["fit", "--model.learning_rate", "1e-4"], "it is model.generator.optimizer.init_args.lr"),
+    (["fit", "--model.temperature=1"], "did you mean model.sampling.temperature?"),
+    (
+        ["fit", "--data.source=lora_gan.data.OwnFile", "--data.source.targt=a"],
+        "OwnFile has no setting 'targt'; did you mean target?",
+    ),
+    (["fit", "--model=lora_gan.LoraGANModule", "--epochs=2"], "no option --epochs; it is trainer.max_epochs here"),
+    (["schema"], '"title": "Configuration of lora-gan"'),
+]
+
+
+def test_help_and_mistakes_of_usage_need_none_of_the_slow_imports(work_in: Path) -> None:
+    """All of them in one program, which must not have imported torch in the end."""
+    Path("empty.yaml").write_text("# nothing\n", encoding="utf-8")
+    Path("tab.yaml").write_text("model:\n\tbase: gpt2\n", encoding="utf-8")
+    Path("typo.yaml").write_text("trainer: {max_stepz: 3}\n", encoding="utf-8")
+    program = f"""
+import contextlib, io, json, sys
+from lora_gan.cli import main
+answers = []
+for arguments in {[arguments for arguments, _ in QUICK]!r}:
+    printed, end = io.StringIO(), 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            main(arguments)
+        except SystemExit as stopped:
+            end = stopped.code
+    answers.append((printed.getvalue(), end))
+print(json.dumps([answers, sorted({{"torch", "lightning", "transformers", "peft"}} & set(sys.modules))]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    answers, slow = json.loads(done.stdout)
+    assert slow == []
+    for (arguments, wanted), (printed, status) in zip(QUICK, answers, strict=True):
+        assert wanted in printed, arguments
+        assert "Traceback" not in printed
+        asked = not arguments or ({"--help", "--version", "schema"} & set(arguments) and "nothing" not in arguments)
+        assert status == (0 if asked else 2), arguments
+        assert asked or printed.count("error: ") == 1, printed
+
+
+@pytest.mark.parametrize("started", [["-m", "src.cli"], ["-m", "lora_gan"]])
+def test_the_program_names_itself_as_it_was_started(started: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *started, "chat", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.startswith(f"usage: python {' '.join(started)} chat ")
 
 
 def test_the_default_optimizer_can_be_saved(capsys: pytest.CaptureFixture[str]) -> None:

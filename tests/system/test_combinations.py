@@ -1,4 +1,4 @@
-"""Every objective × advantage × policy loss × architecture of the discriminator plays one step in the real trainer."""
+"""Every objective × advantage × policy loss × architecture of the discriminator runs one step in the real trainer."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def learners(module: LoraGANModule, model: str) -> set[str]:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_combination_plays_a_round(
+def test_every_combination_runs_a_step(
     model: str, objective: str, build: Build, bases: dict[str, str], make_batch: Callable[..., PromptBatch]
 ) -> None:
     """All advantages with both policy losses: the report is finite, both roles move, and nothing else does."""

@@ -90,7 +90,7 @@ def test_two_processes_do_what_one_does_with_all_prompts(case: str, bases: dict[
 
 
 def test_two_processes_resume_inside_an_epoch(bases: dict[str, str], tmp_path: Path) -> None:
-    """From the second step of the second epoch, which is half an accumulation: bit for bit the uninterrupted run."""
+    """From the second step of the second epoch: bit for bit the uninterrupted run."""
     results: dict[str, list[dict[str, Any]]] = {}
     for name, more in {"whole": [], "resumed": [str(tmp_path / "whole" / "7.ckpt")]}.items():
         (tmp_path / name).mkdir()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -67,3 +71,15 @@ def test_its_reward_is_the_overlap_of_words() -> None:
     assert reward("Paris", "The capital is Paris.") == 0
     assert reward("", "a") == 0
     assert reward("a b", "b c") == 0.5
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(work_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads((Path(__file__).parents[2] / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert (work_in / "exported" / "model.safetensors").is_file()
+    before, after = capsys.readouterr().out.splitlines()[-1].removeprefix("reward ").split(" -> ")
+    assert float(after) > float(before), "the reward is learned"

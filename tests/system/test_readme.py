@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING: their code blocks run, and the names and files in them exist."""
+"""README, docs and CONTRIBUTING: their code blocks run, and the names, files and links in them exist."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from tests.system.test_imports import LAYERS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+TEXT = "\n".join([README, *DOCS.values()])
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PACKAGE = Path(lora_gan.__file__).parent
 
 
 def block(name: str) -> str:
     """The code block that begins with "# name"."""
-    found = re.search(rf"```\w+\n(# {re.escape(name)}\n.*?)```", README, re.DOTALL)
-    assert found, f"README.md has no block {name}"
+    found = re.search(rf"```\w+\n(# {re.escape(name)}\n.*?)```", TEXT, re.DOTALL)
+    assert found, f"neither README.md nor docs has a block {name}"
     return found[1]
 
 
@@ -43,7 +45,7 @@ def test_own_reward_and_metric(
     names = set(events.Tags()["scalars"])
     assert {"reward/share_of_a", "reward/brevity", "text/mentions_target", "text/rouge_l"} <= names
     assert "test/trained/mentions_target" in names
-    assert len(events.Scalars("text/rouge_l")) == 1, "measured once"
+    assert [event.step for event in events.Scalars("text/rouge_l")] == [0, 2], "measured once at each validation"
 
 
 def test_own_experiment(work_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,15 +69,32 @@ def test_the_library_examples_run(name: str, work_in: Path, capsys: pytest.Captu
     assert all(f"'{key}'" in printed for key in re.findall(r'"(\w+)"', block(name).split("# {")[1].split("}")[0]))
 
 
+@pytest.mark.parametrize("name", ["fit.py", "with_trainer.py", "own_parts.py"])
+def test_the_training_examples_run(name: str, work_in: Path) -> None:
+    with torch_state():
+        exec(compile(block(name), name, "exec"), {"__name__": name})
+    assert name != "fit.py" or (work_in / "exported" / "model.safetensors").is_file()
+
+
 def test_the_files_exist() -> None:
     pattern = r"(?<![\w/…-])(?:configs|tests|src|examples)/[\w/.-]+\.(?:yaml|py|jsonl?)"
-    named = set(re.findall(pattern, README + CONTRIBUTING))
+    named = set(re.findall(pattern, TEXT + CONTRIBUTING))
     assert len(named) > 20
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_the_readme_is_a_page() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_links_lead_somewhere() -> None:
+    for folder, text in ((ROOT, README), (ROOT, CONTRIBUTING), *((ROOT / "docs", text) for text in DOCS.values())):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert link.startswith("https://") or (folder / link).exists(), link
+
+
 def test_the_class_paths_exist() -> None:
-    named = set(re.findall(r"lora_gan\.([\w.]+)\.([A-Z]\w+)", README))
+    named = set(re.findall(r"lora_gan\.([\w.]+)\.([A-Z]\w+)", TEXT))
     assert len(named) > 10
     missing = [f"{module}.{name}" for module, name in named if not hasattr(import_module(f"lora_gan.{module}"), name)]
     assert missing == []
@@ -83,7 +102,7 @@ def test_the_class_paths_exist() -> None:
 
 def test_the_table_of_parts_names_classes() -> None:
     """In a cell, names without a module belong to the module of the first."""
-    table = README.split("### Parts and settings")[1].split("###")[0]
+    table = DOCS["configuration.md"].split("## Parts and settings")[1].split("\n## ")[0]
     checked = 0
     for cell in re.findall(r"\| (`(?:rewards|advantages|losses|discriminator|callbacks)\.[A-Z].*) \|", table):
         module = import_module(f"lora_gan.{cell[1:].split('.')[0]}")
@@ -94,7 +113,7 @@ def test_the_table_of_parts_names_classes() -> None:
 
 
 def test_the_layout_names_every_module() -> None:
-    layout = README.split("## Layout")[1]
+    layout = README.split("## Files")[1]
     parts = {path.name + ("/" if path.is_dir() else "") for path in PACKAGE.iterdir()}
     parts = {part for part in parts if part.endswith((".py", "/")) and not part.startswith("__") and part != "builtin/"}
     assert [part for part in sorted(parts) if part not in layout] == []

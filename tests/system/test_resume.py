@@ -142,12 +142,13 @@ def everything() -> dict[str, Any]:
     }
 
 
-def accumulation(folder: Path) -> dict[str, Any]:
-    """Four steps make an optimizer step, from a mixture, in batches of like length; validations come between."""
+def micro_batches(folder: Path) -> dict[str, Any]:
+    """Two passes make an optimizer step; warm-up and decay; from a mixture, in batches of like length."""
     second = own(folder / "second.jsonl", "Count")
     return {
         "model": {
-            "gradient_accumulation_steps": 4,
+            "micro_batch_size": 3,
+            "generator_scheduler": of("optimization.WarmupLinear", warmup_steps=4, total_steps=24, floor=0.1),
             "discriminator_scheduler": scheduler(step_size=2, gamma=0.5),
             "advantage": of("advantages.LeaveOneOut"),
             "adversarial": 0.5,
@@ -351,7 +352,7 @@ def kill_and_compare(experiment: Experiment, kills: int) -> None:
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
-        lost.append(rounds_lost(experiment, "killed"))
+        lost.append(steps_lost(experiment, "killed"))
     cut = cut_off(experiment.checkpoints("killed") / LAST)
     experiment.finish("killed")
     print("seed", seed, "steps lost by each kill", lost)
@@ -359,8 +360,8 @@ def kill_and_compare(experiment: Experiment, kills: int) -> None:
     assert ("is damaged" in (experiment.folder / "killed.log").read_text()) == cut
 
 
-def rounds_lost(experiment: Experiment, run: str) -> int:
-    """Steps that were played and are in no file."""
+def steps_lost(experiment: Experiment, run: str) -> int:
+    """Steps that were computed and are in no file."""
     files = (experiment.folder / run).glob("gan/*/checkpoints/*.ckpt")
     saved = max((read_checkpoint(file)["global_step"] for file in files), default=0)
     return max((line["step"] for line in experiment.records(run)), default=0) - int(saved)
@@ -383,24 +384,24 @@ def test_a_killed_run_is_resumed_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
-def test_every_round_can_be_resumed(
+def test_every_step_can_be_resumed(
     number: int, experiment: Callable[[dict[str, Any]], Experiment], tmp_path: Path
 ) -> None:
-    """From each step's checkpoint three steps more: ends of epochs, validations and accumulations are among them."""
-    setting = [everything, lambda: accumulation(tmp_path), self_play][number]()
+    """From each step's checkpoint three steps more: ends of epochs and validations are among them."""
+    setting = [everything, lambda: micro_batches(tmp_path), self_play][number]()
     keeper = {"class_path": f"{__name__}.Keeper", "init_args": {"folder": str(tmp_path / "kept")}}
     setting |= {"every_n_steps": 1, "callbacks": [*setting["callbacks"], keeper]}
     chosen = experiment(setting)
     chosen.finish("whole", "--test_after_fit=false")
     wanted = {(line["what"], line["step"]): line for line in chosen.records("whole")}
-    for played in range(1, STEPS):
-        end = min(played + 3, STEPS)
-        more = [f"--ckpt_path={tmp_path / 'kept' / f'{played}.ckpt'}", f"--trainer.max_steps={end}"]
-        chosen.finish(f"from_{played}", *more, "--test_after_fit=false")
+    for done in range(1, STEPS):
+        end = min(done + 3, STEPS)
+        more = [f"--ckpt_path={tmp_path / 'kept' / f'{done}.ckpt'}", f"--trainer.max_steps={end}"]
+        chosen.finish(f"from_{done}", *more, "--test_after_fit=false")
         for what in ("step", "validation"):
-            due = [wanted[what, at] for at in range(played + 1, end + 1) if (what, at) in wanted]
-            found = [line for line in chosen.records(f"from_{played}") if line["what"] == what]
-            assert repr(found) == repr(due), f"from step {played}"
+            due = [wanted[what, at] for at in range(done + 1, end + 1) if (what, at) in wanted]
+            found = [line for line in chosen.records(f"from_{done}") if line["what"] == what]
+            assert repr(found) == repr(due), f"from step {done}"
 
 
 @pytest.mark.slow
@@ -408,7 +409,7 @@ def test_every_round_can_be_resumed(
 def test_runs_killed_thirteen_times(
     number: int, experiment: Callable[[dict[str, Any]], Experiment], tmp_path: Path
 ) -> None:
-    chosen = [everything, lambda: accumulation(tmp_path), self_play, evolution][number]
+    chosen = [everything, lambda: micro_batches(tmp_path), self_play, evolution][number]
     kill_and_compare(experiment(chosen()), [4, 3, 3, 3][number])
 
 
@@ -416,7 +417,7 @@ def test_runs_killed_thirteen_times(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_round_saves_and_tells_how_to_resume(
+def test_a_signal_ends_the_step_saves_and_says_how_to_resume(
     number: signal.Signals, status: int, experiment: Callable[[dict[str, Any]], Experiment], tmp_path: Path
 ) -> None:
     chosen = experiment({**everything(), "every_n_steps": 1000, "max_steps": 12})
@@ -613,7 +614,7 @@ def test_a_base_may_move_but_not_change(
 # the same numbers
 
 
-def test_an_embedding_does_not_depend_on_its_company() -> None:
+def test_an_embedding_does_not_depend_on_its_batch() -> None:
     """Else a resumed run, which has to encode texts anew, would be paid a little differently."""
     texts = [" ".join(["Paris", "is", "the", "capital", "of", "France"][n % 5 :]) + f" {n}" for n in range(30)]
     together = SentenceEncoder().encode(texts)

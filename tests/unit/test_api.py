@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_gan
 from lora_gan import GPT2Twin, LoraGAN, LoraGANModule
@@ -35,7 +36,7 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
     "seed": 3,
 }
-ACCUMULATION = OptimizationSettings(gradient_accumulation_steps=2)
+MICRO_BATCHES = OptimizationSettings(micro_batch_size=1)
 PROMPTS = ["Say a", "Q: hello?", "2+2="]
 TARGETS = ["a", "hi", "4"]
 
@@ -88,7 +89,7 @@ def test_lists_are_batches(gan: Callable[..., LoraGAN]) -> None:
     [
         ({}, []),
         (
-            {"num_generations": 2, "advantage": LeaveOneOut(), "optimization": ACCUMULATION},
+            {"num_generations": 2, "advantage": LeaveOneOut(), "optimization": MICRO_BATCHES},
             [],
         ),
         (
@@ -96,7 +97,7 @@ def test_lists_are_batches(gan: Callable[..., LoraGAN]) -> None:
             [MovingAverageBaseline],
         ),
     ],
-    ids=["default", "accumulation", "callback"],
+    ids=["default", "micro-batches", "callback"],
 )
 def test_steps_equal_steps_of_a_fit(
     settings: dict[str, Any], callbacks: list[Any], gan: Callable[..., LoraGAN]
@@ -166,8 +167,8 @@ def test_by_default_the_reward_is_the_cosine(bases: dict[str, str]) -> None:
 def test_a_loaded_checkpoint_continues_exactly(
     gan: Callable[..., LoraGAN], tmp_path: Path, bases: dict[str, str]
 ) -> None:
-    """Three steps, then three more in another object from the checkpoint, equal six; in half an accumulation, too."""
-    settings: dict[str, Any] = {"advantage": MovingAverage(), "optimization": ACCUMULATION}
+    """Three steps, then three more in another object from the checkpoint, equal six."""
+    settings: dict[str, Any] = {"advantage": MovingAverage(), "optimization": MICRO_BATCHES}
     one = gan(callbacks=[MovingAverageBaseline()], **settings)
     for _ in range(3):
         one.step(PROMPTS, TARGETS)
@@ -195,7 +196,7 @@ def test_a_loaded_checkpoint_continues_exactly(
     other.save_checkpoint(step=8)
     torch.save(old, tmp_path / "step-8" / "state.pt")
     before = state(other.module)
-    with pytest.raises(LoraGANError, match=r"step-8 has format version below 5, this lora-gan reads 5"):
+    with pytest.raises(LoraGANError, match=r"step-8 has format version below 5, this lora-gan reads 6"):
         other.load_checkpoint(step=8)
     assert not moved(before, state(other.module))
     with pytest.raises(LoraGANError, match=r"no checkpoint .*step-7; available: step-100, step-8"):
@@ -266,3 +267,61 @@ def test_the_twin_keeps_its_defaults_beside_given_settings(twin: Callable[..., G
     one = twin(discriminator=DiscriminatorSettings(objective=ClosenessRegression(), lora=LoraSettings(4, 8)))
     assert isinstance(one.module.discriminator.objective, ClosenessRegression)
     assert 0 < one.step("Say a", "a", 1)["prob_close"] < 1
+
+
+# model objects, data sets, chat, export
+
+ROWS = [{"prompt": f"Say {letter}", "completion": letter} for letter in "abcdef"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_model_object_is_the_base_of_its_folder(bases: dict[str, str], gan: Callable[..., LoraGAN]) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(bases["gpt2"]), AutoTokenizer.from_pretrained(bases["gpt2"])
+    settings: dict[str, Any] = {"compute_reward": share_of_a, **SMALL}
+    given, named = LoraGAN(model, tokenizer=tokenizer, **settings), gan()
+    for one in (given, named):
+        one.step(PROMPTS, TARGETS)
+    assert not moved(state(given.module), state(named.module))
+    with pytest.raises(LoraGANError, match="needs its tokenizer"):
+        LoraGAN(model, **settings)
+
+
+def test_fit_trains_on_rows_in_memory_and_on_a_file(gan: Callable[..., LoraGAN], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    on_rows, on_file = gan(), gan()
+    before = state(on_rows.module)
+    metrics = on_rows.fit(ROWS, steps=4, batch_size=3)
+    assert len(metrics) == 4 and all("loss/generator" in step for step in metrics)
+    assert moved(before, state(on_rows.module))
+    on_file.fit(str(file), steps=4, batch_size=3)
+    assert not moved(state(on_rows.module), state(on_file.module))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_export_is_the_generator_and_training_continues(
+    gan: Callable[..., LoraGAN], bases: dict[str, str], tmp_path: Path, merge: bool
+) -> None:
+    trained = gan()
+    trained.fit(ROWS, steps=2, batch_size=3)
+    folder = trained.export(tmp_path / "out", merge=merge)
+    plain = AutoModelForCausalLM.from_pretrained(folder if merge else bases["gpt2"])
+    plain = (plain if merge else PeftModel.from_pretrained(plain, str(folder))).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with trained.module.backbone.generator(), torch.no_grad():
+        wanted = trained.module.backbone.causal_lm(ids).logits
+        torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    trained.fit(ROWS, steps=1)
+
+
+def test_chat_writes_prompts_with_the_template(bases: dict[str, str]) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(bases["gpt2"]), AutoTokenizer.from_pretrained(bases["gpt2"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    gan = LoraGAN(model, share_of_a, tokenizer=tokenizer, chat=True, system="Be brief.", **SMALL)
+    batch = gan._batch(["Hi"], ["a"])
+    assert tokenizer.decode(batch.prompt_ids[0]) == "[system]Be brief.<|endoftext|>[user]Hi<|endoftext|>[assistant]"
+    assert tokenizer.decode(batch.target_ids[0]) == "a<|endoftext|>"
+    assert isinstance(gan.step("Hi", "a")["response"], str)

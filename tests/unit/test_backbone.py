@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, load_base
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, adapter_of, load_base
 from lora_gan.checkpointing.adapters import save_adapter
+from lora_gan.discriminator import OwnBaseDiscriminator
 from lora_gan.errors import LoraGANError
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import kl_k3
@@ -201,6 +207,43 @@ def test_an_unknown_base_is_named(tmp_path: Path) -> None:
         Backbone(missing, LoraSettings(), LoraSettings())
 
 
+def test_a_good_folder_is_not_sent_to_the_network(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "albert"}')
+    with pytest.raises(LoraGANError, match="AlbertConfig") as refused:
+        load_base(str(tmp_path))
+    assert "network" not in str(refused.value) and "causal language model" in str(refused.value)
+
+
+def test_weights_that_are_missing_in_the_file_are_refused(bases: dict[str, str], tmp_path: Path) -> None:
+    """One layer under another name: transformers would train on random numbers in its place."""
+    shutil.copytree(bases["llama"], tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["renamed"] = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoraGANError, match=r"lack 1 of the model's weights, such as model.layers.1.mlp.up_proj.weight"):
+        load_base(str(tmp_path / "base"))
+
+
+def test_a_base_whose_logits_are_nan_is_refused(bases: dict[str, str], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bases["llama"]).save_pretrained(tmp_path)
+    backbone = Backbone(str(tmp_path), LoraSettings(2, 4), LoraSettings(2, 4))
+    with backbone.generator(), pytest.raises(LoraGANError, match=r"logits of LlamaForCausalLM .* are NaN"):
+        backbone.logprobs(TREE)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(bases: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(bases["llama"], tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(LoraGANError, match="has 258 tokens, but the model has embeddings for 257"):
+        Backbone(str(tmp_path / "base"), LoraSettings(2, 4), LoraSettings(2, 4))
+
+
 def test_a_rank_is_at_least_one() -> None:
     with pytest.raises(LoraGANError, match="rank must be at least 1, got 0"):
         LoraSettings(rank=0)
@@ -367,3 +410,148 @@ def test_a_quantised_base_trains_its_adapters(quantization: str) -> None:
         (-backbone.logprobs(tree)["completion"].sum()).backward()
     moved = [p.grad for name, p in backbone.named_parameters() if ".generator." in name and "lora_B" in name]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in moved)
+
+
+# shapes of adapters
+
+
+def with_lora(base: str, *lora: LoraSettings) -> Backbone:
+    torch.manual_seed(2)
+    return Backbone(base, lora[0], lora[-1])
+
+
+def learn(backbone: Backbone, steps: int = 3) -> None:
+    """Both roles, each by the parameters that its optimizer gets."""
+    for role, mode in ((GENERATOR, backbone.generator), (DISCRIMINATOR, backbone.discriminator)):
+        optimizer = torch.optim.SGD(backbone.parameters_of(role), lr=0.1)
+        for _ in range(steps):
+            with mode():
+                if role == GENERATOR:
+                    loss = -backbone.logprobs(TREE)["target"].mean()
+                else:
+                    loss = backbone.score_branches(TREE)["target"].square().sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lora"),
+    [
+        ("gpt2", LoraSettings(4, 8, ["c_attn", "wte"])),
+        ("llama", LoraSettings(4, 8, ["q_proj", "embed_tokens"])),
+        ("llama", LoraSettings(4, 8, use_dora=True, use_rslora=True)),
+        ("gpt2", LoraSettings(4, 8, use_dora=True)),
+    ],
+)
+def test_all_of_an_adapter_learns_and_is_copied(architecture: str, lora: LoraSettings, bases: dict[str, str]) -> None:
+    """PEFT names the matrices of word embeddings otherwise than those of linear layers."""
+    backbone = with_lora(bases[architecture], lora)
+    before = state(backbone)
+    learn(backbone)
+    adapters = {name for name in before if ".lora_" in name}
+    assert moved(backbone, before) == adapters | {"score_head.weight", "score_head.bias"}
+    assert {adapter_of(name) for name in adapters} == {GENERATOR, DISCRIMINATOR}
+    with backbone.generator():
+        wanted = logits(backbone)
+        backbone.take_snapshot()
+    assert torch.equal(snapshot_logits(backbone), wanted)
+    learn(backbone)
+    assert torch.equal(snapshot_logits(backbone), wanted)
+    backbone.copy_adapter("snapshot", DISCRIMINATOR)
+    with backbone.discriminator():
+        assert torch.equal(logits(backbone), wanted)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(bases: dict[str, str]) -> None:
+    scales = []
+    for lora in (LoraSettings(4, 8), LoraSettings(4, 8, use_rslora=True)):
+        backbone = with_lora(bases["gpt2"], lora)
+        scales.append({m.scaling[GENERATOR] for m in backbone.modules() if isinstance(m, LoraLayer)})
+    assert scales == [{2.0}, {4.0}]
+
+
+def test_mixtures_are_of_the_embeddings_of_the_mode(bases: dict[str, str]) -> None:
+    backbone = with_lora(bases["llama"], LoraSettings(4, 8, ["q_proj", "embed_tokens"]))
+    learn(backbone)
+    ids, found = torch.tensor([72, 33]), []
+    for mode in (backbone.generator, backbone.discriminator, backbone.reference):
+        with mode():
+            found.append(backbone.embed(torch.eye(257)[ids]))
+            assert torch.equal(found[-1], backbone.causal_lm.get_input_embeddings()(ids))
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_prooj"], r"has no layer 'q_prooj'; set lora\.targets to all-linear or to layers among .*k_proj, lm_head"),
+        (["q_proj", "v_prooj"], "has no layer 'v_prooj'"),  # PEFT would go on with q_proj alone
+        ("q_proj", r"lora\.targets q_proj cannot have an adapter in LlamaForCausalLM .* layers among down_proj"),
+        (["mlp"], "cannot have an adapter in LlamaForCausalLM .*LlamaMLP"),
+    ],
+)
+def test_targets_that_are_no_layers_are_refused_by_name(targets: str | list[str], message: str, bases: Any) -> None:
+    for lora in (
+        [LoraSettings(4, 8, targets)],
+        [LoraSettings(), LoraSettings(4, 8, targets)],
+    ):
+        with pytest.raises(LoraGANError, match=message):
+            with_lora(bases["llama"], *lora)
+
+
+def test_no_targets_are_refused() -> None:
+    with pytest.raises(LoraGANError, match=r"lora\.targets is empty"):
+        LoraSettings(targets=[])
+
+
+def test_dropout_is_explained() -> None:
+    assert "no dropout" in str(LoraSettings.__doc__)
+
+
+# bases that cannot be used
+
+
+def test_an_adapter_as_base_is_refused_with_the_way_to_use_it(backbone: Backbone, tmp_path: Path) -> None:
+    """transformers would load its base and switch the adapter off."""
+    save_adapter(backbone, GENERATOR, tmp_path / "mine")
+    base = backbone.lm.peft_config[GENERATOR].base_model_name_or_path
+    message = f"give --model.base {base} and --model.generator.adapter {tmp_path / 'mine'}"
+    for load in (load_base, OwnBaseDiscriminator):
+        with pytest.raises(LoraGANError, match=f"is a PEFT adapter of the base '{base}'.*{message}"):
+            load(str(tmp_path / "mine"))
+    shutil.copy(tmp_path / "mine" / "adapter_config.json", base)
+    try:
+        with pytest.raises(LoraGANError, match=r"in a folder without adapter_config\.json"):
+            load_base(base)
+    finally:
+        Path(base, "adapter_config.json").unlink()
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("left", [0, 4, 3000])
+def test_a_base_cut_off_by_a_broken_download_is_one_clear_error(
+    left: int, bases: dict[str, str], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
+    os.truncate(base / "model.safetensors", left)
+    with pytest.raises(LoraGANError, match=r"cannot load base .*base'"):
+        load_base(str(base))
+    (base / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(2000)}, base / "pytorch_model.bin")
+    os.truncate(base / "pytorch_model.bin", left)
+    with pytest.raises(LoraGANError, match=r"cannot load base .*base'"):
+        load_base(str(base))
+
+
+def test_a_base_that_would_execute_code_is_refused(bases: dict[str, str], tmp_path: Path, work_in: Path) -> None:
+    base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
+    (base / "model.safetensors").unlink()
+    torch.save({"weight": Malicious()}, base / "pytorch_model.bin")
+    with pytest.raises(LoraGANError, match=r"cannot load base .*base'"):
+        load_base(str(base))
+    assert not Path("executed").exists()

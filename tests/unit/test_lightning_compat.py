@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from transformers.cache_utils import DynamicLayer
 
 from lora_gan import lightning_compat as compat
-from lora_gan.cli import CLI, DataCLI
+from lora_gan.cli.training import CLI
 from lora_gan.errors import LoraGANError
+from lora_gan.types import PromptBatch
+from tests.helpers.steps import Build
 
 
 class TwoOptimizers(L.LightningModule):
@@ -109,8 +111,12 @@ def test_the_share_of_a_process() -> None:
 def test_a_run_continues_in_its_folder(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, "gan")
     (tmp_path / "gan" / "version_0").mkdir(parents=True)
-    compat.continue_in_folder(logger, "version_0")
+    assert not compat.has_version(logger)
+    compat.set_version(logger, "version_0")
+    assert compat.has_version(logger)
     assert Path(logger.log_dir) == tmp_path / "gan" / "version_0"
+    compat.set_version(logger, 7)
+    assert Path(logger.log_dir) == tmp_path / "gan" / "version_7"
 
 
 def test_a_setting_of_the_subcommand() -> None:
@@ -122,7 +128,6 @@ def test_a_setting_of_the_subcommand() -> None:
 
 def test_overrides_replace_what_lightning_and_transformers_call() -> None:
     assert CLI._parse_ckpt_path is not LightningCLI._parse_ckpt_path
-    assert DataCLI._run_subcommand is not LightningCLI._run_subcommand
     with pytest.raises(LoraGANError, match=r"transformers\.cache_utils\.DynamicLayer has no grow in this version"):
 
         class Layer(DynamicLayer):  # type: ignore[misc]
@@ -146,7 +151,8 @@ WITHOUT: dict[str, tuple[str, Callable[[], Any]]] = {
     "is_fitting": ("_trainer", lambda: compat.is_fitting(NOTHING)),
     "share_of_process": ("distributed_sampler_kwargs", lambda: compat.share_of_process(NOTHING)),
     "subcommand_setting": ("_get", lambda: compat.subcommand_setting(NOTHING, "ckpt_path")),
-    "continue_in_folder": ("_version", lambda: compat.continue_in_folder(NOTHING, "version_0")),
+    "has_version": ("_version", lambda: compat.has_version(NOTHING)),
+    "set_version": ("_version", lambda: compat.set_version(NOTHING, "version_0")),
     "patched_forward": ("_compiled_call_impl", lambda: compat.patched_forward([NOTHING], id).__enter__()),
 }
 
@@ -164,8 +170,8 @@ def test_a_logger_that_does_not_follow_is_noticed(tmp_path: Path) -> None:
     class Moved(TensorBoardLogger):
         version = "new"
 
-    with pytest.raises(LoraGANError, match="Moved writes to new and not to the resumed run's version_0"):
-        compat.continue_in_folder(Moved(tmp_path), "version_0")
+    with pytest.raises(LoraGANError, match="Moved writes to new and not to the run's folder version_0"):
+        compat.set_version(Moved(tmp_path), "version_0")
 
 
 def test_forward_is_replaced_and_returns() -> None:
@@ -191,3 +197,12 @@ def test_a_compiled_module_is_refused() -> None:
     module.compile()
     with pytest.raises(LoraGANError, match="Identity is compiled; leave out torch"):
         compat.patched_forward([module], lambda m: m.forward).__enter__()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_precisions_that_would_convert_the_adapters_are_refused(
+    precision: Any, build: Build, batch: PromptBatch
+) -> None:
+    trainer = L.Trainer(accelerator="cpu", precision=precision, max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(LoraGANError, match=f"trainer.precision {precision} .*backbone.dtype: bfloat16"):
+        trainer.fit(build(), DataLoader([batch], batch_size=None))

@@ -30,7 +30,7 @@ from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward, LengthReward, NormalizeThenSum
 from lora_gan.rewards.adversarial import WinRate
 from lora_gan.sampling import Sampling
-from lora_gan.step_callback import OUTPUT
+from lora_gan.step_callback import OUTPUT, StepCallback, StepModule
 from lora_gan.tree import grow
 from lora_gan.types import (
     Advantages,
@@ -49,41 +49,12 @@ from tests.helpers.steps import Build, fit, moved, share_of_a, state
 # counting
 
 
-def test_max_steps_counts_rounds(build: Build, batch: PromptBatch) -> None:
+def test_max_steps_counts_steps(build: Build, batch: PromptBatch) -> None:
     recorder, runner = fit(build(), [batch, batch], 7)
     assert len(recorder.reports) == 7
     assert runner.global_step == 7
     names = [moved(before, after) for before, after in pairwise(recorder.weights)]
     assert all(any(f".{p}." in n for n in changed) for changed in names for p in (GENERATOR, DISCRIMINATOR))
-
-
-def test_accumulated_rounds_move_weights_every_second_round(build: Build, batch: PromptBatch) -> None:
-    module = build(gradient_accumulation_steps=2)
-    weights = [state(module)]
-    recorder, runner = fit(module, [batch], 5)
-    weights += recorder.weights
-    changed = [bool(moved(before, after)) for before, after in pairwise(weights)]
-    assert changed == [False, True, False, True, False]
-    assert runner.global_step == 5
-
-
-def test_accumulation_is_the_mean_gradient(build: Build, make_batch: Callable[..., PromptBatch]) -> None:
-    batches = [make_batch(("ab", "cd")), make_batch(("x", "yzw"))]
-    settings: dict[str, Any] = {
-        "policy": 0.0,
-        "discriminator_updates": 0,
-        "max_grad_norm": 1e9,
-        "generator_optimizer": lambda p: SGD(p, lr=1.0),
-    }
-    steps = []
-    for number, given in ((1, batches[:1]), (1, batches[1:]), (2, batches)):
-        module = build(gradient_accumulation_steps=number, **settings)
-        before = state(module)
-        recorder, _ = fit(module, given, number)
-        steps.append({name: recorder.weights[-1][name] - before[name] for name in before})
-    assert max(step.abs().max() for step in steps[2].values()) > 1e-3
-    for name, together in steps[2].items():
-        torch.testing.assert_close(together, (steps[0][name] + steps[1][name]) / 2, atol=1e-6, rtol=1e-4)
 
 
 def test_schedulers_are_stepped_with_their_optimizer(build: Build, batch: PromptBatch) -> None:
@@ -94,10 +65,6 @@ def test_schedulers_are_stepped_with_their_optimizer(build: Build, batch: Prompt
     assert recorder.rates == [[5e-4, 1e-3], [2.5e-4, 1e-3], [1.25e-4, 1e-3]]
     recorder, _ = fit(build(discriminator_scheduler=halve), [batch], 1)
     assert recorder.rates == [[1e-3, 5e-4]]
-    recorder, _ = fit(
-        build(generator_scheduler=halve, discriminator_scheduler=halve, gradient_accumulation_steps=2), [batch], 2
-    )
-    assert recorder.rates == [[1e-3, 1e-3], [5e-4, 5e-4]]
 
 
 # what a step moves
@@ -111,9 +78,7 @@ def test_schedulers_are_stepped_with_their_optimizer(build: Build, batch: Prompt
         ({}, {GENERATOR, DISCRIMINATOR}),
     ],
 )
-def test_a_player_moves_itself_only(
-    settings: dict[str, Any], roles: set[str], build: Build, batch: PromptBatch
-) -> None:
+def test_a_role_moves_itself_only(settings: dict[str, Any], roles: set[str], build: Build, batch: PromptBatch) -> None:
     module = build(**settings)
     before = state(module)
     recorder, _ = fit(module, [batch], 3)
@@ -153,7 +118,7 @@ def test_each_need_alone_samples(use: str, build: Build, batch: PromptBatch) -> 
     assert not rollout.logprobs.requires_grad
 
 
-def test_one_prompt_without_negatives_has_no_junk(build: Build, make_batch: Callable[..., PromptBatch]) -> None:
+def test_one_prompt_without_negatives_needs_none(build: Build, make_batch: Callable[..., PromptBatch]) -> None:
     recorder, _ = fit(build(), [make_batch(("alone", "yes"))], 2)
     assert (
         "discriminator/error_negatives" not in recorder.reports[0]
@@ -201,6 +166,7 @@ def test_the_names_in_the_log(build: Build, batch: PromptBatch) -> None:
         "loss",
         "reward",
         "policy",
+        "generator",
         "completions",
         "discriminator",
         "coefficient",
@@ -340,24 +306,28 @@ def test_the_module_brings_the_baseline_that_its_advantage_needs(build: Build, b
     assert not any(isinstance(c, MovingAverageBaseline) for c in runner.callbacks)  # type: ignore[attr-defined]
 
 
+def test_a_baseline_of_the_users_own_stays(build: Build, batch: PromptBatch) -> None:
+    class Constant(StepCallback):
+        sets_baseline = True
+
+        def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
+            module.coefficients.set(baseline=5.0)
+
+    module = build(advantage=MovingAverage())
+    fit(module, [batch], 1, Constant())
+    assert float(module.coefficients.baseline) == 5.0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
         ({"num_generations": 1}, "LeaveOneOut compares a prompt's completions"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0; null is the whole batch"),
         ({"discriminator_updates": -1}, "discriminator_updates"),
         ({"kl_reference": "teacher"}, "kl_reference"),
         ({"negatives": [HardNegatives(), HardNegatives()]}, "hard"),
         ({"policy": -0.1}, "policy"),
-        (
-            {"gradient_accumulation_steps": 2, "policy_loss": ClippedPPO()},
-            "gradient_accumulation_steps > 1 makes one optimizer step of several",
-        ),
-        (
-            {"gradient_accumulation_steps": 2, "discriminator_updates": 2},
-            "gradient_accumulation_steps > 1 makes one optimizer step of several",
-        ),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be > 0, got 0.0"),
         ({"rewards": [FunctionReward(share_of_a), FunctionReward(share_of_a)]}, "two rewards are named 'share_of_a'"),
     ],
@@ -474,7 +444,7 @@ def test_a_checkpoint_of_something_else_is_refused(
         build().on_load_checkpoint(saved)
 
 
-def test_three_rounds_and_two_are_five(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
+def test_three_steps_and_two_are_five(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
     """Supervised steps draw nothing at random, so a resumed run must equal an uninterrupted one."""
     off: dict[str, Any] = {"policy": 0.0, "discriminator_updates": 0}
     whole, _ = fit(build(**off), [batch], 5)
@@ -626,7 +596,7 @@ def test_a_warm_up_without_policy_takes_one_step_and_reports(build: Build, batch
     assert ["policy/updates" in report for report in recorder.reports] == [False, False, True]
 
 
-def test_schedulers_are_stepped_once_a_round_however_many_steps_it_takes(build: Build, batch: PromptBatch) -> None:
+def test_schedulers_are_stepped_once_a_step_however_many_steps_it_takes(build: Build, batch: PromptBatch) -> None:
     def halve(optimizer: torch.optim.Optimizer) -> StepLR:
         return StepLR(optimizer, step_size=1, gamma=0.5)
 
@@ -640,7 +610,7 @@ def test_schedulers_are_stepped_once_a_round_however_many_steps_it_takes(build: 
     assert recorder.rates == [[5e-4, 5e-4], [2.5e-4, 2.5e-4]]
 
 
-def test_the_discriminator_may_take_several_steps_a_round(build: Build, batch: PromptBatch) -> None:
+def test_the_discriminator_may_take_several_updates_a_step(build: Build, batch: PromptBatch) -> None:
     """One loss is logged, that before the first step; at rate 0 every step sees the same, so nothing moves."""
     once, thrice = Stepper(), Stepper()
     reports = []
@@ -665,9 +635,10 @@ def sampled_minibatch(module: LoraGANModule, batch: PromptBatch, ends: tuple[int
 
 
 def losses(module: LoraGANModule, minibatch: Minibatch) -> dict[str, Tensor]:
-    """The weighted terms of the generator's loss."""
+    """The terms of the generator's loss, before their weights."""
     model = module.discriminator.model
-    return module.generator.losses(module.backbone, minibatch, module.coefficients, model)[0]
+    found = module.generator.losses(module.backbone, minibatch, module.coefficients, model)
+    return {name: term.loss for name, term in found.items()}
 
 
 def test_minibatches_together_are_the_batch(build: Build, batch: PromptBatch) -> None:
@@ -909,7 +880,7 @@ def test_the_value_head_belongs_to_the_generator(build: Build, batch: PromptBatc
     assert torch.equal(saved["generator.value_head.weight"], module.generator.value_head.weight)
 
 
-def test_the_values_of_a_round_are_those_before_each_token_was_drawn(build: Build, batch: PromptBatch) -> None:
+def test_the_values_of_a_step_are_those_before_each_token_was_drawn(build: Build, batch: PromptBatch) -> None:
     """Row by row: the head on the state of the token before, so the first value belongs to the prompt's end."""
     module = build(advantage=ValueGAE())
     randomise(module.backbone)

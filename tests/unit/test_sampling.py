@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -14,8 +16,8 @@ from transformers.generation.logits_process import (
 )
 
 from lora_gan import sampling
-from lora_gan.backbone import Backbone
-from lora_gan.errors import LoraGANError
+from lora_gan.backbone import Backbone, LoraSettings
+from lora_gan.errors import LoraGANError, NonFiniteError
 from lora_gan.sampling import Sampling, choose, sample
 from lora_gan.tree import grow
 from lora_gan.types import Rollout
@@ -132,6 +134,7 @@ def test_rows_that_end_leave_and_nothing_else_changes(
 ) -> None:
     backbone = make_backbone(architecture)
     backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 6)]
+    sampling.prepare(backbone)  # takes steps of its own
     rollouts = {}
     sizes: dict[float, list[int]] = {0.0: [], 1.0: []}
     step = sampling._Decoder.step
@@ -181,6 +184,45 @@ def test_several_ends_are_honoured(backbone: Backbone) -> None:
         rollout = sample(backbone, prompts(backbone)[:1], 1, Sampling(max_new_tokens=6, do_sample=False))
     assert completions(rollout) == [free[: first + 1]]
     assert sampling.eos_ids(backbone) == sorted({free[3], 255, EOS})
+
+
+def test_padding_rows_of_the_embedding_are_never_drawn(bases: dict[str, str], tmp_path: Path) -> None:
+    """They would vanish from the text, while policy and discriminator see them."""
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model.resize_token_embeddings(400, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bases["llama"]).save_pretrained(tmp_path)
+    padded = Backbone(str(tmp_path), LoraSettings(2, 4), LoraSettings(2, 4))
+    asked = prompts(padded)
+    for how in (Sampling(max_new_tokens=8), Sampling(max_new_tokens=8, num_beams=3)):
+        with padded.generator(), torch.no_grad():
+            rollout = sample(padded, asked, 3, how)
+            rows = [list(rollout.completion_ids[3 * b : 3 * b + 3]) for b in range(len(asked))]
+            scored = padded.logprobs(grow(asked, {"sampled": rows}))["sampled"]
+        assert rollout.ids.max() < 257
+        torch.testing.assert_close(rollout.logprobs, scored, atol=1e-4, rtol=0)  # of one distribution
+
+
+@pytest.mark.parametrize(
+    "how", [Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, do_sample=False), Sampling(4, num_beams=2)], ids=str
+)
+def test_nan_in_an_adapter_stops_sampling(how: Sampling, backbone: Backbone) -> None:
+    """It gave the last token of the vocabulary for ever, or an empty completion."""
+    with torch.no_grad():
+        next(p for name, p in backbone.lm.named_parameters() if "lora_B.generator" in name)[0, 0] = torch.nan
+    with backbone.generator(), pytest.raises(NonFiniteError, match="NaN"):
+        sample(backbone, prompts(backbone), 1, how)
+
+
+def test_generation_settings_of_the_model_do_not_leak_in(backbone: Backbone) -> None:
+    beams = Sampling(max_new_tokens=8, num_beams=3)
+    with backbone.generator():
+        wanted = sample(backbone, prompts(backbone), 2, beams)
+        settings = backbone.causal_lm.generation_config
+        settings.no_repeat_ngram_size, settings.suppress_tokens = 1, wanted.ids[0, :3].tolist()
+        found = sample(backbone, prompts(backbone), 2, beams)
+    assert completions(found) == completions(wanted)
+    assert backbone.causal_lm.generation_config is settings
 
 
 # one token

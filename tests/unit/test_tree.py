@@ -175,7 +175,7 @@ def test_neighbours_and_padding_change_nothing(architecture: str, make_backbone:
         torch.testing.assert_close(among_others, backbone.logprobs(single)["target"][0], atol=1e-5, rtol=0)
 
 
-def test_the_judge_reads_what_separate_rows_say(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
+def test_the_discriminator_scores_as_separate_rows(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
     backbone = make_backbone(architecture, "float64")
     prompts, completions = bushy()
     tree = grow(prompts, completions)

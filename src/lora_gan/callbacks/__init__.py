@@ -2,6 +2,7 @@
 
 from lora_gan.baseline import MovingAverageBaseline
 from lora_gan.callbacks.adapters import AdapterCheckpoints
+from lora_gan.callbacks.best_checkpoint import BestCheckpoint
 from lora_gan.callbacks.coefficients import AdaptiveEntropy, AdaptiveKL, KLSchedule
 from lora_gan.callbacks.collapse import CollapseMonitor
 from lora_gan.callbacks.control import AdaptiveAdversarialWeight, ConfidenceGate, DiscriminatorControl
@@ -20,6 +21,7 @@ __all__ = [
     "AdaptiveAdversarialWeight",
     "AdaptiveEntropy",
     "AdaptiveKL",
+    "BestCheckpoint",
     "ChoiceAccuracy",
     "CollapseMonitor",
     "ConfidenceGate",

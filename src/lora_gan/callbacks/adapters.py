@@ -54,6 +54,8 @@ class AdapterCheckpoints(StepCallback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
+        if trainer.global_step == 0:  # not trained yet
+            return
         if self.monitor not in trainer.callback_metrics:
             names = ", ".join(sorted(trainer.callback_metrics))
             raise LoraGANError(

@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import threading
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lora_gan.checkpointing.files import LAST, PREVIOUS
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import is_last_batch, validates_after_this_batch
+from lora_gan.program import command
 
 log = logging.getLogger("lora_gan")
 
@@ -101,8 +104,15 @@ class LastCheckpoint(Checkpoint):
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """Folder of a run's files."""
+    """Folder of a run's files; with ``fast_dev_run``, which leaves nothing, one that is deleted at the end."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return Path(_scratch().name)
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+@cache
+def _scratch() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="lora-gan-")
 
 
 def last_checkpoint(trainer: L.Trainer) -> Path:
@@ -114,7 +124,7 @@ def resume_command(trainer: L.Trainer) -> str:
     """Command line that resumes a run."""
     last = last_checkpoint(trainer)
     config = os.path.relpath(last.parents[1] / "config.yaml")
-    return f"python -m src.cli fit --config {config} --ckpt_path {os.path.relpath(last)}"
+    return command("fit", "--config", config, "--ckpt_path", os.path.relpath(last))
 
 
 def _over(trainer: L.Trainer) -> bool:

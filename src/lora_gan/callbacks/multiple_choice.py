@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 
 from lora_gan.data import InstructionDataModule
-from lora_gan.data.tokenizer import encode_completions
+from lora_gan.data.tokenizer import completion_end, encode_completions
 from lora_gan.distributed import mean_of_all
 from lora_gan.multiple_choice import Scored, choice_metrics, informative, score_choices
 from lora_gan.rewards.truth import truth
@@ -70,7 +70,8 @@ class ChoiceAccuracy(L.Callback):
         data: InstructionDataModule = trainer.datamodule  # type: ignore[attr-defined]
 
         def ids(texts: Sequence[str]) -> list[tuple[int, ...]]:
-            return [answer[:-1] for answer in encode_completions(data.tokenizer, texts)]  # without EOS
+            end = len(completion_end(data.tokenizer))
+            return [answer[:-end] for answer in encode_completions(data.tokenizer, texts)]
 
         asked = [example.source for example in batch.examples if example.target and example.negatives]
         found = score_choices(pl_module.backbone.logprobs, batch, ids, data.limits.total, self.seed)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lora_gan.atomic import atomic_file
+from lora_gan.callbacks.last_checkpoint import run_folder
 from lora_gan.distributed import in_order
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lora_gan")
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -34,12 +36,10 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        path = Path(trainer.log_dir or ".") / self.file
+        path = run_folder(trainer) / self.file
         records = in_order([record for batch in predictions for record in batch])
         if not trainer.is_global_zero:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as stream:
-            for record in records:
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        logger.info("completions written to %s", path)
+        with atomic_file(path) as draft:
+            draft.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        logger.info("%d completions written to %s", len(records), os.path.relpath(path))

@@ -12,24 +12,29 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.distributed import in_order, several
 from lora_gan.errors import LoraGANError
+from lora_gan.lightning_compat import validate_now
+from lora_gan.results import TITLES, Result, markdown_table, save_result
 from lora_gan.rewards import Evidence, RetrievalReward, references_of
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
 from lora_gan.step_callback import StepModule
 from lora_gan.text_metrics import bert_score, bleu, distinct_n, exact_match, mmd, ngram_entropy, rouge, self_bleu, words
-from lora_gan.types import EvalOutput
+from lora_gan.types import EvalOutput, Example
 
-TITLES = {"base": "base", "trained": "trained", "sampled": "trained, sampled"}
 OwnMetric = Callable[[Sequence[str], Sequence[str]], float]
 
 
 class TextMetrics(L.Callback):
-    """Measures the completions of a validation or a test, logs the metrics, and shows samples.
+    """Measures the completions and the targets of a validation or a test, logs the metrics, and shows samples.
 
-    Validation logs ``text/<metric>`` of the generator. Test logs ``test/<role>/<metric>`` of base and generator, prints
-    the table and writes it to ``held_out.md`` in the run's folder. Of several instances only the last one is active, so
-    that another configuration file can append its own.
+    Validation logs ``text/<metric>`` of the generator's completions, and ``validation/loss`` and
+    ``validation/perplexity``, the generator's token mean over all held-out targets; the first one is before training.
+    Test logs ``test/<role>/<metric>`` of base, generator and, if it started from a saved adapter, the generator at the
+    start. It prints the table, writes it to ``held_out.md``, and the numbers to ``results.json`` in the folder of the
+    run whose checkpoint is tested. Of several instances only the last one is active, so that another configuration
+    file can append its own.
 
     Args:
         samples: Number of completions in the tables.
@@ -37,6 +42,7 @@ class TextMetrics(L.Callback):
         bert_score_model: Adds BERTScore by this encoder, a hub id such as roberta-large or a local folder. It is slow.
         metrics: User metrics, by import path: functions of all completions and their targets that return one number,
             logged under the function's name. The target of a prompt without one is empty.
+        before_training: Whether a new run begins with a validation.
     """
 
     def __init__(
@@ -45,12 +51,19 @@ class TextMetrics(L.Callback):
         semantic_model: str = MINILM,
         bert_score_model: str | None = None,
         metrics: list[OwnMetric] | None = None,
+        before_training: bool = True,
     ) -> None:
         self.samples = samples
         self.semantic_model = semantic_model
         self.bert_score_model = bert_score_model
         self.metrics = metrics or []
+        self.before_training = before_training
+        self.matched = False  # whether a completion of a validation was equal to its target
         self.seen: dict[str, list[EvalOutput]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.before_training and trainer.global_step == 0 and not self._replaced(trainer):
+            validate_now(trainer)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seen = {}
@@ -75,31 +88,43 @@ class TextMetrics(L.Callback):
         if self._replaced(trainer):
             return
         self._gather(trainer.val_dataloaders)
-        metrics = self._measure("trained")
-        shown = {f"text/{name}": value for name, value in metrics.items()}
-        pl_module.log_dict(shown, sync_dist=True)
-        if "exact_match" in metrics:
+        metrics = self._measure("trained", pl_module)
+        logged = {f"text/{name}": value for name, value in metrics.items()}
+        logged |= {f"validation/{name}": value for name, value in target_loss(self.seen["trained"]).items()}
+        pl_module.log_dict(logged | {"step": float(_trained_steps(pl_module))}, sync_dist=True)
+        self.matched |= metrics.get("exact_match", 0.0) > 0
+        if self.matched:
             pl_module.log("exact", metrics["exact_match"], prog_bar=True, logger=False, sync_dist=True)
-        self._write(trainer, "samples", samples_table(self.seen, self.samples))
+        self._write(trainer, "samples", samples_table(self.seen, self.samples), _trained_steps(pl_module))
         for reward in pl_module.rewards if isinstance(pl_module, StepModule) else ():
             if isinstance(reward, RetrievalReward) and reward.evidence:
-                self._write(trainer, f"evidence/{reward.name}", evidence_table(reward.evidence, self.samples))
+                table = evidence_table(reward.evidence, self.samples)
+                self._write(trainer, f"evidence/{reward.name}", table, _trained_steps(pl_module))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._replaced(trainer):
             return
         self._gather(trainer.test_dataloaders)
         folder = trainer.log_dir  # a broadcast, which every process must join
-        metrics = {role: self._measure(role) for role in self.seen}
-        logged = {f"test/{p}/{name}": value for p, values in metrics.items() for name, value in values.items()}
-        pl_module.log_dict(logged, sync_dist=True)
-        table = metrics_table(metrics) + "\n\n" + samples_table(self.seen, self.samples)
-        self._write(trainer, "held_out", table)
+        result = self._result(trainer, pl_module)
+        logged = {f"test/{p}/{name}": value for p, values in result.metrics.items() for name, value in values.items()}
+        pl_module.log_dict(logged | {"step": float(result.step)}, sync_dist=True)
+        table = result.table + "\n\n" + samples_table(self.seen, self.samples)
+        self._write(trainer, "held_out", table, result.step)
         if trainer.is_global_zero:
-            count = sum(len(answered.texts) for answered in self.seen["trained"])
-            print(f"\nHeld-out test split, {count} prompts\n\n{table}\n")
+            print(f"\nHeld-out test split, {result.prompts} prompts\n\n{table}\n")
             if folder:
                 Path(folder, "held_out.md").write_text(table + "\n", encoding="utf-8")
+                save_result(_run_of(trainer.ckpt_path) or Path(folder), result)
+
+    def _result(self, trainer: L.Trainer, module: L.LightningModule) -> Result:
+        return Result(
+            checkpoint=Path(trainer.ckpt_path or "").name,
+            step=_trained_steps(module),
+            data=str(getattr(trainer.datamodule, "origin", "")),  # type: ignore[attr-defined]
+            prompts=sum(len(answered.texts) for answered in self.seen["trained"]),
+            metrics={role: self._measure(role, module) | target_loss(seen) for role, seen in self.seen.items()},
+        )
 
     def _replaced(self, trainer: L.Trainer) -> bool:
         return [c for c in trainer.callbacks if isinstance(c, TextMetrics)][-1] is not self  # type: ignore[attr-defined]
@@ -111,13 +136,26 @@ class TextMetrics(L.Callback):
             count = len(data) if isinstance(data, Sized) else None
             self.seen = {role: in_order(one_by_one(answered), count) for role, answered in self.seen.items()}
 
-    def _measure(self, role: str) -> dict[str, float]:
-        return measure(self.seen[role], self.semantic_model, self.bert_score_model, self.metrics)
+    def _measure(self, role: str, module: L.LightningModule) -> dict[str, float]:
+        metrics = measure(self.seen[role], self.semantic_model, self.bert_score_model, self.metrics)
+        if isinstance(module, StepModule) and not any(reward.weight for reward in module.rewards):
+            del metrics["reward"]  # always 0: the discriminator alone decides
+        return metrics
 
-    def _write(self, trainer: L.Trainer, tag: str, table: str) -> None:
+    def _write(self, trainer: L.Trainer, tag: str, table: str, step: int) -> None:
         for sink in trainer.loggers:
             if isinstance(sink, TensorBoardLogger) and not trainer.sanity_checking:
-                sink.experiment.add_text(tag, table, trainer.global_step)
+                sink.experiment.add_text(tag, table, step)
+
+
+def _trained_steps(module: L.LightningModule) -> int:
+    return module.trained_steps if isinstance(module, Checkpointed) else module.global_step
+
+
+def _run_of(checkpoint: str | Path | None) -> Path | None:
+    """The folder of the run that wrote a checkpoint; None for a file that lies elsewhere."""
+    folder = Path(checkpoint or "").parent
+    return folder.parent if folder.name == "checkpoints" else None
 
 
 def measure(
@@ -155,6 +193,18 @@ def measure(
     return metrics
 
 
+def target_loss(answered: Sequence[EvalOutput]) -> dict[str, float]:
+    """Cross-entropy of the targets in nats, the mean over all their tokens, EOS included, and its exponential.
+
+    Empty if no prompt has a target.
+    """
+    tokens = sum(int(part.target_tokens.sum()) for part in answered)
+    if not tokens:
+        return {}
+    loss = -sum(float(part.target_logprob.double().sum()) for part in answered) / tokens
+    return {"loss": loss, "perplexity": float(torch.tensor(loss).double().exp())}
+
+
 def one_by_one(answered: Sequence[EvalOutput]) -> list[EvalOutput]:
     """Split the outputs into one for each prompt."""
     return [
@@ -188,7 +238,7 @@ def variety(completions: Sequence[str]) -> dict[str, float]:
 def _perplexity(answered: Sequence[EvalOutput]) -> dict[str, float]:
     """Geometric mean of the completions' perplexities under the base."""
     perplexity = torch.cat([part.perplexity for part in answered])
-    return {"perplexity": math.exp(float(perplexity.double().log().mean()))} if len(perplexity) else {}
+    return {"perplexity_under_base": math.exp(float(perplexity.double().log().mean()))} if len(perplexity) else {}
 
 
 def _add_own(
@@ -213,30 +263,20 @@ def evidence_table(evidence: Sequence[Evidence], count: int) -> str:
         for one in evidence[:count]
         for n, (passage, similarity) in enumerate(zip(one.passages, one.similarity, strict=True))
     ]
-    return _markdown(["completion", "verdict", "similarity", "passage"], rows)
-
-
-def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown table with a row for each metric and a column for each role."""
-    roles = list(metrics)
-    rows = [[name, *(f"{metrics[p][name]:.3f}" for p in roles)] for name in metrics[roles[0]]]
-    return _markdown(["metric", *(TITLES.get(p, p) for p in roles)], rows)
+    return markdown_table(["completion", "verdict", "similarity", "passage"], rows)
 
 
 def samples_table(seen: Mapping[str, Sequence[EvalOutput]], count: int) -> str:
-    """Markdown table of prompt, target and each role's completion, for prompts spread over the split."""
+    """Markdown table of question, target and each role's completion, for prompts spread over the split."""
     roles = list(seen)
     examples = [example for part in seen[roles[0]] for example in part.examples]
     texts = {role: [text for part in seen[role] for text in part.texts] for role in roles}
     chosen = range(0, len(examples), max(len(examples) // max(count, 1), 1))[:count]
-    rows = [[examples[i].prompt, examples[i].target, *(texts[p][i] for p in roles)] for i in chosen]
-    return _markdown(["prompt", "target", *(TITLES.get(p, p) for p in roles)], rows)
+    rows = [[_asked(examples[i]), examples[i].target, *(texts[p][i] for p in roles)] for i in chosen]
+    return markdown_table(["prompt", "target", *(TITLES.get(p, p) for p in roles)], rows)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(header), ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|") or " "
+def _asked(example: Example) -> str:
+    """What the user said last, without the template around it; the whole prompt where there is no dialogue."""
+    said = [message.content for message in example.messages if message.role == "user"]
+    return said[-1] if said else example.prompt

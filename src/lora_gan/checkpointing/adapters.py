@@ -11,22 +11,37 @@ import json
 import shutil
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_gan.atomic import atomic_folder
-from lora_gan.backbone import BUILTIN, DISCRIMINATOR, GENERATOR, Backbone
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone
+from lora_gan.bases import BUILTIN
+from lora_gan.checkpointing.files import read_checkpoint
 from lora_gan.errors import LoraGANError
 from lora_gan.step_callback import StepModule
 
 ROLES = (GENERATOR, DISCRIMINATOR)
-BASE = "base.json"
+BASE, WEIGHTS = "base.json", "adapter_model.safetensors"
 SHAPE = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # initialisations that leave the base's weights as they are
+# fields of a LoraConfig that do not matter once the adapter's tensors are known to be the same
+NO_EFFECT = {
+    *SHAPE,
+    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "peft_version"),
+    *("revision", "runtime_config", "target_modules", "task_type"),
+    *("corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_ga_config"),  # of the initialisation
+    *("layers_pattern", "megatron_config", "megatron_core", "qalora_group_size"),  # of options that are refused
+}
+MERGE = (
+    "merge it into its base (merge_and_unload of PEFT), save the result with its tokenizer, and set base to that folder"
+)
 
 
 def save_adapter(backbone: Backbone, role: str, folder: Path) -> None:
@@ -37,27 +52,29 @@ def save_adapter(backbone: Backbone, role: str, folder: Path) -> None:
     config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(backbone.lm, adapter_name=role, save_embedding_layers=False)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    shutil.copymode(folder / "adapter_config.json", folder / WEIGHTS)  # safetensors writes for the owner alone
     (folder / BASE).write_text(json.dumps(backbone.fingerprint), encoding="utf-8")
 
 
 def save_role(module: StepModule, role: str, folder: Path) -> None:
-    """Write a role's adapter and heads."""
-    save_adapter(module.backbone, role, folder)
-    for file, weights in _heads(module, role).items():
-        torch.save(weights, folder / file)
+    """Write a role's adapter and heads; an older folder is replaced."""
+    with atomic_folder(folder) as fresh:
+        save_adapter(module.backbone, role, fresh)
+        for file, weights in _heads(module, role).items():
+            torch.save(weights, fresh / file)
 
 
 def load_role(module: StepModule, role: str, source: str | Path) -> None:
     """Load a role's adapter and heads from a folder, or its adapter from a hub id.
 
     Raises:
-        LoraGANError: There is no adapter, or it belongs to another base or has another shape.
+        LoraGANError: There is no adapter, a file is damaged, or it belongs to another base or has another shape.
     """
     load_adapter(module.backbone, role, str(source))
     for file, mine in _heads(module, role).items():
         if (path := Path(source) / file).is_file():
-            theirs: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+            theirs: dict[str, Tensor] = read_checkpoint(path)
             _check_tensors(mine, theirs, f"{path} belongs to another discriminator or base")
             for name, weight in mine.items():
                 weight.copy_(theirs[name])
@@ -67,29 +84,25 @@ def load_adapter(backbone: Backbone, role: str, source: str) -> None:
     """Load a role's weights from a PEFT adapter of any role and run.
 
     Raises:
-        LoraGANError: There is no adapter, or it belongs to another base or has another shape.
+        LoraGANError: There is no adapter, it is damaged, it belongs to another base, or it is of another kind or shape.
     """
-    try:
-        config = PeftConfig.from_pretrained(source)
-        theirs = load_peft_weights(source, device="cpu")
-        saved = _saved_base(source)
-    except (OSError, ValueError) as error:
-        raise LoraGANError(
-            f"{source!r} holds no adapter; give a folder such as checkpoints/step-100/{role}, with "
-            "adapter_config.json and adapter_model.safetensors in it"
-        ) from error
+    config, theirs = _read(source, role)
     here = backbone.lm.peft_config[role]
-    _check_base(backbone, source, saved, config.base_model_name_or_path, here.base_model_name_or_path)
+    _check_base(backbone, source, _saved_base(source), config.base_model_name_or_path, here.base_model_name_or_path)
+    _check_kind(config, here, source)
     for field, setting in SHAPE.items():
-        found, wanted = getattr(config, field, None), getattr(here, field)
+        found, wanted = getattr(config, field), getattr(here, field)
         if found != wanted:
             raise LoraGANError(
                 f"the adapter {source!r} has {setting} {found}, but the {role} has {wanted}: set "
                 f"{role}.lora.{setting} to {found}"
             )
     shape = get_peft_model_state_dict(backbone.lm, adapter_name=role, save_embedding_layers=False)
-    _check_tensors(shape, theirs, f"the adapter {source!r} has other layers; set {role}.lora.targets to its own")
-    set_peft_model_state_dict(backbone.lm, theirs, adapter_name=role)
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    adapter = {name: weight for name, weight in theirs.items() if "lora_" in name}
+    _check_tensors(shape, adapter, f"the adapter {source!r} has other layers; set {role}.lora.targets to {targets}")
+    _check_embeddings(backbone, {name: theirs[name] for name in theirs.keys() - adapter.keys()}, source)
+    set_peft_model_state_dict(backbone.lm, adapter, adapter_name=role)
 
 
 def write_roles(module: StepModule, folder: Path, optimizers: Mapping[str, Optimizer], state: object = None) -> None:
@@ -131,18 +144,65 @@ def _heads(module: StepModule, role: str) -> dict[str, dict[str, Tensor]]:
     return {file: weights for file, weights in learned.items() if weights}
 
 
+def _read(source: str, role: str) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a PEFT adapter."""
+    try:
+        return PeftConfig.from_pretrained(source), load_peft_weights(source, device="cpu")
+    except Exception as error:  # the kind of error depends on which byte of a damaged file has changed
+        if isinstance(error, OSError | ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise LoraGANError(
+                f"{source!r} holds no adapter; give a folder such as checkpoints/step-100/{role}, with "
+                "adapter_config.json and adapter_model.safetensors in it"
+            ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise LoraGANError(f"the adapter {source!r} is damaged ({reason}); copy or download it again") from error
+
+
+def _check_kind(config: PeftConfig, here: LoraConfig, source: str) -> None:
+    """Refuse what would change the model otherwise than through A, B and the settings of LoraSettings."""
+    if not isinstance(config, LoraConfig):
+        raise LoraGANError(
+            f"the adapter {source!r} is of the kind {config.peft_type}, and the roles are LoRA adapters: {MERGE}"
+        )
+    if config.init_lora_weights not in KEEPS_BASE:
+        raise LoraGANError(
+            f"the adapter {source!r} was initialised by {config.init_lora_weights!r}, which changes the weights of the "
+            f"base, and here both roles share the base: {MERGE}"
+        )
+    for field in fields(LoraConfig):
+        if field.name not in NO_EFFECT and getattr(config, field.name) != getattr(here, field.name):
+            raise LoraGANError(f"the adapter {source!r} uses {field.name}, which the roles do not have: {MERGE}")
+
+
 def _check_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], message: str) -> None:
-    differing = sorted(mine.keys() ^ theirs.keys()) or [n for n in mine if mine[n].shape != theirs[n].shape]
+    differing = sorted(mine.keys() ^ theirs.keys()) or [n for n in mine if _shape(mine[n]) != _shape(theirs[n])]
     if differing:
         name = differing[0]
-        shapes = [tuple(weights[name].shape) if name in weights else "missing" for weights in (theirs, mine)]
+        shapes = [_shape(weights[name]) if name in weights else "missing" for weights in (theirs, mine)]
         raise LoraGANError(f"{message} ({name}: found {shapes[0]}, expected {shapes[1]})")
+
+
+def _check_embeddings(backbone: Backbone, theirs: Mapping[str, Tensor], source: str) -> None:
+    """PEFT saves the base's word embeddings beside an adapter on them; they must be those of this base."""
+    mine = backbone.lm.state_dict()
+    for name, weight in theirs.items():
+        if name not in mine or not torch.equal(mine[name].cpu(), weight.to(mine[name].dtype)):
+            raise LoraGANError(f"the adapter {source!r} comes with other weights of the base ({name}): {MERGE}")
+
+
+def _shape(value: object) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _saved_base(source: str) -> dict[str, str]:
     """Identity of the base as recorded in the folder; empty for adapters of other programs or on the hub."""
     path = Path(source) / BASE
-    saved: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        saved: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoraGANError(f"{path} is damaged ({error}); delete it to have the base checked by its name") from error
     return saved
 
 

@@ -11,17 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, Backbone, adapter_of
 from lora_gan.coefficients import Coefficients
+from lora_gan.data.base import TextDataModule
+from lora_gan.data.templates import PromptFormat
 from lora_gan.distributed import gathered
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import is_fitting
+from lora_gan.sampling import Sampling, end_turns
 from lora_gan.step_callback import StepModule
 from lora_gan.tensors import fingerprint
 
-CHECKPOINT_VERSION = 5  # since lora-gan 0.2.0
+CHECKPOINT_VERSION = 6  # since lora-gan 0.3.0
 
 
 class Checkpointed(StepModule):
@@ -33,17 +36,23 @@ class Checkpointed(StepModule):
     """
 
     configured_coefficients: Coefficients
+    sampling: Sampling
     seed: int | None = None  # of the next runs; None: the seed of torch, or that of the checkpoint
 
     def __init__(self) -> None:
         super().__init__()
         self.strict_loading = False  # checkpoints do not store the base
         self.seed_of_run = 0
-        self.accumulated: dict[str, Tensor] = {}  # gradients from a checkpoint, until training starts
+        self.trained_steps = 0  # training steps behind the present weights
+        self.prompts = PromptFormat()  # of the data module, once the trainer has set the module up
 
     # random numbers
 
     def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TextDataModule):
+            self.prompts = data.prompts
+        end_turns(self.backbone, self.prompts)
         given = torch.initial_seed() if self.seed is None else self.seed
         self.seed_of_run = self.trainer.strategy.broadcast(given)
 
@@ -60,18 +69,8 @@ class Checkpointed(StepModule):
         """Seed what follows, so that it does not depend on whether the last step ran now or before a resume."""
         self.seed_step()
 
-    # accumulated gradients
-
-    def on_train_start(self) -> None:
-        parameters = dict(self.named_parameters())
-        for name, gradient in self.accumulated.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        self.accumulated = {}
-
-    def on_validation_model_zero_grad(self) -> None:
-        """Keep accumulated gradients during a validation; Lightning would clear them."""
-        if self.trainer.global_step % self.optimization.settings.gradient_accumulation_steps == 0:
-            super().on_validation_model_zero_grad()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.trained_steps = self.trainer.global_step
 
     # checkpoints
 
@@ -81,9 +80,12 @@ class Checkpointed(StepModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint["lora_gan"] = self._description() | {
             "seed": self.seed_of_run,
+            "updates": dict(self.optimization.updates),
+            "fingerprint": self.backbone.fingerprint,
+            "prompts": plain(asdict(self.prompts)),
+            "sampling": asdict(self.sampling),
             "coefficients": asdict(self.configured_coefficients),
             "replay": gathered(self.discriminator.replay.state_dict()),
-            "gradients": {name: p.grad for name, p in self.named_parameters() if p.grad is not None},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -102,7 +104,7 @@ class Checkpointed(StepModule):
                 f"the checkpoint does not fit this configuration: {'; '.join(differing)}. "
                 "Start a new run, or use the settings of the checkpoint"
             )
-        if any(f".{SNAPSHOT}." in name for name in checkpoint["state_dict"]):
+        if any(adapter_of(name) == SNAPSHOT for name in checkpoint["state_dict"]):
             self.backbone.add_snapshot()
         remembered = described["replay"]  # one for each process
         self.discriminator.replay.load_state_dict(remembered[self.global_rank % len(remembered)])
@@ -112,9 +114,10 @@ class Checkpointed(StepModule):
                 f"the checkpoint lacks {len(missing)} tensors, such as {min(missing)}; start a new run, or use the "
                 "settings of the checkpoint"
             )
+        self.trained_steps = checkpoint["global_step"]
+        self.optimization.updates = dict(described["updates"])
         if fitting:
             self.seed_of_run = described["seed"]
-            self.accumulated = described["gradients"]
         for name, value in asdict(self.configured_coefficients).items():
             if described["coefficients"][name] != value:  # reconfigured for the resumed run
                 checkpoint["state_dict"][f"coefficients.{name}"] = torch.tensor(float(value))
@@ -168,19 +171,24 @@ class Checkpointed(StepModule):
     @cached_property
     def _frozen_weights(self) -> str:
         """Fingerprint of the frozen weights, which identifies a base even if its folder moved."""
-        frozen = {name: p for name, p in self.named_parameters() if not p.requires_grad and f".{SNAPSHOT}." not in name}
+        frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad and adapter_of(n) != SNAPSHOT}
         return fingerprint(frozen)
 
     @cached_property
     def _vocabulary(self) -> str:
-        vocabulary = self.backbone.tokenizer.get_vocab()
-        digest = sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]
-        return f"{len(vocabulary)} tokens ({digest})"
+        return vocabulary_of(self.backbone)
 
     def _kept(self) -> set[str]:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        snapshot = {name for name, _ in self.named_parameters() if f".{SNAPSHOT}." in name}
+        snapshot = {name for name, _ in self.named_parameters() if adapter_of(name) == SNAPSHOT}
         return trained | snapshot | {f"coefficients.{name}" for name, _ in self.coefficients.named_buffers()}
+
+
+def vocabulary_of(backbone: Backbone) -> str:
+    """Size and fingerprint of the tokenizer's vocabulary."""
+    vocabulary = backbone.tokenizer.get_vocab()
+    digest = sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+    return f"{len(vocabulary)} tokens ({digest})"
 
 
 def seed_by(parts: tuple[int, ...]) -> None:
@@ -201,9 +209,9 @@ def differences(there: Any, here: Any, name: str) -> Iterator[str]:
 
 
 def plain(value: Any) -> Any:
-    """Settings as plain values for a checkpoint; rates derived from those of the optimizer are left out."""
+    """Settings as plain values for a checkpoint, without what follows the optimizer's rate or the run's length."""
     if isinstance(value, Mapping):
-        followed = ("base_lrs", "_last_lr")
+        followed = ("base_lrs", "_last_lr", "end")
         return {str(key): plain(item) for key, item in value.items() if key not in followed}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]

@@ -11,6 +11,7 @@ from lora_gan.data.sources.dolly import Dolly
 from lora_gan.data.sources.mixture import Mixture
 from lora_gan.data.sources.oasst import OASST
 from lora_gan.data.sources.own import OwnFile
+from lora_gan.data.sources.standard import StandardFormat
 from lora_gan.data.sources.truthfulqa import TruthfulQA
 from lora_gan.data.sources.twon import TWON
 from lora_gan.data.stream import StreamDataModule
@@ -27,6 +28,7 @@ __all__ = [
     "OwnFile",
     "RowSource",
     "Source",
+    "StandardFormat",
     "StreamDataModule",
     "TruthfulQA",
 ]

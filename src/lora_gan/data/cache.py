@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_gan.atomic import atomic_file
-from lora_gan.data.tokenizer import Encoded, Ids, encode, shared
+from lora_gan.data.tokenizer import Encoded, Ids, completion_end, encode, shared
 from lora_gan.types import Example
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ log = logging.getLogger("lora_gan")
 
 CHUNK = 512  # examples that are tokenised together
 LARGE = 5_000  # examples; fewer are tokenised faster than read from disk
-FORMAT = "1"  # must change if the result of encode changes
+FORMAT = "2"  # must change if the result of encode changes
 
 
 def folder() -> Path:
@@ -36,9 +36,13 @@ def encode_large(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
     """:func:`encode`, read from the cache if these texts have been encoded before."""
     if len(examples) < LARGE or not tokenizer.is_fast:
         return _encode_in_chunks(tokenizer, examples)
-    file = folder() / f"{_key(tokenizer, examples)}.npz"
-    if not file.is_file():
-        _write(file, _encode_in_chunks(tokenizer, examples))
+    try:
+        file = folder() / f"{_key(tokenizer, examples)}.npz"
+        if not file.is_file():
+            _write(file, _encode_in_chunks(tokenizer, examples))
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        log.warning("token ids are not cached (%s); set XDG_CACHE_HOME to a folder that can be written", error)
+        return _encode_in_chunks(tokenizer, examples)
     return _read(file, tokenizer, examples)
 
 
@@ -65,8 +69,12 @@ def _read(file: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exa
             ids, lengths = kept["ids"], kept["lengths"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged (%s) and is rebuilt", file, error)
-        file.unlink()
-        yield from encode_large(tokenizer, examples)
+        try:
+            file.unlink()
+        except OSError:
+            yield from _encode_in_chunks(tokenizer, examples)
+        else:
+            yield from encode_large(tokenizer, examples)
         return
     ends = np.cumsum(lengths, dtype=np.int64).tolist()
     parts = iter(zip([0, *ends[:-1]], ends, strict=True))
@@ -81,8 +89,10 @@ def _read(file: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exa
 
 def _key(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> str:
     backend = getattr(tokenizer, "backend_tokenizer").to_str()  # noqa: B009
-    key = sha1("\0".join((FORMAT, backend, str(tokenizer.bos_token_id), str(tokenizer.eos_token_id))).encode())
+    ends = str(tokenizer.bos_token_id), str(completion_end(tokenizer))
+    key = sha1("\0".join((FORMAT, backend, *ends)).encode())
     for example in examples:
+        key.update(f"{example.chat}{example.literal}".encode())
         for text in (example.prompt, example.target, *(negative.text for negative in example.negatives), "\0"):
             key.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
     return key.hexdigest()

@@ -10,11 +10,19 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset
 
-from lora_gan.data.base import TextDataModule, check_sizes, collate, format_counts, silence_resume_advice
+from lora_gan.data.base import (
+    TextDataModule,
+    check_sizes,
+    collate,
+    describe_prompts,
+    format_counts,
+    silence_resume_advice,
+)
+from lora_gan.data.fitting import LengthLimits
 from lora_gan.data.sampler import BucketSampler, EpochPosition
 from lora_gan.data.source import Source
-from lora_gan.data.sources.alpaca import Alpaca
 from lora_gan.data.sources.builtin import BuiltinWorld
+from lora_gan.data.sources.standard import StandardFormat
 from lora_gan.data.splits import SPLITS, SplitExamples, assign_splits, digest, one_wording_each
 from lora_gan.data.tokenizer import Encoded, encode
 from lora_gan.errors import DataError, LoraGANError
@@ -51,10 +59,12 @@ class InstructionDataModule(TextDataModule):
     ) -> None:
         """
         Args:
-            source: Where the examples come from; by default the built-in world, or Alpaca where path is given.
+            source: Where the examples come from; by default the built-in world, or StandardFormat where path is
+                given.
             path: A local file or hub id that the source reads instead of its own.
-            validation: Share of the groups held out for validation, where the source has no official split.
-            test: Share of the groups held out for the test, where the source has no official split.
+            validation: Share of the groups held out for validation, where the source has no official split; at least
+                one group, if there are three.
+            test: Share of the groups held out for the test, in the same way.
             max_validation: Use only so many validation examples, drawn by hash.
             max_test: Use only so many test examples, drawn by hash.
             bucket_batches: Batches among which prompts are sorted by length, against padding; 1: none are.
@@ -70,13 +80,15 @@ class InstructionDataModule(TextDataModule):
         if path is None:
             self.source = source or BuiltinWorld()
         else:
-            self.source = (source or Alpaca()).with_path(path)
+            self.source = (source or StandardFormat(path)).with_path(path)
         self.fractions = {"validation": validation, "test": test}
         self.largest = {"validation": max_validation, "test": max_test}
         self.bucket_batches = bucket_batches
         self.seed = seed
         self.num_workers = num_workers
         self.splits: dict[str, Split] = {}
+        self.fitted_to: LengthLimits | None = None
+        self.trains = False  # whether this run has been set up to train
         self.trained = EpochPosition()
         self.trained_order: dict[str, int | str] = {}
 
@@ -87,19 +99,32 @@ class InstructionDataModule(TextDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the source once, for all stages."""
-        if self.splits:
+        self.trains = self.trains or stage == "fit"
+        if self.splits and self.fitted_to == self.limits:
             return
+        self.read()
+        log.info(self._summary())
+
+    def read(self) -> None:
+        """Reads the source and splits, tokenises and thins its examples.
+
+        Raises:
+            DataError: There is no usable row, or nothing fits into the limits.
+        """
         examples = list(self.source.rows())
         if not examples:
             raise DataError(
                 f"{self.origin} gives no usable row (dropped: {format_counts(self.source.dropped)}); fix the rows"
             )
+        self.has_dialogues = all(example.messages for example in examples)
+        self.fitted_to = self.limits
         split = {name: self._fit(placed) for name, placed in assign_splits(examples, self.fractions, self.seed).items()}
         held_out = {name: self._thin(name, split[name]) for name in SPLITS[1:]}
         self.splits = split | held_out
-        self._report()
         if not any(split.items for split in self.splits.values()):
             raise self._nothing_fits(examples)
+        if not self.splits["test"].items and self.fractions["test"]:
+            log.warning("no test examples: fit ends without its test; give more rows or raise data.init_args.test")
 
     def train_dataloader(self) -> DataLoader[Encoded]:
         """A new order each epoch, dealt out to the processes; what does not fill a step is left out."""
@@ -191,7 +216,7 @@ class InstructionDataModule(TextDataModule):
         items = self.splits[name].items
         if not items and name == "validation":
             log.warning("no validation examples: validation is skipped; raise data.init_args.validation to get some")
-        elif not items:
+        elif not items and not (name == "test" and self.trains):
             raise DataError(
                 f"{self.origin} leaves no {name} examples (dropped: {format_counts(self.splits[name].dropped)}); "
                 "give more rows, or change data.init_args.validation and data.init_args.test"
@@ -229,9 +254,10 @@ class InstructionDataModule(TextDataModule):
         """The source and what it reads."""
         return f"{self.source.name} ({self.source.path})" if self.source.path else self.source.name
 
-    def _report(self) -> None:
+    def _summary(self) -> str:
         lines = [f"data: {self.origin}, rows dropped: {format_counts(self.source.dropped)}"]
         lines.append(f"  rows repaired: {format_counts(self.source.repaired)}")
+        lines.append(f"  prompts: {describe_prompts(self)}")
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
@@ -239,7 +265,7 @@ class InstructionDataModule(TextDataModule):
             lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {format_counts(split.dropped)}{cut}")
         if self.source.note:
             lines.append(f"  note: {self.source.note}")
-        log.info("\n".join(lines))
+        return "\n".join(lines)
 
 
 def _check_fractions(validation: float, test: float) -> None:

@@ -1,4 +1,4 @@
-"""Rows of local files (json, jsonl, csv, parquet; gzip if the name ends in .gz) and of data sets on the hub.
+"""Rows of local files (json, jsonl, csv, tsv, parquet; gzip if the name ends in .gz) and of data sets on the hub.
 
 Every fault of a file is a :class:`DataError` that names the file, the row and the field.
 """
@@ -13,14 +13,16 @@ import os
 import re
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from lora_gan.data.formats import advice, format_of
 from lora_gan.errors import DataError
 
-FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -54,29 +56,43 @@ class Row:
             return default
         if field not in self.values:
             found = ", ".join(map(str, self.values)) or "none"
-            raise DataError(f"{self.where}: the field {field!r} is missing (fields found: {found}); add or rename it")
+            raise DataError(
+                f"{self.where}: the field {field!r} is missing (fields found: {found}); {advice(self.values)}"
+            )
         if not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
             raise DataError(f"{self.where}: the field {field!r} is {kind}, not text; fix or delete the row")
         return clean(value)
 
     def texts(self, field: str) -> list[str]:
-        """The cleaned texts of the list in ``field``."""
-        return strings(self.values.get(field), field, self.where)
+        """The cleaned texts in ``field``: of a list without its nulls, or a single one."""
+        value = self.values.get(field)
+        given = [value] if isinstance(value, str) else value
+        present = [text for text in given if text is not None] if isinstance(given, list) else given
+        return strings(present, field, self.where)
 
 
 def strings(value: object, field: str, where: str) -> list[str]:
     """``value`` as a list of cleaned texts; :class:`DataError` if it is not a list of texts."""
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list):
         kind = "missing or null" if value is None else f"{type(value).__name__}, not a list of texts"
         raise DataError(f"{where}: the field {field!r} is {kind}; fix or delete the row")
+    for text in value:
+        if not isinstance(text, str):
+            kind = "null" if text is None else type(text).__name__
+            raise DataError(f"{where}: the list in the field {field!r} holds {kind}, not text; fix or delete the row")
     return [clean(text) for text in value]
 
 
 def clean(text: str) -> str:
-    r"""``text`` in NFC with \n line ends, without control characters, lone surrogates and surrounding space."""
+    r"""``text`` in NFC with \n line ends, without control characters, lone surrogates and surrounding space.
+
+    A text of nothing but space and invisible characters (zero-width space, joiner, …) is empty.
+    """
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
-    return unicodedata.normalize("NFC", _CONTROL.sub("", lines)).strip()
+    cleaned = unicodedata.normalize("NFC", _CONTROL.sub("", lines)).strip()
+    visible = any(not (sign.isspace() or unicodedata.category(sign) == "Cf") for sign in cleaned)
+    return cleaned if visible else ""
 
 
 def refuse(error: DataError) -> NoReturn:
@@ -111,8 +127,17 @@ def _format(file: Path) -> str:
     return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file; only a line feed, alone or after a carriage return, ends one.
+
+    Raises:
+        DataError: The file cannot be read, is empty or is not UTF-8.
+    """
+    return [line.removesuffix("\r") for line in _decode(file, _content(file)).split("\n")]
+
+
 def _read_file(file: Path, bad: OnBadRow) -> Iterator[Row]:
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows}
     content = _content(file)
     kind = _format(file)
     if kind == ".parquet":
@@ -158,7 +183,7 @@ def _decode(file: Path, content: bytes) -> str:
 
 def _json_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
     try:
-        rows = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
@@ -166,13 +191,40 @@ def _json_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: the JSON cannot be read ({error}); fix the file") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{file} holds a JSON {type(rows).__name__}, not a list; give a list of objects")
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_list_in(content, file), start=1):
         try:
             yield _object_row(row, f"{file}, row {number}")
         except DataError as error:
             bad(error)
+
+
+def _list_in(content: object, file: Path) -> list[object]:
+    """The rows of a JSON file: a list, or the one list in an object, such as ``{"data": […]}``."""
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds a JSON {type(content).__name__}, not a list; give a list of objects")
+    lists = {name: value for name, value in content.items() if isinstance(value, list)}
+    if len(lists) == 1 and format_of(content) is None:
+        return next(iter(lists.values()))
+    found = ", ".join(map(repr, content)) or "nothing"
+    raise DataError(
+        f"{file} holds a JSON object with {found}, not a list; give a list of objects, or an object with one"
+    )
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError if a key is repeated, of which ``json`` would keep the last."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = repeated([key for key, _ in pairs])
+        raise ValueError(f"the key {twice[0]!r} occurs twice in an object")
+    return made
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that occur more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _jsonl_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
@@ -187,7 +239,7 @@ def _jsonl_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
 def line_row(line: str, where: str) -> Row:
     """The row in a line of a .jsonl file; :class:`DataError` if the line is not a JSON object."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where}, column {error.colno}: not valid JSON ({error.msg}); the line may be cut short, fix or delete it"
@@ -205,8 +257,10 @@ def _object_row(row: object, where: str) -> Row:
 
 def _csv_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(file, text))
     try:
+        if twice := repeated(filter(None, reader.fieldnames or ())):
+            raise DataError(f"{file}: the column {twice[0]!r} occurs twice; rename or delete one of the two")
         for number, row in enumerate(reader, start=1):
             where = f"{file}, row {number}"
             if None not in row:
@@ -223,11 +277,21 @@ def _csv_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
         raise DataError(f"{file}, line {reader.line_num}: not valid CSV ({error}); fix the quotes") from error
 
 
+def _delimiter(file: Path, text: str) -> str:
+    """What separates cells: tabs in .tsv files; else a comma, or a semicolon where the header has no comma."""
+    if _format(file) == ".tsv":
+        return "\t"
+    header = text.split("\n", 1)[0]
+    return ";" if ";" in header and "," not in header else ","
+
+
 def _parquet_rows(file: Path, content: bytes) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
+        if twice := repeated(parquet.read_schema(io.BytesIO(content)).names):
+            raise DataError(f"{file}: the column {twice[0]!r} occurs twice; rename or delete one of the two")
         rows = parquet.read_table(io.BytesIO(content)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file} is not a complete parquet file: {error}; download it again") from error

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_gan.context import tokenizer_context
+from lora_gan.context import UNLIMITED, tokenizer_context
 from lora_gan.data.cache import encode_large
-from lora_gan.data.templates import as_chat, join, pieces_of
-from lora_gan.data.tokenizer import Encoded, prompt_ids
+from lora_gan.data.templates import Prompt, PromptFormat
+from lora_gan.data.tokenizer import Encoded, adopt_turn_end, encode_prompts
 from lora_gan.types import Example
 
 if TYPE_CHECKING:
@@ -29,10 +29,27 @@ class LengthLimits:
     total: int
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: int, target: int, total: int | None) -> LengthLimits:
-        """The limits; ``total`` is the context length of the tokenizer by default."""
-        total = total or tokenizer_context(tokenizer)
-        return cls(min(prompt, total - SHORTEST_TARGET), target, total)
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: int,
+        target: int,
+        total: int | None,
+        context: int = UNLIMITED,
+        completion: int = SHORTEST_TARGET,
+    ) -> LengthLimits:
+        """The limits.
+
+        Args:
+            tokenizer: Its context length is the default of ``total``.
+            prompt: Most tokens of a prompt.
+            target: Most tokens of a target.
+            total: Most tokens of both together.
+            context: Context length of the model, which nothing may exceed.
+            completion: Tokens of it that a prompt leaves free for a sampled completion.
+        """
+        total = min(total or tokenizer_context(tokenizer), context)
+        return cls(min(prompt, total - SHORTEST_TARGET, context - completion), target, total)
 
     def fits(self, prompt: int, target: int) -> bool:
         """Whether a completion of ``target`` tokens fits after a prompt of ``prompt`` tokens."""
@@ -46,20 +63,19 @@ class LengthFilter:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, limits: LengthLimits, chat: bool = False, system: str | None = None
+        self, tokenizer: PreTrainedTokenizerBase, limits: LengthLimits, prompts: PromptFormat = PromptFormat()
     ) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
-        self.chat = chat
-        self.system = system
+        self.prompts = prompts
         self.dropped: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
 
     def fit(self, examples: Sequence[Example]) -> Iterator[Encoded]:
         """The examples that fit, with the negatives that fit."""
-        if self.chat:
-            examples = [as_chat(self.tokenizer, example, self.system) for example in examples]
-        for item in encode_large(self.tokenizer, examples):
+        adopt_turn_end(self.tokenizer, self.prompts)
+        written = [self.prompts.write(self.tokenizer, example) for example in examples]
+        for item in encode_large(self.tokenizer, written):
             shortened = self._shortened(item)
             reason = self._fault(shortened)
             if reason:
@@ -71,13 +87,18 @@ class LengthFilter:
         limit = min(self.limits.prompt, self.limits.total - len(item.target_ids))
         if len(item.prompt_ids) <= limit or len(item.target_ids) > self.limits.target:
             return item
-        example = shorten(item.example, limit, lambda text: len(prompt_ids(self.tokenizer, text)))
+        example = shorten(item.example, limit, self._count)
         if example is None:
             return item
         self.repaired["prompt_cut"] += 1
-        return replace(item, example=example, prompt_ids=prompt_ids(self.tokenizer, example.prompt))
+        return replace(item, example=example, prompt_ids=encode_prompts(self.tokenizer, [example])[0])
+
+    def _count(self, example: Example) -> int:
+        return len(encode_prompts(self.tokenizer, [example])[0])
 
     def _fault(self, item: Encoded) -> str:
+        if not item.prompt_ids:
+            return "empty_prompt"
         if len(item.prompt_ids) > self.limits.prompt:
             return "prompt_too_long"
         return "" if self.limits.fits(len(item.prompt_ids), len(item.target_ids)) else "target_too_long"
@@ -93,21 +114,20 @@ class LengthFilter:
         return replace(item, example=example, negative_ids=tuple(ids for _, ids in fitting))
 
 
-def shorten(example: Example, limit: int, count: Callable[[str], int]) -> Example | None:
+def shorten(example: Example, limit: int, count: Callable[[Example], int]) -> Example | None:
     """``example`` with a prompt of at most ``limit`` tokens; None if cutting the cuttable fields is not enough.
 
     The beginning of the longest field is cut first; if removing all of it is not enough, the next longest is cut too.
     """
-    pieces = pieces_of(example.prompt, example.cuttable)
-    for i in sorted(range(1, len(pieces), 2), key=lambda i: len(pieces[i]), reverse=True):
-        before, field, after = "".join(pieces[:i]), pieces[i], "".join(pieces[i + 1 :])
 
-        def tokens(kept: int, before: str = before, field: str = field, after: str = after) -> int:
-            return count(before + field[len(field) - kept :] + after)
+    def cut(start: int, end: int) -> Example:
+        made = Prompt(example.prompt, example.cuttable, example.literal).without(start, end)
+        return replace(example, prompt=made.text, cuttable=made.cuttable, literal=made.literal)
 
-        kept = bisect_right(range(len(field) + 1), limit, key=tokens) - 1
-        pieces[i] = field[len(field) - max(kept, 0) :]
+    for _ in example.cuttable:
+        start, end = max(example.cuttable, key=lambda span: span[1] - span[0])
+        kept = bisect_right(range(end - start + 1), limit, key=lambda n: count(cut(start, end - n))) - 1
+        example = cut(start, end - max(kept, 0))
         if kept >= 0:
-            cut = join(pieces)
-            return replace(example, prompt=cut.text, cuttable=cut.cuttable) if cut.cuttable else None
+            return example if example.cuttable else None
     return None

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import lightning as L
 import numpy as np
 
+from lora_gan.context import UNLIMITED
+from lora_gan.data.base import describe_prompts
 from lora_gan.data.datamodule import InstructionDataModule, Split
 from lora_gan.data.splits import SPLITS
 from lora_gan.data.tokenizer import Encoded
 from lora_gan.errors import LoraGANError
+from lora_gan.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PERCENTILES = (50, 90, 99, 100)
 TOO_LONG = ("prompt_too_long", "target_too_long")
@@ -28,7 +36,8 @@ def report(data: L.LightningDataModule, examples: int = 3) -> str:
             f"the data command needs lora_gan.data.InstructionDataModule, got {type(data).__name__}; set data to it "
             "(a stream cannot be described before it is read)"
         )
-    data.setup()
+    if not data.splits:
+        data.read()
     shown = next((data.splits[name].items for name in SPLITS if data.splits[name].items), ())
     parts = [
         _title("Data", data),
@@ -43,11 +52,40 @@ def report(data: L.LightningDataModule, examples: int = 3) -> str:
 def _title(name: str, data: InstructionDataModule) -> str:
     lines = [
         f"{name}: {data.origin}",
+        f"prompts: {describe_prompts(data)}",
+        *filter(None, [_inserted(data)]),
         f"tokenizer {data.tokenizer_name}; at most {data.limits.prompt:,} tokens of prompt, {data.limits.target:,} of "
-        f"target, {data.limits.total:,} in total",
+        f"target, {_limit(data.limits.total)} in total",
         f"fits: {_share_that_fits(data.splits.values()):.1%} of the examples",
     ]
     return "\n".join(lines + [f"note: {data.source.note}"] * bool(data.source.note))
+
+
+def _limit(tokens: int) -> str:
+    return f"{tokens:,}" if tokens < UNLIMITED else "any number"
+
+
+def _inserted(data: InstructionDataModule) -> str:
+    """What the chat template writes by itself before a dialogue without system message, such as a persona."""
+    if not data.prompts.chat or data.prompts.system is not None:
+        return ""
+    asked, replied, asked_again = "first question", "first reply", "second question"
+    turns = [Message("user", asked), Message("assistant", replied), Message("user", asked_again)]
+    try:
+        first, second = (data.prompts.write(data.tokenizer, data.prompts.dialogue(turns[:n])).prompt for n in (1, 3))
+    except LoraGANError:  # a template of single turns does not tell how a turn begins
+        return ""
+    before, between = first.split(asked)[0], second.split(replied)[-1].split(asked_again)[0]
+    pairs = zip(reversed(before), reversed(between), strict=False)
+    header = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # of a user's turn
+    text = _without_control_tokens(before[: len(before) - header], data.tokenizer)
+    return f"where there is no system message, it writes {text!r}; data.init_args.system replaces it" if text else ""
+
+
+def _without_control_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    for token in tokenizer.get_added_vocab():
+        text = text.replace(token, " ")
+    return " ".join(text.split())
 
 
 def _share_that_fits(splits: Iterable[Split]) -> float:
@@ -102,7 +140,7 @@ def _example(number: int, item: Encoded) -> str:
     example = item.example
     others = [text for text in example.references if text != example.target]
     parts = [
-        f"──── example {number}: {example.source}, group {example.group[:60]!r}",
+        f"──── example {number}: {example.source}, group {' '.join(example.group.split())[:60]!r}",
         f"──── prompt ({len(item.prompt_ids)} tokens)\n{example.prompt}",
         f"──── target ({len(item.target_ids)} tokens with EOS)\n{example.target}",
         *(f"──── further reference\n{text}" for text in others),

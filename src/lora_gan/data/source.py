@@ -6,12 +6,14 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from inspect import signature
 from itertools import islice
 from typing import Any, Literal
 
 from lora_gan.data.files import Row, read_rows
-from lora_gan.data.templates import prompt, user_message
+from lora_gan.data.templates import default_template, fields_of, prompt, user_message
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example
 
@@ -43,6 +45,21 @@ class Source(ABC):
         """A limitation of this data that a reader of the results must know; empty where there is none."""
         return ""
 
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        """The templates of its prompts, each with its own fields; inference writes prompts with them, too."""
+        return (default_template("{prompt}"),)
+
+    @property
+    def turn_templates(self) -> Mapping[str, str] | None:
+        """The templates of a turn, with {text}, by role; None where prompts are single questions."""
+        return None
+
+    @property
+    def system(self) -> str | None:
+        """The system message of all its dialogues; None where they have none, or each its own."""
+        return None
+
     @abstractmethod
     def rows(self) -> Iterable[Example]:
         """All usable examples, in the order of the data set."""
@@ -50,8 +67,21 @@ class Source(ABC):
     def make(self, template: str, fields: Mapping[str, str], cuttable: Collection[str] = (), **known: Any) -> Example:
         """An example whose prompt is ``template`` with its ``fields`` filled in; ``known`` is the rest of it."""
         made = prompt(template, cuttable, **fields)
-        dialogue = (user_message(fields, cuttable),)
-        return Example(made.text, cuttable=made.cuttable, messages=dialogue, source=self.name, **known)
+        dialogue = (user_message(self.said(template), fields, cuttable),)
+        return Example(
+            made.text,
+            cuttable=made.cuttable,
+            literal=made.literal,
+            messages=dialogue,
+            source=self.name,
+            **known,
+        )
+
+    def said(self, template: str) -> str:
+        """The template of what the user says in a chat: an own one, or only the fields of the default of the class."""
+        if template not in _defaults(type(self)):
+            return template
+        return "\n\n".join(f"{{{name}}}" for name in fields_of(template))
 
     def forget_counts(self) -> None:
         """Count from 0 again."""
@@ -71,7 +101,7 @@ class Source(ABC):
         if self.path is None:
             raise DataError(
                 f"the source {self.name} reads no file, so data.init_args.path={path} has no effect; "
-                "set data.init_args.source to one that does, such as lora_gan.data.Alpaca"
+                "leave out data.init_args.source, or set it to one that does, such as lora_gan.data.OwnFile"
             )
         other = copy.deepcopy(self)
         other.path = path
@@ -102,19 +132,27 @@ class RowSource(Source):
         """The raw rows."""
         return read_rows(self.path, bad=self.bad)
 
-    def accept(self, row: Row) -> Example | None:
-        """:meth:`example`, or what :attr:`on_bad_row` says where the row has a fault."""
+    def examples(self, row: Row) -> Sequence[Example]:
+        """What ``row`` gives: an example or none; several where a row holds several."""
+        example = self.example(row)
+        return () if example is None else (example,)
+
+    def accept(self, row: Row) -> Sequence[Example]:
+        """:meth:`examples`, or what :attr:`on_bad_row` says where the row has a fault."""
         try:
-            return self.example(row)
+            return self.examples(row)
         except DataError as error:
             self.bad(error)
-            return None
+            return ()
 
     def _usable(self) -> Iterator[Example]:
         for row in self.read():
-            example = self.accept(row)
-            if example is not None:
-                yield example
+            yield from self.accept(row)
+
+
+@cache
+def _defaults(source: type[Source]) -> list[Any]:
+    return [parameter.default for parameter in signature(source).parameters.values()]
 
 
 def normal(text: str) -> str:

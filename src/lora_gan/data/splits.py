@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha1
 
@@ -12,6 +12,7 @@ from lora_gan.types import Example
 
 SPLITS = ("train", "validation", "test")  # from the least to the most strictly held out
 BUCKETS = 10_000
+SMALLEST = 3  # groups, of which each split gets at least one
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class SplitExamples:
 def assign_splits(examples: Iterable[Example], fractions: Mapping[str, float], seed: int) -> dict[str, SplitExamples]:
     """The examples by split.
 
-    If official splits spread a group over several, only its most strictly held-out split keeps the group.
+    If official splits spread a group over several, only its most strictly held-out split keeps the group. Where the
+    hash leaves a split with a share above 0 empty, it gets one group, if there are at least three to divide.
 
     Args:
         examples: Examples of all splits.
@@ -36,7 +38,10 @@ def assign_splits(examples: Iterable[Example], fractions: Mapping[str, float], s
         DataError: An official split is none of SPLITS.
     """
     grouped = [example if example.group else replace(example, group=example.prompt) for example in examples]
-    wanted = [_official_split(example) or split_of(example.group, fractions, seed) for example in grouped]
+    official = [_official_split(example) for example in grouped]
+    free = {example.group for example, name in zip(grouped, official, strict=True) if not name}
+    hashed = _none_empty({group: split_of(group, fractions, seed) for group in free}, set(official), fractions, seed)
+    wanted = [name or hashed[example.group] for example, name in zip(grouped, official, strict=True)]
     strictest: dict[str, int] = {}
     for example, name in zip(grouped, wanted, strict=True):
         strictest[example.group] = max(strictest.get(example.group, 0), SPLITS.index(name))
@@ -50,12 +55,31 @@ def assign_splits(examples: Iterable[Example], fractions: Mapping[str, float], s
     return placed
 
 
+def _none_empty(
+    placed: Mapping[str, str], official: Collection[str], fractions: Mapping[str, float], seed: int
+) -> dict[str, str]:
+    """The splits by group, with the group nearest to it by hash in each split that should have one and has none."""
+    splits, numbers = dict(placed), {group: _bucket(group, seed) for group in sorted(placed)}
+    shares = {"train": 1.0, **fractions}
+    for name in ("test", "validation", "train"):
+        if len(splits) >= SMALLEST and shares[name] and name not in {*splits.values(), *official}:
+            sizes = Counter(splits.values())
+            donor = max(SPLITS, key=lambda split: sizes[split])
+            ordered = sorted((group for group in numbers if splits[group] == donor), key=numbers.__getitem__)
+            splits[ordered[0 if name == "test" else -1]] = name
+    return splits
+
+
 def split_of(group: str, fractions: Mapping[str, float], seed: int) -> str:
     """The split of a group: test has the lowest buckets, validation the highest, so neither share affects the other."""
-    bucket = int(digest(seed, group), 16) % BUCKETS
+    bucket = _bucket(group, seed)
     if bucket < round(fractions["test"] * BUCKETS):
         return "test"
     return "validation" if bucket >= BUCKETS - round(fractions["validation"] * BUCKETS) else "train"
+
+
+def _bucket(group: str, seed: int) -> int:
+    return int(digest(seed, group), 16) % BUCKETS
 
 
 def one_wording_each(examples: Sequence[Example], seed: int) -> list[int]:

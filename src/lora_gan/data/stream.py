@@ -16,7 +16,7 @@ from lora_gan.data.base import TextDataModule, collate, format_counts, silence_r
 from lora_gan.data.files import line_row
 from lora_gan.data.fitting import LengthFilter
 from lora_gan.data.source import RowSource
-from lora_gan.data.sources.alpaca import Alpaca
+from lora_gan.data.sources.standard import StandardFormat
 from lora_gan.data.tail import Line, Position, Tail
 from lora_gan.data.tokenizer import Encoded
 from lora_gan.errors import DataError, LoraGANError
@@ -32,6 +32,8 @@ class StreamDataModule(TextDataModule):
     fetches one batch ahead: a batch is trained on when the next one has arrived or the stream has ended.
     """
 
+    source: RowSource
+
     def __init__(
         self,
         path: str,
@@ -45,7 +47,8 @@ class StreamDataModule(TextDataModule):
         """
         Args:
             path: A .jsonl file that may grow while it is read, a named pipe, or "-" for stdin.
-            source: How a row becomes an example (its own path is not read); by default Alpaca's fields and template.
+            source: How a row becomes an example (its own path is not read); by default StandardFormat,
+                which takes the format of the first row.
             validation_path: A file to validate on, in the format of the stream; it is read whole.
             validation_rows: Keep the first so many usable rows of the stream for validation instead.
             poll_seconds: Time between two looks at a file that has not grown.
@@ -62,8 +65,10 @@ class StreamDataModule(TextDataModule):
                 f"validation_rows must be >= 0, and 0 where validation_path is given, got {validation_rows}; "
                 "give one of the two"
             )
+        if isinstance(source, StandardFormat) and source.every_turn:
+            raise LoraGANError("a stream makes one example of each row; set every_turn of its source to false")
         self.path = path
-        self.source = source or Alpaca()
+        self.source = source or StandardFormat(path)
         self.validation_path = validation_path
         self.validation_rows = validation_rows
         self.poll_seconds = poll_seconds

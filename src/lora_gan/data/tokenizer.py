@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from lora_gan.bases import OBJECTS, locate
+from lora_gan.data.templates import PromptFormat, turn_end
 from lora_gan.errors import LoraGANError
 from lora_gan.types import Example
 
@@ -19,7 +23,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example and its token ids; completions end with EOS, negatives are in the order of ``example.negatives``."""
+    """An example and its token ids; completions have their end, negatives the order of ``example.negatives``."""
 
     example: Example
     prompt_ids: Ids
@@ -35,7 +39,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    folder = str(files("lora_gan") / "builtin") if name == "builtin" else name
+    if name in OBJECTS:
+        return copy.deepcopy(OBJECTS[name][1])
+    folder = locate(name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the hub client raises a dozen unrelated classes
@@ -54,33 +60,89 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Encoded]:
     """Encode the prompt and the completions of each example separately, so that they meet as in generation."""
-    prompts = _ids(tokenizer, [example.prompt for example in examples])
+    prompts = encode_prompts(tokenizer, examples)
     targets = encode_completions(tokenizer, [example.target for example in examples])
     negatives = iter(encode_completions(tokenizer, [n.text for example in examples for n in example.negatives]))
-    start = _start(tokenizer)
     return [
-        Encoded(example, _started(start, prompt), target, tuple(next(negatives) for _ in example.negatives))
+        Encoded(example, prompt, target, tuple(next(negatives) for _ in example.negatives))
         for example, prompt, target in zip(examples, prompts, targets, strict=True)
     ]
 
 
-def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
-    """Ids of completions: without BOS, special tokens encoded as plain text, EOS at the end."""
-    return [(*ids, int(tokenizer.eos_token_id)) for ids in _ids(tokenizer, list(texts), literal=True)]
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Ids]:
+    """Ids of the prompts: after BOS if the tokenizer adds it, unless a chat template wrote the prompt, BOS included."""
+    start = _start(tokenizer)
+    control = _control_tokens(tokenizer)
+    ids = _ids(tokenizer, [example.prompt for example in examples])
+    return [
+        _started(() if example.chat else start, _quoting(tokenizer, control, example) or prompt)
+        for example, prompt in zip(examples, ids, strict=True)
+    ]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    """The ids of one prompt, as in :func:`encode`."""
-    return _started(_start(tokenizer), _ids(tokenizer, [text])[0])
+    """The ids of a prompt that is written out, as in :func:`encode`.
+
+    Raises:
+        LoraGANError: There is none: the text is empty and the tokenizer adds no BOS.
+    """
+    ids = _started(_start(tokenizer), _ids(tokenizer, [text])[0])
+    if not ids:
+        raise LoraGANError("the prompt is empty, so there is nothing to complete; write at least one character")
+    return ids
+
+
+def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
+    """Ids of completions: without BOS, control tokens encoded as plain text, :func:`completion_end` at the end."""
+    end = completion_end(tokenizer)
+    return [(*ids, *end) for ids in _ids(tokenizer, list(texts), literal=True)]
+
+
+def completion_end(tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """The ids at the end of a completion: EOS, or what :func:`end_turns_with` has set; the last is EOS."""
+    end: Ids = getattr(tokenizer, "completion_end", (int(tokenizer.eos_token_id),))
+    return end
+
+
+def end_turns_with(tokenizer: PreTrainedTokenizerBase, end: Ids) -> None:
+    """Let completions end with ``end``, as the chat template ends a turn; its last token becomes EOS."""
+    tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(end[-1]))
+    setattr(tokenizer, "completion_end", end)  # noqa: B010
+
+
+def adopt_turn_end(tokenizer: PreTrainedTokenizerBase, prompts: PromptFormat) -> None:
+    """Let completions end as the chat template ends a turn, where prompts are written with it."""
+    if prompts.chat:
+        end_turns_with(tokenizer, turn_end(tokenizer, prompts.chat_template_kwargs))
 
 
 def _started(start: Ids, prompt: Ids) -> Ids:
-    """``prompt`` after ``start``, unless a chat template has already written it."""
+    """``prompt`` after ``start``, unless the template has already written it."""
     return prompt if prompt[: len(start)] == start else start + prompt
 
 
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds the control tokens in a text."""
+    names = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def _quoting(tokenizer: PreTrainedTokenizerBase, control: re.Pattern[str], example: Example) -> Ids:
+    """Ids of a prompt whose data quote control tokens, which stay text; nothing where they quote none."""
+    text = example.prompt
+    found = [token.span() for token in control.finditer(text)]
+    written = [span for span in found if not any(span[0] < end and start < span[1] for start, end in example.literal)]
+    if len(written) == len(found):
+        return ()
+    borders = [0, *(border for span in written for border in span), len(text)]
+    pieces = [text[start:end] for start, end in pairwise(borders)]  # control tokens of the template at odd indices
+    ids = iter(_ids(tokenizer, pieces[::2], literal=True))
+    tokens = iter((int(id),) for id in tokenizer.convert_tokens_to_ids(pieces[1::2]))
+    return tuple(id for i in range(len(pieces)) for id in next(tokens if i % 2 else ids))
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = False) -> list[Ids]:
-    """Ids of texts; ``literal`` encodes special tokens as plain text, so that quoting one does not end a completion."""
+    """Ids of texts; ``literal`` encodes control tokens as plain text, so that quoting one does not end a completion."""
     if not texts:
         return []
     encoded = tokenizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_gan.backbone import Backbone, LoraSettings
+from lora_gan.backbone import DISCRIMINATOR, Backbone, LoraSettings
 from lora_gan.discriminator.models import AdapterDiscriminator, DiscriminatorModel
 from lora_gan.discriminator.negatives import HardNegatives, Negatives
 from lora_gan.discriminator.objectives import (
@@ -22,12 +23,11 @@ from lora_gan.discriminator.objectives import (
 )
 from lora_gan.discriminator.replay import Episode, Replay
 from lora_gan.errors import LoraGANError
-from lora_gan.optimization import adamw
+from lora_gan.optimization import Optimization, adamw
 from lora_gan.types import (
     DiscriminatorBatch,
     DiscriminatorOutput,
     DiscriminatorScores,
-    Optimize,
     PromptBatch,
     Rollout,
     Scores,
@@ -90,7 +90,7 @@ class Discriminator(nn.Module):
         opponent: Rollout,
         scores: Scores,
         updates: int,
-        optimize: Optimize,
+        optimization: Optimization,
     ) -> DiscriminatorScores:
         """Score the fresh completions, then learn from them.
 
@@ -101,21 +101,25 @@ class Discriminator(nn.Module):
             opponent: Completions of an earlier generator in self-play, or an empty rollout.
             scores: The rewards of the sampled completions and of the targets.
             updates: Optimizer steps; 0 scores only.
-            optimize: Takes one optimizer step on the named terms of a loss.
+            optimization: Takes the optimizer steps.
 
         Returns:
             The scores from before the first update.
         """
         shown = self.make_batch(backbone.tokenizer, batch, rollout, opponent, scores)
+        parts = [shown.of(prompts) for prompts in optimization.micro_batches(len(shown.prompts))]
         with self.model.mode(backbone), torch.set_grad_enabled(updates > 0):
-            outputs = self(backbone, shown)
+            scored = self._scored(backbone, parts)
+            outputs = self._outputs(shown, scored)
             term = self.objective(outputs)
             fresh = {kind: output.where(output.prompt < shown.fresh) for kind, output in outputs.items()}
             metrics = {"loss/discriminator": term.loss.detach(), **term.metrics, **discriminator_metrics(fresh)}
             for update in range(updates):
                 if update:
-                    term = self.objective(self(backbone, shown))
-                optimize({"discriminator": term.loss})
+                    scored = self._scored(backbone, parts)
+                    term = self.objective(self._outputs(shown, scored))
+                self._backward(backbone, parts, scored, term.loss, optimization)
+                optimization.step(DISCRIMINATOR)
         self.remember(shown)
         theirs = fresh[OPPONENT].score if OPPONENT in fresh else scores.total[:0]
         return DiscriminatorScores(fresh[SAMPLED].score, fresh[TARGET].score, theirs, rollout.num_generations, metrics)
@@ -138,7 +142,7 @@ class Discriminator(nn.Module):
         if len(opponent):
             completions[OPPONENT] = opponent.ended(len(batch), eos) + nothing
         for source in self.negatives:
-            completions[source.kind] = source(batch, tokenizer) + nothing
+            completions[source.kind] = source.draw(batch, tokenizer) + nothing
         sampled_parts = {n: torch.cat([x, *(e.parts[n] for e in old)]) for n, x in scores.parts.items()}
         target_parts = {
             n: torch.cat([x, *(e.target_parts[n][None] for e in old)]) for n, x in scores.target_parts.items()
@@ -155,16 +159,50 @@ class Discriminator(nn.Module):
             fresh=len(batch),
         )
 
-    def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, DiscriminatorOutput]:
-        """Outputs for all completions by kind; the caller must be in the model's mode."""
+    def _scored(self, backbone: Backbone, parts: Sequence[DiscriminatorBatch]) -> list[dict[str, Tensor]]:
+        """What the model makes of each part, by kind: (M, 2); from several parts without the gradient of the passes."""
+        if len(parts) == 1:
+            return [self.model(backbone, parts[0])]
+        with torch.no_grad():
+            scored = [self.model(backbone, part) if part.prompts else {} for part in parts]
+        return [{kind: values.requires_grad_() for kind, values in part.items()} for part in scored]
+
+    def _backward(
+        self,
+        backbone: Backbone,
+        parts: Sequence[DiscriminatorBatch],
+        scored: Sequence[dict[str, Tensor]],
+        loss: Tensor,
+        optimization: Optimization,
+    ) -> None:
+        """The gradient of one optimizer step.
+
+        An objective may couple all completions of the batch. So with several parts the gradient of the loss at their
+        scores comes first, then each part is passed once more and goes on from there (GradCache, arXiv 2101.06983).
+        """
+        if len(parts) == 1:
+            optimization.backward(DISCRIMINATOR, {"discriminator": loss})
+            return
+        cached = [values for part in scored for values in part.values()]
+        slopes = iter(torch.autograd.grad(loss, cached, materialize_grads=True))
+        for part in parts:
+            again = self.model(backbone, part) if part.prompts else {}
+            products = {f"discriminator_{kind}": (values * next(slopes)).sum() for kind, values in again.items()}
+            optimization.backward(DISCRIMINATOR, products)
+
+    def _outputs(
+        self, batch: DiscriminatorBatch, scored: Sequence[dict[str, Tensor]]
+    ) -> dict[str, DiscriminatorOutput]:
+        """What is known about all completions, by kind, from the scores of the batch's parts."""
         result = {}
-        for kind, scored in self.model(backbone, batch).items():
+        for kind in batch.completions:
+            values = torch.cat([part[kind] for part in scored if part])
             prompt = batch.prompt_of(kind)
             completions = [completion for row in batch.completions[kind] for completion in row]
             same = [batch.is_target(x, b) for x, b in zip(completions, prompt.tolist(), strict=True)]
             result[kind] = DiscriminatorOutput(
-                score=scored[:, 0],
-                auxiliary=scored[:, 1],
+                score=values[:, 0],
+                auxiliary=values[:, 1],
                 prompt=prompt,
                 length=prompt.new_tensor([len(completion) for completion in completions]),
                 is_target=torch.tensor(same, dtype=torch.bool, device=prompt.device),

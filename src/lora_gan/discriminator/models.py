@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings, load_base, peft_config
+from lora_gan.attention import TreeForward
+from lora_gan.backbone import (
+    DISCRIMINATOR,
+    GENERATOR,
+    Backbone,
+    LoraSettings,
+    load_base,
+    usable_vocabulary,
+    width_of_states,
+    with_adapter,
+)
 from lora_gan.context import model_context
 from lora_gan.data.tokenizer import encode_completions, load_tokenizer
 from lora_gan.discriminator.inputs import DiscriminatorInput, InputFormat, PromptAndCompletion
@@ -19,9 +31,11 @@ from lora_gan.errors import LoraGANError
 from lora_gan.tree import PromptTree, grow
 from lora_gan.types import DiscriminatorBatch
 
+log = logging.getLogger("lora_gan")
+
 
 class DiscriminatorModel(nn.Module, ABC):
-    """Architecture of a discriminator: scores completions.
+    """Architecture of a discriminator: scores completions, each by itself, and twice the same where it reads it twice.
 
     Args:
         input_format: What it reads; by default the completion after its prompt.
@@ -75,6 +89,9 @@ class AdapterDiscriminator(DiscriminatorModel):
 
     differentiable = True
 
+    def build(self, backbone: Backbone) -> None:
+        _warn_of_unused_head(backbone.lm)
+
     def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
         return backbone.score_branches(self.tree(backbone, batch))
 
@@ -117,20 +134,18 @@ class OwnBaseDiscriminator(DiscriminatorModel):
         model = load_base(base, dtype)
         self.tokenizer = load_tokenizer(base)
         self.context_length = model_context(model.config)
-        self.lm = get_peft_model(model, peft_config(model, lora), adapter_name=DISCRIMINATOR)
-        self.head = nn.Linear(model.config.hidden_size, 2)
+        self.lm = with_adapter(model, lora, DISCRIMINATOR)
+        _warn_of_unused_head(self.lm)
+        self.head = nn.Linear(width_of_states(model), 2)
+        self._tree_forward = TreeForward(self.lm.get_base_model())
+        usable_vocabulary(model, self.tokenizer)
         self.train(False)
 
     def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
         reading = self.input_format(self._translated(batch, backbone.tokenizer), self.tokenizer)
         tree = _tree(reading, self.context_length)
-        hidden = (
-            self.lm.get_base_model()
-            .base_model(
-                input_ids=tree.ids, attention_mask=tree.attention_mask, position_ids=tree.position_ids, use_cache=False
-            )
-            .last_hidden_state
-        )
+        nowhere = tree.ids.new_zeros(0)
+        hidden = self._tree_forward(tree, nowhere, nowhere).hidden
         return {kind: self.head(hidden[b.row, b.last].float()) for kind, b in tree.branches.items()}
 
     def train(self, mode: bool = True) -> OwnBaseDiscriminator:
@@ -193,6 +208,15 @@ class HiddenStatesDiscriminator(DiscriminatorModel):
         encoded = self.encoder(self.project(states), src_key_padding_mask=~mask)
         outputs: Tensor = self.head(torch.where(mask[..., None], encoded, 0).sum(1) / mask.sum(1, keepdim=True))
         return outputs
+
+
+def _warn_of_unused_head(lm: PeftModel) -> None:
+    head = lm.get_base_model().get_output_embeddings()
+    if isinstance(head, LoraLayer) and DISCRIMINATOR in head.lora_A:
+        log.warning(
+            "the discriminator's adapter on the language-model head never learns, because the discriminator reads the "
+            "states before it; take the head out of the targets of its lora"
+        )
 
 
 def _tree(reading: DiscriminatorInput, context: int) -> PromptTree:

@@ -8,6 +8,7 @@ come from torch's global generator.
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -27,8 +28,11 @@ from lora_gan.types import Example, PromptBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger("lora_gan")
+
 T = TypeVar("T")
 
+PATIENCE = 3  # steps without a negative before a warning
 TRIES = 4  # attempts for each text, because a random one may be correct or a duplicate
 CLASSIC = "Hello world!"  # a loop typical of small models
 REFUSALS = (
@@ -58,12 +62,28 @@ class Negatives(ABC):
     """
 
     kind: str  # name in metrics: discriminator/accuracy_<kind>
+    steps = 0  # how often it was asked in this process
+    drawn = 0  # how many negatives it gave
 
     def __init__(self, per_prompt: int = 1) -> None:
         if per_prompt < 1:
             name = type(self).__name__
             raise LoraGANError(f"per_prompt of {name} must be at least 1, got {per_prompt}; remove it to use none")
         self.per_prompt = per_prompt
+
+    def draw(self, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> list[list[Tensor]]:
+        """Calls it for a step, and warns once if the first steps bring no negative at all."""
+        drawn = self(batch, tokenizer)
+        self.steps += len(batch) > 0
+        self.drawn += sum(map(len, drawn))
+        if self.steps == PATIENCE and not self.drawn and len(batch):
+            log.warning(
+                "negatives of kind %r: none in the first %d steps; a text is left out if it is empty, too long, or the "
+                "same as the target or a reference where case, spacing and a final full stop do not count",
+                self.kind,
+                PATIENCE,
+            )
+        return drawn
 
     @abstractmethod
     def __call__(self, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> list[list[Tensor]]:

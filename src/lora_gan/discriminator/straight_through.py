@@ -45,7 +45,7 @@ class StraightThrough:
         tree = model.tree(backbone, DiscriminatorBatch(batch.prompt_ids, batch.target_ids, completions))
         ids = rollout.ids[rollout.mask]
         uniform = torch.rand(predicted.logits.shape, device=ids.device).clamp(1e-9, 1 - 1e-7)
-        words = backbone.embed(straight_through(predicted.logits, ids, self.temperature, uniform))
+        weights = straight_through(predicted.logits, ids, self.temperature, uniform)
         is_word = rollout.mask.clone()
         last = rollout.mask.sum(-1) - 1
         is_word[torch.arange(len(last)), last] = rollout.truncated  # EOS is not differentiated
@@ -53,8 +53,9 @@ class StraightThrough:
         rows = branches.row[:, None].expand_as(is_word)[is_word]
         columns = branches.columns[:, : is_word.shape[1]][is_word]
 
-        embedded = backbone.causal_lm.get_input_embeddings()(tree.ids).detach().requires_grad_()
         with model.mode(backbone):
+            words = backbone.embed(weights)
+            embedded = backbone.causal_lm.get_input_embeddings()(tree.ids).detach().requires_grad_()
             loss = -logsigmoid(model.score_embedded(backbone, tree, embedded)[SAMPLED][:, 0]).mean()
             (gradient,) = torch.autograd.grad(loss, embedded)
         passed_on = (words[is_word[rollout.mask]] * gradient[rows, columns]).sum()

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lora_gan.backbone import GENERATOR
 from lora_gan.data.splits import digest
@@ -18,7 +19,7 @@ from lora_gan.errors import LoraGANError
 from lora_gan.evolution.breeding import Breeding
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.operators import Crossover, GaussianMutation, Mutation, SwapModules
-from lora_gan.evolution.population import Member, diversity, fitness_of, survival, write_weights
+from lora_gan.evolution.population import Member, diversity, fitness_of, lora_layers, survival, write_weights
 from lora_gan.evolution.selection import Selection, Tournament, ranking
 from lora_gan.evolution.start import AsItIs, Start
 from lora_gan.evolution.tasks import EvaluateTask, Evaluation, MemberModule, Refinement, RefineTask
@@ -105,6 +106,7 @@ class EvolutionModule(MemberModule):
         self.resumed: dict[str, Any] = {}
         self._ids = count()
         self._check_sizes()
+        lora_layers(self.backbone)  # refuses adapters that cannot evolve
 
     def _check_sizes(self) -> None:
         least = {"population": (self.size, 1), "elites": (self.elites, 0), "refined": (self.refined, 0)}
@@ -128,11 +130,6 @@ class EvolutionModule(MemberModule):
             raise LoraGANError(
                 f"elites: {self.elites} and refined: {self.refined} are more than the population of {self.size}: "
                 "lower one of them, or raise population"
-            )
-        if self.optimization.settings.gradient_accumulation_steps > 1:
-            raise LoraGANError(
-                "evolution needs gradient_accumulation_steps: 1, because refinement steps the optimizer in each step; "
-                f"got {self.optimization.settings.gradient_accumulation_steps}"
             )
         if self.evaluation.num_beams > 1:
             raise LoraGANError(
@@ -254,6 +251,14 @@ class EvolutionModule(MemberModule):
             raise LoraGANError(
                 f"evolution needs a single device, got {self.trainer.world_size} processes: set trainer.devices: 1"
             )
+        for role in self.optimization.roles:
+            scheduler = self.optimization.scheduler(role)
+            if isinstance(scheduler, ReduceLROnPlateau) or getattr(scheduler, "total_steps", 1) is None:
+                raise LoraGANError(
+                    f"{role}.scheduler: {type(scheduler).__name__} would follow the run, but schedules count the steps "
+                    "of a member's refinements; use one with a length of its own, such as "
+                    "lora_gan.optimization.WarmupCosine with total_steps"
+                )
 
     def on_train_start(self) -> None:
         """Make the initial members, or restore those of the checkpoint."""

@@ -20,7 +20,7 @@ from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.population import lora_layers
 from lora_gan.lightning_compat import patched_forward
-from lora_gan.sampling import Sampling, sample
+from lora_gan.sampling import Sampling, prepare, sample
 from lora_gan.types import Rollout
 
 
@@ -116,6 +116,7 @@ def sample_population(
     """
     if how.num_beams > 1:
         raise LoraGANError(f"a population cannot use beam search, got num_beams {how.num_beams}: set num_beams to 1")
+    prepare(backbone)
     repeated = list(prompts) * len(population)
     with multi_lora(backbone, population, len(prompts)) as mapping:
         rollout = sample(backbone, repeated, k, how, uniform.repeat(len(population), 1, 1), mapping)

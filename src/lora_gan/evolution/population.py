@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lora_gan.backbone import GENERATOR, Backbone
+from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Factors, Weights, distances
 
 START, MUTATED, CROSSED, REFINED = "start", "mutated", "crossed", "refined"  # origins of members
@@ -92,12 +93,18 @@ def positions(population: Sequence[Member]) -> Tensor:
 
 
 def lora_layers(backbone: Backbone) -> dict[str, LoraLayer]:
-    """The layers with an adapter of the generator, by their name in PEFT's files."""
-    return {
-        name: layer
-        for name, layer in backbone.lm.named_modules()
-        if isinstance(layer, LoraLayer) and GENERATOR in layer.lora_A
-    }
+    """The layers with an adapter of the generator, by their name in PEFT's files.
+
+    Raises:
+        LoraGANError: An adapter is more than a product B·A, which is all that members consist of.
+    """
+    layers = {name: layer for name, layer in backbone.lm.named_modules() if isinstance(layer, LoraLayer)}
+    if backbone.generator_lora.use_dora:
+        raise LoraGANError("evolution mutates products B·A, and DoRA is more: set generator.lora.use_dora: false")
+    for name, layer in layers.items():
+        if GENERATOR in layer.lora_embedding_A:
+            raise LoraGANError(f"evolution has no adapters on embeddings: take {name} out of generator.lora.targets")
+    return {name: layer for name, layer in layers.items() if GENERATOR in layer.lora_A}
 
 
 def read_weights(backbone: Backbone) -> Weights:

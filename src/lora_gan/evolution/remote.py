@@ -12,6 +12,7 @@ import lightning as L
 import torch
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR
+from lora_gan.data.templates import PromptFormat
 from lora_gan.evolution.tasks import MemberModule, Task
 from lora_gan.step_callback import OUTPUT
 from lora_gan.stepper import Stepper
@@ -40,6 +41,7 @@ class WorkerSpec:
     device: str  # "cpu" or "cuda"
     precision: Any  # of the run's trainer
     threads: int  # torch threads; the last bits of sums depend on it
+    prompts: PromptFormat  # which says how completions end
 
     @classmethod
     def like(cls, module: MemberModule, device: str) -> WorkerSpec:
@@ -49,7 +51,7 @@ class WorkerSpec:
             GENERATOR: replace(module.generator.settings, adapter=None),
             DISCRIMINATOR: replace(module.discriminator.settings, adapter=None),
         }
-        return cls(settings, device, module.trainer.precision, torch.get_num_threads())
+        return cls(settings, device, module.trainer.precision, torch.get_num_threads(), module.prompts)
 
 
 class WorkerActor:
@@ -70,7 +72,9 @@ class WorkerActor:
         """
         spec: WorkerSpec = from_bytes(self._spec, "cpu")
         torch.set_num_threads(spec.threads)
-        self._stepper = Stepper(Worker(**spec.settings), torch.device(spec.device), spec.precision)
+        worker = Worker(**spec.settings)
+        worker.prompts = spec.prompts
+        self._stepper = Stepper(worker, torch.device(spec.device), spec.precision)
 
     def run(self, task: bytes, global_step: int) -> bytes:
         """The result of a task, both as bytes.

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, adapter_of
 from lora_gan.checkpointing.state import seed_by
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.multi_lora import sample_population
@@ -111,27 +111,29 @@ class MemberModule(LoraGANModule):
     # state of a member and shared state
 
     def optimizer_state(self, role: str) -> dict[str, Any]:
-        """A copy of the state of a role's optimizer and schedule."""
-        scheduler = self.optimization.scheduler(role)
-        state = {} if scheduler is None else scheduler.state_dict()
-        return deepcopy({"optimizer": self.optimization.optimizer(role).state_dict(), "scheduler": state})
+        """A copy of the state of a role's optimizer and schedule, and the number of its updates."""
+        optimizer, scheduler = self.optimization.optimizer(role), self.optimization.scheduler(role)
+        schedule = {} if scheduler is None else scheduler.state_dict()
+        updates = self.optimization.updates[role]
+        return deepcopy({"optimizer": optimizer.state_dict(), "scheduler": schedule, "updates": updates})
 
     def load_optimizer_state(self, role: str, state: Mapping[str, Any]) -> None:
         """Load what :meth:`optimizer_state` returned; an empty state resets optimizer and schedule."""
         state = deepcopy(dict(state)) or self._fresh(role)
+        self.optimization.updates[role] = state["updates"]
         self.optimization.optimizer(role).load_state_dict(state["optimizer"])
         if (scheduler := self.optimization.scheduler(role)) is not None:
             scheduler.load_state_dict(state["scheduler"])
 
     def shared_state(self) -> SharedState:
         """A copy of the state shared by all members."""
-        kept = {name for name in self._kept() if f".{GENERATOR}." not in name}
+        kept = {name for name in self._kept() if adapter_of(name) != GENERATOR}
         weights = {name: weight.detach().clone() for name, weight in self.state_dict().items() if name in kept}
         return SharedState(weights, self.optimizer_state(DISCRIMINATOR), self.discriminator.replay.state_dict())
 
     def load_shared_state(self, shared_state: SharedState) -> None:
         """Load the shared state."""
-        if any(f".{SNAPSHOT}." in name for name in shared_state.weights) and not self.backbone.has_snapshot:
+        if any(adapter_of(name) == SNAPSHOT for name in shared_state.weights) and not self.backbone.has_snapshot:
             self.backbone.add_snapshot()
         self.load_state_dict(shared_state.weights, strict=False)
         self.load_optimizer_state(DISCRIMINATOR, shared_state.optimizer_state)
@@ -141,5 +143,5 @@ class MemberModule(LoraGANModule):
         groups = self.optimization.optimizer(role).param_groups
         settings = self.optimization.roles[role]
         optimizer = settings.optimizer([p for group in groups for p in group["params"]])
-        scheduler = None if settings.scheduler is None else settings.scheduler(optimizer)
-        return {"optimizer": optimizer.state_dict(), "scheduler": {} if scheduler is None else scheduler.state_dict()}
+        schedule = {} if settings.scheduler is None else settings.scheduler(optimizer).state_dict()
+        return {"optimizer": optimizer.state_dict(), "scheduler": schedule, "updates": 0}

@@ -77,9 +77,11 @@ def check_names(rewards: Sequence[Reward]) -> None:
     """Check that no two rewards have the same name; they would overwrite each other in the logs.
 
     Raises:
-        LoraGANError: Two rewards have the same name.
+        LoraGANError: Two rewards have the same name, or one that is taken.
     """
     names = [reward.name for reward in rewards]
+    if "adversarial" in names:
+        raise LoraGANError("the name 'adversarial' stands for the discriminator's part; set another name: in init_args")
     for name in names:
         if names.count(name) > 1:
             raise LoraGANError(f"two rewards are named {name!r}; set another name: in the init_args of one of them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,14 +42,48 @@ class FunctionReward(Reward):
         targets = [batch.targets[n // context.num_generations] for n in range(len(completions))]
         if not self.batched:
             scores = [
-                float(self.function(completion, target))
+                self._number(self._called(completion, target))
                 for completion, target in zip(completions, targets, strict=True)
             ]
             return torch.tensor(scores)
-        found = torch.as_tensor(self.function(list(completions), targets), dtype=torch.float32)
-        if found.shape != (len(completions),):
+        return self._numbers(self._called(list(completions), targets), len(completions))
+
+    def _called(self, completions: Any, targets: Any) -> Any:
+        """What the function returns; what it raises names the reward and the line."""
+        try:
+            return self.function(completions, targets)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
-                f"reward {self.name!r} is batched: it must return {len(completions)} numbers, one per response; "
+                f"reward {self.name!r} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); "
+                f"it was called with {_short(completions)} and {_short(targets)}"
+            ) from error
+
+    def _number(self, returned: Any) -> float:
+        try:
+            return float(returned)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RewardError(
+                f"reward {self.name!r} must return a number for each completion, got {_short(returned)}; "
+                "set batched: true if it takes and returns lists"
+            ) from error
+
+    def _numbers(self, returned: Any, count: int) -> Tensor:
+        try:
+            found = torch.as_tensor(returned, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RewardError(
+                f"reward {self.name!r} is batched: it must return {count} numbers, got {_short(returned)}"
+            ) from error
+        if found.shape != (count,):
+            raise RewardError(
+                f"reward {self.name!r} is batched: it must return {count} numbers, one per response; "
                 f"got shape {tuple(found.shape)}"
             )
         return found
+
+
+def _short(value: Any) -> str:
+    """The value as Python writes it, cut off."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:79] + '…'}"

@@ -50,7 +50,7 @@ class Classifier:
     def _load(self, kind: Any) -> Any:
         try:
             return kind.from_pretrained(self.name)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # its kind depends on what is missing or damaged
             raise LoraGANError(
                 f"cannot load {self.name!r} as a sequence-classification model ({error}); "
                 "give a local folder or a hub id"

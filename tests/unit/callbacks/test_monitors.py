@@ -22,18 +22,19 @@ from lora_gan.advantages import LeaveOneOut
 from lora_gan.backbone import LoraSettings
 from lora_gan.callbacks import CollapseMonitor, TextMetrics, Throughput
 from lora_gan.callbacks.collapse import Sample, template_share
-from lora_gan.callbacks.text_metrics import evidence_table, measure, metrics_table
+from lora_gan.callbacks.text_metrics import evidence_table, measure, samples_table, target_loss
 from lora_gan.coefficients import Coefficients
 from lora_gan.data.world import facts
 from lora_gan.discriminator import DiscriminatorSettings
 from lora_gan.errors import LoraGANError
 from lora_gan.generator import GeneratorSettings
 from lora_gan.module import LoraGANModule
+from lora_gan.results import metrics_table
 from lora_gan.rewards import Evidence, FunctionReward
 from lora_gan.sampling import Sampling
 from lora_gan.sentence_encoder import MINILM, bundled_minilm, sentence_encoder
 from lora_gan.text_metrics import repetition
-from lora_gan.types import EvalOutput, Example, PromptBatch, Rollout, StepOutput
+from lora_gan.types import EvalOutput, Example, Message, PromptBatch, Rollout, StepOutput
 
 LIMIT = 24  # words of a sampled completion
 K = 4
@@ -330,9 +331,8 @@ def answered(*rows: tuple[str, str], **more: Any) -> EvalOutput:
     """(completion, target) pairs."""
     count = len(rows)
     examples = tuple(Example("Q", target, (target,)) for _, target in rows)
-    return EvalOutput(
-        examples, tuple(a for a, _ in rows), torch.arange(count) == 0, torch.ones(count), torch.full((count,), 2.0)
-    )
+    texts, ones = tuple(a for a, _ in rows), torch.ones(count)
+    return EvalOutput(examples, texts, torch.arange(count) == 0, ones, 2 * ones, -ones, ones.long())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -342,7 +342,7 @@ def encoder() -> None:
 
 
 NAMES = "reward exact_match bleu rouge_1 rouge_2 rouge_l semantic mmd distinct_1 distinct_2 distinct_3 entropy_2 "
-NAMES += "self_bleu length truncated perplexity"
+NAMES += "self_bleu length truncated perplexity_under_base"
 
 
 def test_measure() -> None:
@@ -377,7 +377,29 @@ def test_perplexity_is_the_geometric_mean() -> None:
         replace(answered(("a", "a"), ("b", "b")), perplexity=torch.tensor([2.0, 8.0])),
         replace(answered(("c", "c")), perplexity=torch.tensor([4.0])),
     ]
-    assert measure(parts)["perplexity"] == pytest.approx(4)
+    assert measure(parts)["perplexity_under_base"] == pytest.approx(4)
+
+
+def test_the_loss_of_the_targets_is_the_mean_over_their_tokens() -> None:
+    """1 token at 4 nats and 3 tokens at 2 nats together, in two batches: (4 + 2) / (1 + 3) = 1.5."""
+    zero = torch.zeros(1)
+    one = replace(answered(("a", "b")), target_logprob=torch.tensor([-4.0]), target_tokens=torch.tensor([1]))
+    rest = [(-2.0, 3), (0.0, 0)]
+    other = [replace(one, target_logprob=zero + logprob, target_tokens=torch.tensor([n])) for logprob, n in rest]
+    found = target_loss([one, *other])
+    assert found == {"loss": pytest.approx(1.5), "perplexity": pytest.approx(math.exp(1.5))}
+    assert target_loss([replace(one, target_logprob=zero, target_tokens=torch.tensor([0]))]) == {}, "no target"
+
+
+def test_the_samples_show_what_the_user_said_last() -> None:
+    """Not the template around it, which is the same in every row."""
+    turns = (Message("system", "You are helpful."), Message("user", "Hi"), Message("assistant", "Hello"))
+    prompt = "<|im_start|>system You are helpful. …"
+    example = Example(prompt, "Paris", messages=(*turns, Message("user", "Capital of\nFrance?")))
+    shown = samples_table({"trained": [replace(answered(("Rome", "Paris")), examples=(example,))]}, 3)
+    assert shown.splitlines()[2] == "| Capital of France? | Paris | Rome |"
+    shown = samples_table({"trained": [replace(answered(("Rome", "Paris")), examples=(Example("Q:", "Paris"),))]}, 3)
+    assert shown.splitlines()[2] == "| Q: | Paris | Rome |", "no dialogue"
 
 
 # one's own metric and reward, as in the README
@@ -429,6 +451,7 @@ def test_two_metrics_of_one_name() -> None:
 def test_tables() -> None:
     table = metrics_table({"base": {"bleu": 0.5}, "sampled": {"bleu": 0.25}})
     assert table.splitlines()[2] == "| bleu | 0.500 | 0.250 |"
+    assert metrics_table({"base": {}, "trained": {"bleu": 0.5}}).splitlines()[2] == "| bleu |   | 0.500 |"
     found = [Evidence("It is | so", ("one", "two"), (0.9, 0.5), 0.81), Evidence("no", ("one", "two"), (0.3, 0.2), 0.0)]
     assert evidence_table(found, 1).splitlines()[2:] == [
         "| It is \\| so | 0.81 | 0.90 | one |",

@@ -105,6 +105,70 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         assert [dict(row.values) for row in read_rows(path)] == rows, path
 
 
+def test_rows_of_an_object_with_one_list(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.json", json.dumps({"version": "1.0", "data": [ROW]}))
+    assert [dict(row.values) for row in read_rows(path)] == [ROW]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("rows.tsv", "\t"), ("rows.csv", ";"), ("rows.csv", ",")])
+def test_cells_between_tabs_semicolons_or_commas(tmp_path: Path, name: str, separator: str) -> None:
+    cells = [["instruction", "input", "output"], ["Say hello.", "", '"Hi; a\tb, c"']]
+    path = write(tmp_path / name, "\n".join(separator.join(row) for row in cells))
+    assert [dict(row.values) for row in read_rows(path)] == [{**ROW, "output": "Hi; a\tb, c"}]
+
+
+def test_a_column_that_occurs_twice_in_parquet_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["output", "output"]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="the column 'output' occurs twice"):
+        list(read_rows(str(tmp_path / "rows.parquet")))
+
+
+def test_zero_width_text_is_empty(tmp_path: Path) -> None:
+    assert [clean(text) for text in ("\u200b", " \ufeff\u2060\n", "a\u200bb", "\u200b!")] == [
+        "",
+        "",
+        "a\u200bb",
+        "\u200b!",
+    ]
+    rows = [{**ROW, "instruction": "\u200b"}, {**ROW, "output": "\u200b\u200d"}, ROW]
+    source = Alpaca(write(tmp_path / "rows.json", json.dumps(rows)))
+    assert len(list(source.rows())) == 1
+    assert source.dropped == Counter(empty_instruction=1, empty_output=1)
+
+
+def test_a_list_of_texts_may_hold_nulls_and_a_text_is_a_list_of_one(tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist([{"wrong": ["Red", None]}]), tmp_path / "rows.parquet")
+    (row,) = read_rows(str(tmp_path / "rows.parquet"))
+    assert row.texts("wrong") == ["Red"]
+    assert Row({"wrong": " Red"}, "here").texts("wrong") == ["Red"]
+    with pytest.raises(DataError, match="here: the list in the field 'wrong' holds int, not text"):
+        Row({"wrong": ["Red", 4]}, "here").texts("wrong")
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"),
+    [
+        ("messages", "StandardFormat"),
+        ("prompt chosen rejected", "StandardFormat"),
+        ("instruction context response category", "Dolly"),
+        ("message_id parent_id role text", "OASST"),
+        ("id question choices answerKey", "ARC"),
+    ],
+)
+def test_a_missing_field_names_the_source_that_fits(fields: str, source: str) -> None:
+    row = Row(dict.fromkeys(fields.split(), "x"), "rows.json, row 1")
+    with pytest.raises(
+        DataError, match=rf"'output' is missing .* set data.init_args.source to lora_gan.data.{source},"
+    ):
+        row.text("output")
+
+
 def test_text_is_cleaned() -> None:
     assert clean("\ufeff a\r\nb\rc\x00\x07 e\u0301 👩\u200d🚀\ud83d\t\n".lstrip("\ufeff")) == "a\nb\nc é 👩\u200d🚀"
 
@@ -112,9 +176,19 @@ def test_text_is_cleaned() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.json", "", ["empty.json is empty"]),
+        ("nothing.json", "", ["nothing.json is empty"]),
         ("blank.jsonl", " \n\n", ["blank.jsonl is empty"]),
-        ("object.json", '{"data": []}', ["object.json holds a JSON dict, not a list"]),
+        ("text.json", '"text"', ["text.json holds a JSON str, not a list"]),
+        (
+            "object.json",
+            json.dumps(ROW),
+            ["object.json holds a JSON object with 'instruction', 'input', 'output', not"],
+        ),
+        ("splits.json", '{"train": [], "test": []}', ["JSON object with 'train', 'test', not a list; give a list"]),
+        ("empty.json", '{"data": []}', ["empty.json", "no usable row"]),
+        ("twice.json", '[{"output": "a", "output": "b"}]', ["twice.json", "the key 'output' occurs twice"]),
+        ("twice.jsonl", '{"output": "a", "output": "b"}', ["twice.jsonl, line 1", "the key 'output' occurs twice"]),
+        ("twice.csv", "instruction,output,output\na,b,c\n", ["twice.csv: the column 'output' occurs twice; rename"]),
         ("cut.json", '[{"instruction": "a"},\n {"instr', ["cut.json, line 2, column 3"]),
         ("lines.json", '{"a": 1}\n{"a": 2}', ["lines.json, line 2", ".jsonl"]),
         ("cut.jsonl", json.dumps(ROW) + '\n{"instruction": "Say', ["cut.jsonl, line 2", "cut short"]),
@@ -314,6 +388,31 @@ def test_no_group_stands_in_two_splits_and_nothing_is_lost(build: Callable[..., 
     assert 100 < len(groups["train"]) < 180
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 12])
+def test_three_groups_are_enough_for_every_split(groups: int) -> None:
+    examples = [Example(str(i), "x", group=f"g{i % groups}") for i in range(24)]
+    for seed in range(40):
+        fractions = {"validation": 0.1, "test": 0.2}
+        placed = assign_splits(examples, fractions, seed)
+        wanted = {f"g{i}": split_of(f"g{i}", fractions, seed) for i in range(groups)}
+        got = {example.group: name for name in placed for example in placed[name].examples}
+        moved = sum(wanted[group] != got[group] for group in got)
+        if groups < 3:
+            assert moved == 0
+        else:
+            assert moved == 3 - len(set(wanted.values()))
+            assert set(got.values()) == {"train", "validation", "test"}
+        assert assign_splits(examples[::-1], fractions, seed).keys() == placed.keys()
+
+
+def test_a_split_without_a_share_stays_empty() -> None:
+    examples = [Example(str(i), "x") for i in range(3)]
+    placed = assign_splits(examples, {"validation": 0.0, "test": 0.01}, seed=0)
+    assert {name: len(split.examples) for name, split in placed.items()} == {"train": 2, "validation": 0, "test": 1}
+    official = [Example(str(i), "x", split="test") for i in range(9)]
+    assert len(assign_splits(official, {"validation": 0.1, "test": 0.2}, seed=0)["test"].examples) == 9
+
+
 def test_official_splits_win_and_do_not_leak() -> None:
     examples = [
         Example("1", "x", group="shared", split="train"),
@@ -452,6 +551,17 @@ def test_ids_of_large_sets_are_kept(
     assert len(list(file.parent.iterdir())) == 2
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(
+    build: Callable[..., InstructionDataModule], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    monkeypatch.setattr(cache, "LARGE", 3)
+    data = build(numbered(7), validation=0, test=0)
+    assert data.splits["train"].items == tuple(encode(data.tokenizer, list(data.source.rows())))
+    assert "token ids are not cached" in caplog.text
+    assert "set XDG_CACHE_HOME" in caplog.text
+
+
 @pytest.mark.slow
 def test_50_000_rows_are_loaded_in_time(tmp_path: Path) -> None:
     words = [text for example in BuiltinWorld().rows() for text in example.target.split()]
@@ -498,7 +608,7 @@ def test_a_chat_template_replaces_the_plain_one(chat_folder: str, tmp_path: Path
     path = write(tmp_path / "rows.json", json.dumps([{**ROW, "input": "in French, " + "please " * 20}]))
 
     def prompt(**settings: Any) -> str:
-        data = InstructionDataModule(path=path, tokenizer=chat_folder, chat=True, validation=0, test=0, **settings)
+        data = InstructionDataModule(path=path, tokenizer=chat_folder, validation=0, test=0, **settings)
         data.setup()
         (item,) = data.splits["train"].items
         assert data.tokenizer.decode(item.prompt_ids) == item.example.prompt
@@ -508,6 +618,23 @@ def test_a_chat_template_replaces_the_plain_one(chat_folder: str, tmp_path: Path
     assert prompt() == whole
     assert prompt(system="Be brief.") == "<|system|>Be brief.\n" + whole
     assert prompt(max_prompt_tokens=40) == "<|user|>Say hello.\n\nplease\n<|assistant|>"
+    assert prompt(chat=True) == whole
+    assert prompt(chat=False).startswith("### Prompt:\nSay hello.\nin French")
+
+
+def test_a_data_set_without_dialogues_is_written_without_chat_template(chat_folder: str) -> None:
+    data = InstructionDataModule(numbered(4), tokenizer=chat_folder, validation=0, test=0)
+    data.setup()
+    assert data.splits["train"].items[0].example.prompt == "000?"
+
+
+def test_the_log_says_how_prompts_are_written(chat_folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lora_gan")
+    for chat in (None, False):
+        InstructionDataModule(path=str(FIXTURE), tokenizer=chat_folder, chat=chat).setup()
+    first, second = (record.getMessage() for record in caplog.records if "  prompts: " in record.getMessage())
+    assert "prompts: with the tokenizer's chat template (data.init_args.chat: false uses the template of the" in first
+    assert "prompts: with the template of the source (data.init_args.chat: true uses the tokenizer's chat te" in second
 
 
 def test_a_chat_needs_a_template(tokenizer_folder: str) -> None:
@@ -543,6 +670,7 @@ def test_table_of_the_fixture(build: Callable[..., InstructionDataModule], caplo
     assert record.getMessage().splitlines() == [
         f"data: alpaca ({FIXTURE}), rows dropped: empty_output 1, no_output 1, url_input 1",
         "  rows repaired: merged_row_cut 1, no_input 2",
+        "  prompts: with the template of the source (the tokenizer has no chat template)",
         "  split           kept  groups  dropped",
         "  train              4       4  target_too_long 3",
         "  validation         0       0  none",
@@ -731,6 +859,20 @@ def test_few_rows_make_one_small_batch(
         data.test_dataloader()
 
 
+def test_an_empty_test_split_is_a_warning_before_training(
+    tokenizer_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = Given(Example("1?", "1", group="a"))  # of which the hash makes a training example
+    data = InstructionDataModule(one, tokenizer=tokenizer_folder)
+    Listener().fit(data)
+    assert "no test examples: fit ends without its test" in caplog.text
+    assert len(data.test_dataloader()) == 0
+    alone = InstructionDataModule(one, tokenizer=tokenizer_folder)
+    alone.setup("test")
+    with pytest.raises(DataError, match="leaves no test examples"):
+        alone.test_dataloader()
+
+
 def test_held_out_limits_are_stable(build: Callable[..., InstructionDataModule]) -> None:
     def validation(limit: int | None) -> list[str]:
         items = build(numbered(300), max_validation=limit).splits["validation"].items
@@ -751,7 +893,10 @@ def test_held_out_limits_are_stable(build: Callable[..., InstructionDataModule])
         ({"test": -0.1}, "test must be a share"),
         ({"validation": 0.5, "test": 0.5}, "leave nothing to train on"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
-        ({"source": BuiltinWorld(), "path": "my.json"}, "the source builtin reads no file.*lora_gan.data.Alpaca"),
+        (
+            {"source": BuiltinWorld(), "path": "my.json"},
+            "the source builtin reads no file.*leave out data.init_args.source",
+        ),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:

@@ -19,7 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import Table, csv, parquet
 
-from lora_gan.data import ARC, OASST, TWON, Alpaca, Dolly, OwnFile, RowSource, StreamDataModule, TruthfulQA
+from lora_gan.data import (
+    ARC,
+    OASST,
+    TWON,
+    Alpaca,
+    Dolly,
+    OwnFile,
+    RowSource,
+    StandardFormat,
+    StreamDataModule,
+    TruthfulQA,
+)
 from lora_gan.data.files import clean
 from lora_gan.data.source import Source
 from lora_gan.errors import DataError, LoraGANError
@@ -40,6 +51,10 @@ MAKERS: dict[str, Callable[..., Source]] = {
     "alpaca.parquet": Alpaca,
     "alpaca.jsonl.gz": Alpaca,
     "alpaca.csv": Alpaca,
+    "messages.jsonl": partial(StandardFormat, every_turn=True),
+    "conversations.json": StandardFormat,
+    "completions.csv": StandardFormat,
+    "preferences.jsonl": StandardFormat,
     "own.jsonl": partial(OwnFile, references="references", negatives="negatives", group="group", split="split"),
 }
 OWN = b'{"prompt": "p", "response": "r", "references": ["r", "s"], "negatives": ["t"], "group": "g", "split": "test"}\n'

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_gan.cli import main
+from lora_gan.data import InstructionDataModule
+from lora_gan.data.report import report
+from lora_gan.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -29,7 +33,8 @@ def test_the_report_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--data.source", "lora_gan.data.ARC", "--data.source.path", str(FIXTURES / "arc.jsonl")]
     run(*settings, "--data.validation", "0", "--data.test", "0", "--data.max_target_tokens", "4")
     printed = capsys.readouterr().out
-    assert "arc.jsonl)\ntokenizer builtin; at most 510 tokens of prompt, 4 of target, 512 in total" in printed
+    assert "arc.jsonl)\nprompts: with the template of the source (the tokenizer has no chat template)\n" in printed
+    assert "\ntokenizer builtin; at most 510 tokens of prompt, 4 of target, 512 in total" in printed
     table = [line.split() for line in printed.splitlines()]
     kept = next(int(row[1]) for row in table if row[:1] == ["arc"])
     dropped = sum(int(row[-1]) for row in table if row[:2] == ["train:", "target_too_long"])
@@ -38,6 +43,43 @@ def test_the_report_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["dropped:", "needs_its_choices", "1"] in table
     assert printed.count("──── example ") == min(kept, 3)
     assert "──── target (" in printed and "──── negative (wrong_choice)\n" in printed
+
+
+@pytest.mark.parametrize("name", ["messages.jsonl", "conversations.json", "completions.csv", "preferences.jsonl"])
+def test_a_file_in_a_usual_format_needs_no_configuration(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "--data.path", str(FIXTURES / name)])
+    printed = capsys.readouterr().out
+    assert f"Data: {Path(name).stem} (" in printed
+    assert "──── example 1" in printed
+    assert "\\n" not in printed  # group and counts are shown in one line
+
+
+def test_counts_are_printed_once(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="lora_gan")
+    run("--data.path", str(FIXTURES / "alpaca.json"))
+    assert capsys.readouterr().out.count("empty_output") == 1
+    assert "empty_output" not in caplog.text
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+PERSONA = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Ulla.<|im_end|>\n{% endif %}"
+
+
+def test_what_the_chat_template_writes_by_itself_is_said(tmp_path: Path) -> None:
+    tokenizer: Any = load_tokenizer("builtin")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+
+    def printed(template: str, **settings: Any) -> str:
+        tokenizer.chat_template = template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        tokenizer.save_pretrained(tmp_path)
+        path = str(FIXTURES / "messages.jsonl")
+        return report(InstructionDataModule(path=path, tokenizer=str(tmp_path), **settings))
+
+    said = "where there is no system message, it writes 'system You are Ulla.'; data.init_args.system replaces it"
+    assert "prompts: with the tokenizer's chat template (data.init_args.chat: false" in printed(CHATML)
+    assert said in printed(PERSONA + CHATML)
+    assert "it writes" not in printed(CHATML)
+    assert "it writes" not in printed(PERSONA + CHATML, system="Be brief.")
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lora_gan.data import ARC, OASST, TWON, Alpaca, Dolly, Mixture, OwnFile, Source, TruthfulQA
+from lora_gan.data import ARC, OASST, TWON, Alpaca, Dolly, Mixture, OwnFile, Source, StandardFormat, TruthfulQA
 from lora_gan.data.splits import assign_splits
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example, Message, Negative
@@ -159,7 +159,7 @@ def test_arc_third_format_and_official_splits(tmp_path: Path) -> None:
         ({"choices": {"text": ["a", "b"], "label": ["A"]}}, "got 2 choices with 1 labels"),
         ({"choices": {"text": ["a"], "label": ["A"]}}, "1 choices"),
         ({"choices": {"text": ["a", ""], "label": ["A", "B"]}}, "choices that are not empty"),
-        ({"choices": {"text": ["a", 2], "label": ["A", "B"]}}, "'choices' is list, not a list of texts"),
+        ({"choices": {"text": ["a", 2], "label": ["A", "B"]}}, "the list in the field 'choices' holds int, not text"),
         ({"choices": ["a", "b"]}, "'choices' is missing"),
         ({"question": 3}, "'question' is missing or not text"),
         ({"question": {"stem": "s", "choices": "a"}}, "0 choices"),
@@ -353,6 +353,178 @@ def test_real_synthetic_posts() -> None:
     assert not any("http" in example.target for example in examples)
 
 
+# Today's usual formats
+
+
+def said(example: Example) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in example.messages]
+
+
+def test_messages_row_by_row() -> None:
+    source = StandardFormat(fixture("messages.jsonl"))
+    ferry, harbour, captain, tea = read(source)
+    assert source.dropped == Counter(no_reply=1, empty_target=1)
+    assert (ferry.prompt, ferry.target) == ("### Prompt:\nWhen does the ferry leave?\n\n### Response:\n", "At nine.")
+    assert said(harbour) == [
+        ("system", "Answer in one word."),
+        ("user", "Is the harbour open?"),
+        ("assistant", "Yes."),
+        ("user", "Until when?"),
+    ]
+    assert harbour.target == "Midnight."
+    assert harbour.prompt == (
+        "### System:\nAnswer in one word.\n\n### Prompt:\nIs the harbour open?\n\n### Response:\nYes.\n\n"
+        "### Prompt:\nUntil when?\n\n### Response:\n"
+    )
+    assert [harbour.prompt[slice(*span)] for span in harbour.cuttable] == ["Is the harbour open?", "Yes."]
+    assert [message.cuttable for message in harbour.messages] == [(), ((0, 20),), ((0, 4),), ()]
+    assert said(captain) == [("user", "Who steers the ferry?")]
+    assert captain.target == "Captain Mirel."
+    assert (said(tea), tea.target) == ([("user", "Thanks. Is there tea?")], "Yes, on deck two.")
+
+
+def test_every_turn_makes_an_example_of_each_reply_in_one_group() -> None:
+    examples = read(StandardFormat(fixture("messages.jsonl"), every_turn=True))
+    assert [example.target for example in examples] == [
+        "At nine.",
+        "Yes.",
+        "Midnight.",
+        "Captain Mirel.",
+        "Yes, on deck two.",
+    ]
+    assert [example.group for example in examples[1:3]] == ["answer in one word.\nis the harbour open?"] * 2
+
+
+def test_sharegpt_conversations() -> None:
+    ships, wood = read(StandardFormat(fixture("conversations.json")))
+    assert said(ships)[0] == ("system", "You know ships.")
+    assert said(ships)[-1] == ("user", "And a mast?")
+    assert (ships.target, ships.source) == ("The pole that carries the sails.", "conversations")
+    assert (said(wood), wood.target, wood.group) == ([("user", "What floats?")], "Wood does.", "what floats?")
+
+
+def test_prompt_and_completion_are_what_an_own_file_gives() -> None:
+    examples = read(StandardFormat(fixture("completions.csv")))
+    own = read(OwnFile(fixture("completions.csv"), target="completion"))
+    assert [(e.prompt, e.target, e.group, said(e)) for e in examples] == [
+        (e.prompt, e.target, e.group, said(e)) for e in own
+    ]
+
+
+def test_rejected_replies_are_negatives() -> None:
+    source = StandardFormat(fixture("preferences.jsonl"))
+    examples = read(source)
+    assert [(e.messages[-1].content, e.target, e.negatives) for e in examples] == [
+        ("How deep is the lake?", "Forty metres.", (Negative("It is blue.", "rejected"),)),
+        ("I am lost.", "Let us find the way together.", (Negative("Your fault.", "rejected"),)),
+        ("Is it raining?", "Yes, a little.", (Negative("Look yourself.", "rejected"),)),
+        ("Same?", "The same.", ()),
+    ]
+    assert said(examples[1])[0] == ("system", "Be kind.")
+    assert source.dropped == Counter()
+
+
+def test_preferences_without_a_prompt_are_whole_dialogues(tmp_path: Path) -> None:
+    def turns(*contents: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)]
+
+    rows = [
+        {"chosen": turns("Hi?", "Hello!"), "rejected": turns("Hi?", "Go away.")},
+        {"chosen": turns("Hi?", "Hello!"), "rejected": turns("Ho?", "Go away.")},
+    ]
+    source = StandardFormat(write(tmp_path / "rows.jsonl", rows))
+    assert [texts(example) for example in read(source)] == [["Go away."], []]
+    assert source.dropped == Counter(rejected_reply_to_another_prompt=1)
+
+
+def test_a_completion_with_the_label_false_is_no_target(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Q?", "completion": "Yes.", "label": True},
+        {"prompt": "Q?", "completion": "No.", "label": False},
+    ]
+    source = StandardFormat(write(tmp_path / "kto.jsonl", rows))
+    assert [example.target for example in read(source)] == ["Yes."]
+    assert source.dropped == Counter(labelled_false=1)
+
+
+def test_a_data_set_on_the_hub_by_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load(*name: str, split: str) -> list[dict[str, str]]:
+        asked.append((*name, split))
+        return [{"prompt": "Q?", "completion": "A"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = StandardFormat("someone/rows", hub_config="main", hub_split="train_sft")
+    assert [example.target for example in read(source)] == ["A"]
+    assert asked == [("someone/rows", "main", "train_sft")]
+
+
+def test_an_alpaca_file_gives_the_same_examples() -> None:
+    alpaca, standard = Alpaca(fixture("alpaca.json")), StandardFormat(fixture("alpaca.json"))
+    assert list(standard.rows()) == list(alpaca.rows())
+    assert (standard.dropped, standard.repaired) == (alpaca.dropped, alpaca.repaired)
+    assert standard.with_path("other.json").dropped == Counter(alpaca.dropped)
+
+
+def test_nested_rows_are_the_same_in_parquet(tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    rows = json.loads(Path(fixture("conversations.json")).read_text())
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "rows.parquet")
+    examples = read(StandardFormat(str(tmp_path / "rows.parquet")))
+    assert examples == read(StandardFormat(fixture("conversations.json")))
+
+
+def test_a_row_of_another_shape_is_refused_or_dropped(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": []}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"line 2: the field 'prompt' is missing \(fields found: messages\), which"):
+        read(StandardFormat(path))
+    source = StandardFormat(path, on_bad_row="drop")
+    assert len(read(source)) == 1
+    assert source.dropped == Counter(bad_row=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a"}, "the fields text are no format that is recognised .* lora_gan.data.OwnFile, whose template"),
+        (
+            {"instruction": "a", "context": "", "response": "b"},
+            "lora_gan.data.Dolly reads rows of instruction, context, response; set",
+        ),
+        ({"messages": "a"}, "'messages' is str, not a list of messages"),
+        ({"messages": ["a"]}, "turn 1 of 'messages' is str, not an object with role and content"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "turn 1 of 'messages' has the role 'tool', not system, user",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "turn 1 of 'messages' holds null, not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "holds image_url, not text"),
+        ({"prompt": "a", "completion": 3}, "'completion' is int, not a list of messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' is int, not a list of texts"),
+    ],
+)
+def test_a_row_that_is_no_dialogue_is_reported(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"rows.jsonl, line 1: .*{message}"):
+        read(StandardFormat(write(tmp_path / "rows.jsonl", [row])))
+
+
+@pytest.mark.parametrize("source", [Alpaca, Dolly, TruthfulQA, ARC, OASST, TWON, OwnFile])
+def test_every_source_names_the_one_that_would_fit(source: Callable[..., Source]) -> None:
+    with pytest.raises(DataError, match=r"is missing \(fields found: messages, id\); .* lora_gan.data.StandardFormat,"):
+        read(source(fixture("messages.jsonl")))
+
+
+def test_fields_that_are_not_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="lora_gan")
+    read(StandardFormat(fixture("messages.jsonl")))
+    assert "rows of messages; other fields are not read: id" in caplog.text
+
+
 # Files of your own
 
 
@@ -368,6 +540,15 @@ def test_own_file(tmp_path: Path) -> None:
     assert (example.references, texts(example)) == (("A", "B"), ["C"])
     assert (example.group, example.split) == ("x", "test")
     assert source.dropped == Counter(empty_target=1)
+
+
+def test_negatives_of_an_own_file_may_be_a_single_text(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Q?", "response": "A", "rejected": "B"},
+        {"prompt": "P?", "response": "A", "rejected": ["C", None]},
+    ]
+    source = OwnFile(write(tmp_path / "own.jsonl", rows), negatives="rejected")
+    assert [texts(example) for example in read(source)] == [["B"], ["C"]]
 
 
 def test_prompts_without_targets(tmp_path: Path) -> None:
@@ -450,6 +631,7 @@ def test_the_command_line_takes_every_source(tmp_path: Path) -> None:
             ("ARC", "arc.jsonl"),
             ("OASST", "oasst_trees.jsonl"),
             ("TWON", "twon_replies.jsonl"),
+            ("StandardFormat", "messages.jsonl"),
             ("OwnFile", "alpaca.json"),
         )
     ]
@@ -459,10 +641,10 @@ def test_the_command_line_takes_every_source(tmp_path: Path) -> None:
     parser.add_subclass_arguments(Source, "source")
     mixture = parser.instantiate(parser.parse_args([f"--source={json.dumps(config)}"])).source
     counts = Counter(example.source for example in mixture.rows())
-    assert counts == Counter(alpaca=7, dolly=4, truthfulqa=2, arc=4, oasst=3, twon=2, ownfile=9)
+    assert counts == Counter(alpaca=7, dolly=4, truthfulqa=2, arc=4, oasst=3, twon=2, messages=4, ownfile=9)
 
 
-@pytest.mark.parametrize("make", [Alpaca, Dolly, TWON, OwnFile, ARC, TruthfulQA])
+@pytest.mark.parametrize("make", [Alpaca, Dolly, TWON, OwnFile, StandardFormat, ARC, TruthfulQA])
 def test_limits_are_checked(make: Callable[..., Source]) -> None:
     with pytest.raises(LoraGANError, match="limit must be at least 1"):
         make("a.json", limit=0)

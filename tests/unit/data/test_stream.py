@@ -17,7 +17,7 @@ import lightning as L
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_gan.data import Alpaca, StreamDataModule
+from lora_gan.data import Alpaca, StandardFormat, StreamDataModule
 from lora_gan.data.tail import Line, Position, Tail
 from lora_gan.data.tokenizer import Encoded, encode
 from lora_gan.errors import DataError, LoraGANError
@@ -187,6 +187,18 @@ def test_rows_come_in_order_with_the_format_of_the_source(tmp_path: Path, build:
     batches = list(data.train_dataloader())
     assert [batch.targets for batch in batches] == [("0", "1", "2", "3"), ("4", "5")]
     assert batches[0].examples[2].prompt == "Say 2. >"
+
+
+def test_a_stream_takes_the_format_of_its_first_row(tmp_path: Path, build: Build) -> None:
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello!"}]
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(json.dumps({"messages": turns}).encode() + b"\n" + rows(1))
+    source = StandardFormat(str(path), on_bad_row="drop")
+    data = build(path, source=source)
+    assert targets(data.train_dataloader()) == ["Hello!"]
+    assert data.dropped == Counter(bad_row=1)
+    with pytest.raises(LoraGANError, match="set every_turn of its source to false"):
+        build(path, source=StandardFormat(str(path), every_turn=True))
 
 
 @pytest.mark.parametrize(

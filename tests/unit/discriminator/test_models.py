@@ -210,6 +210,15 @@ def test_an_completion_that_spells_the_end_out_does_not_end_there(backbone: Back
     assert found.count(0) == 1 and found[-1] == 0 and len(found) == 6
 
 
+def test_an_adapter_that_cannot_learn_is_named(build: Build, other_base: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The discriminator reads the states before the head."""
+    build(generator_lora=LoraSettings(2, 4, ["c_attn", "lm_head"]))
+    assert "never learns" not in caplog.text
+    build(discriminator_lora=LoraSettings(2, 4, ["c_attn", "lm_head"]))
+    OwnBaseDiscriminator(other_base, LoraSettings(2, 4, ["lm_head"]))
+    assert caplog.text.count("adapter on the language-model head never learns") == 2
+
+
 def test_an_own_base_is_frozen_and_learns_its_lora_and_head(build: Build, batch: PromptBatch, other_base: str) -> None:
     model = OwnBaseDiscriminator(other_base, LoraSettings(2, 4))
     module = build(model=model)

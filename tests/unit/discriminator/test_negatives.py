@@ -178,6 +178,29 @@ def test_your_own_kind(make_batch: Batches, texts_of: Texts) -> None:
     assert texts_of(Upper(), make_batch(("Q", "abc"))) == [["ABC!"]]
 
 
+def test_a_kind_that_makes_nothing_is_named_once(
+    make_batch: Batches, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Shouting(MadeUp):
+        kind = "shouting"
+
+        def _make(self, batch: PromptBatch, b: int, tokenizer: object) -> str | None:
+            return batch.targets[b].upper()  # accepted, as exact match ignores case
+
+    class Late(Shouting):
+        kind = "late"
+
+        def _make(self, batch: PromptBatch, b: int, tokenizer: object) -> str | None:
+            return "no" if self.steps else None
+
+    batch = make_batch(("Q", "abc"))
+    for kind in (Shouting(), Late()):
+        for _ in range(9):
+            kind.draw(batch, tokenizer)
+    (record,) = caplog.records
+    assert "negatives of kind 'shouting': none in the first 3 steps" in record.getMessage()
+
+
 def test_made_up_texts_are_completions_like_the_target(tokenizer: PreTrainedTokenizerFast) -> None:
     first, second = encode_completions(tokenizer, ["<|endoftext|>", ""])
     assert len(first) == len("<|endoftext|>") + 1 and first[-1] == EOS and EOS not in first[:-1]

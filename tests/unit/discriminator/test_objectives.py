@@ -77,7 +77,7 @@ def test_each_kind_weighs_the_same() -> None:
     torch.testing.assert_close(hard, torch.tensor([2 * 0.5 / 2 / 3, -2 * 0.5 / 2 / 3]))
 
 
-def test_junk_has_the_reward_that_was_asked_for() -> None:
+def test_negatives_have_the_reward_that_was_asked_for() -> None:
     result = RewardRegression(negative_reward=-1.0)(outputs([0.0], [1.0], [-1.0, 0.0], [0.0], [1.0]))
     assert result.metrics["discriminator/error_negatives"].item() == 0.5
     assert result.loss.item() == pytest.approx(0.5 / 3)

@@ -10,10 +10,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from lora_gan.advantages import MovingAverage
-from lora_gan.backbone import GENERATOR, Backbone, LoraSettings
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
 from lora_gan.callbacks import MovingAverageBaseline
 from lora_gan.checkpointing.adapters import save_adapter
 from lora_gan.discriminator.replay import Replay
@@ -32,6 +32,7 @@ from lora_gan.evolution.tasks import MemberModule, Task
 from lora_gan.evolution.workers import Done, InProcess, Workers
 from lora_gan.losses import ClippedPPO
 from lora_gan.module import LoraGANModule
+from lora_gan.optimization import WarmupCosine
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
 from lora_gan.types import PromptBatch, Rollout
@@ -72,6 +73,23 @@ class PopulationRecorder(L.Callback):
 
 def same(x: Weights, y: Weights) -> bool:
     return all(torch.equal(x[name].a, y[name].a) and torch.equal(x[name].b, y[name].b) for name in x)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoraSettings(4, 8, use_dora=True), r"DoRA is more: set generator\.lora\.use_dora: false"),
+        (
+            LoraSettings(4, 8, ["c_attn", "wte"]),
+            r"no adapters on embeddings: take .*wte out of generator\.lora\.targets",
+        ),
+    ],
+)
+def test_adapters_that_are_more_than_products_are_refused_at_the_start(
+    lora: LoraSettings, message: str, evolve: Evolve
+) -> None:
+    with pytest.raises(LoraGANError, match=message):
+        evolve(generator_lora=lora)
 
 
 # special cases
@@ -355,6 +373,22 @@ def test_survival_by_hand() -> None:
     assert survival(population, [1, 0]) == {"elite": 1.0, "refined": 0.5, "mutated": 0.0}
 
 
+@pytest.mark.parametrize("schedule", [WarmupCosine, ReduceLROnPlateau])
+def test_a_schedule_that_follows_the_run_is_refused(schedule: Any, evolve: Evolve, batch: PromptBatch) -> None:
+    """Its steps are those of a member's refinements; with a length of its own it is taken."""
+    for role in (GENERATOR, DISCRIMINATOR):
+        with pytest.raises(LoraGANError, match=f"{role}.scheduler: .* would follow the run"):
+            fit(evolve(refined=1, **{f"{role}_scheduler": schedule}), [batch], 1)
+
+
+def test_a_member_is_refined_in_micro_batches(evolve: Evolve, batch: PromptBatch) -> None:
+    """With a schedule of its own length, a prompt at a time: the numbers are those of the whole batch."""
+    settings: dict[str, Any] = {"refined": 1, "generator_scheduler": lambda o: WarmupCosine(o, total_steps=9)}
+    whole, parts = (fit(evolve(**settings, micro_batch_size=size), [batch], 2)[0] for size in (None, 1))
+    assert whole.rates == parts.rates
+    assert parts.reports[0]["loss/generator"] == pytest.approx(whole.reports[0]["loss/generator"], abs=1e-5)
+
+
 def test_a_random_reward_is_refused(evolve: Evolve, batch: PromptBatch) -> None:
     def dice(response: str, target: str) -> float:
         return random.random()
@@ -371,7 +405,6 @@ def test_a_random_reward_is_refused(evolve: Evolve, batch: PromptBatch) -> None:
         ({"elites": 4}, "elites must be smaller than population"),
         ({"elites": 2, "refined": 3}, "more than the population of 4"),
         ({"crossover_rate": 2.0}, "crossover_rate"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1"),
         ({"evaluation": Sampling(num_beams=2)}, "beam search"),
         ({"evaluation_prompts": 0}, "evaluation_prompts"),
         ({"members_at_once": 0}, "members_at_once"),

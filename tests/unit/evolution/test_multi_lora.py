@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_gan.backbone import Backbone
+from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.multi_lora import RowMapping, multi_lora, sample_population
@@ -62,6 +62,18 @@ def test_batched_members_sample_as_alone(
     alone = one_by_one(backbone, members, 2, how, uniform)
     assert len({r.texts for r in alone}) > 1 and len({int(n) for r in alone for n in r.mask.sum(-1)}) > 2
     same(together, alone)
+
+
+@pytest.mark.parametrize(
+    "lora", [LoraSettings(4, 8, use_rslora=True), LoraSettings(4, 8, ["q_proj", "lm_head"])], ids=["rslora", "head"]
+)
+def test_members_of_another_shape_sample_as_alone(lora: LoraSettings, bases: dict[str, str]) -> None:
+    torch.manual_seed(2)
+    backbone, how = Backbone(bases["llama"], lora, lora), Sampling(max_new_tokens=8)
+    members = population(backbone, 3)
+    uniform = draw_uniform(6, how, backbone.device, torch.Generator().manual_seed(0))
+    together = sample_population(backbone, members, prompts(backbone), 2, how, uniform)
+    same(together, one_by_one(backbone, members, 2, how, uniform))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -64,7 +64,7 @@ def test_a_win_is_the_share_of_the_opponents_completions_that_are_beaten() -> No
     assert WinRate.needs_opponent
 
 
-def test_the_wins_of_equal_players_sum_to_half() -> None:
+def test_the_wins_of_equal_roles_sum_to_half() -> None:
     """What one role wins of a pair the other loses, so against itself the mean is ½ exactly."""
     torch.manual_seed(0)
     scores = torch.randn(12).tolist()

@@ -469,6 +469,29 @@ def test_known_similarities(encoder: SentenceEncoder) -> None:
     torch.testing.assert_close(found, torch.tensor([0.6660, 0.1046]), atol=1e-3, rtol=0)
 
 
+def test_a_text_behind_the_models_256_tokens_counts(encoder: SentenceEncoder) -> None:
+    """Two answers that differ after the limit had the similarity 1."""
+    long = "The water in the village comes from an old well near the church. " * 40
+    yes, no = long + "Yes, it is safe to drink.", long + "No, never drink it, it is poison."
+    assert float(encoder.similarity([yes], [no])) < 0.995
+    windows = encoder._windows(yes)
+    assert len(windows) == 3 and " ".join(windows) == yes
+    assert max(len(encoder.model.tokenizer(window)["input_ids"]) for window in windows) <= 256
+    mean = encoder.encode(windows).mean(0)
+    torch.testing.assert_close(encoder.encode([yes])[0], mean / mean.norm())
+    assert encoder._windows("word " * 250) == ["word " * 250], "what fits is read as before"
+
+
+def test_texts_that_the_encoder_cannot_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = SentenceEncoder()
+    with caplog.at_level("WARNING", logger="lora_gan"):
+        encoder.encode(["good", "", "good 😀"])
+        assert not caplog.messages
+        encoder.encode(["😀"])
+        encoder.encode(["😡"])
+    assert len(caplog.messages) == 1 and "knows no token of '😀'" in caplog.messages[0]
+
+
 def test_embeddings_have_unit_length_and_any_script(encoder: SentenceEncoder) -> None:
     vectors = encoder.encode(["a", "", "漢字 😀", "привет"])
     assert vectors.shape == (4, 384)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,13 @@ def test_texts_that_are_too_long_are_cut(tmp_path: Path) -> None:
     folder = bert(tmp_path, ["reward"])
     found = RewardModel(folder, shown="completion")(["a " * 100, "a " * 14], prompts(*EXAMPLES), context(2))
     assert found[0] == pytest.approx(float(found[1]), abs=1e-6)
+
+
+def test_a_reward_model_cut_off_by_a_broken_download_is_one_clear_error(tmp_path: Path) -> None:
+    folder = bert(tmp_path, ["reward"])
+    os.truncate(Path(folder, "model.safetensors"), 3000)
+    with pytest.raises(LoraGANError, match=r"cannot load .* as a sequence-classification model \(.*header"):
+        RewardModel(folder)(["a"], prompts(EXAMPLES[0]), context(1))
 
 
 def test_a_missing_model_and_template_are_named(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Alpaca(RowSource):
     ) -> None:
         """
         Args:
-            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
             template: Prompt of a row with an input; it ends where the completion begins.
             template_without_input: Prompt of a row without input.
             limit: Number of usable rows to read, from the first; by default all.
@@ -43,6 +43,10 @@ class Alpaca(RowSource):
         fill(template_without_input, instruction="")
         self.template = template
         self.template_without_input = template_without_input
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return self.template, self.template_without_input
 
     def example(self, row: Row) -> Example | None:
         instruction = row.text("instruction")

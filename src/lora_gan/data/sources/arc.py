@@ -48,7 +48,7 @@ class ARC(RowSource):
     ) -> None:
         """
         Args:
-            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
             validation_path: Local file with the official validation split.
             test_path: Local file with the official test split.
             config: Configuration of the data set on the hub: ARC-Challenge or ARC-Easy.
@@ -71,6 +71,10 @@ class ARC(RowSource):
         self.answer = answer
         self.template = template
         self.mcq_template = mcq_template
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return (self.mcq_template if self.mode == "mcq" else self.template,)
 
     def read(self) -> Iterator[Row]:
         for path, split in self._parts():
@@ -133,6 +137,8 @@ def _question(row: Row) -> Question:
     elif "query" in row.values:
         asked, texts, key = row.values["query"], row.values.get("choices"), str(row.values.get("gold"))
         labels = [str(i) for i in range(len(texts))] if isinstance(texts, list) else None
+    elif asked is None:
+        row.text("question")  # says which fields there are
     return _checked(row, asked, strings(texts, "choices", row.where), strings(labels, "labels", row.where), key)
 
 

@@ -12,7 +12,7 @@ from lora_gan.data.source import Source
 from lora_gan.data.splits import assign_splits, one_wording_each
 from lora_gan.data.templates import default_template, fill
 from lora_gan.data.world import Fact, facts
-from lora_gan.types import Example, Message, Negative
+from lora_gan.types import Example, Negative
 
 
 class BuiltinWorld(Source):
@@ -34,6 +34,10 @@ class BuiltinWorld(Source):
     def name(self) -> str:
         return "builtin"
 
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return (self.template,)
+
     def rows(self) -> Iterator[Example]:
         """Every fact in every phrasing of its question."""
         for fact in facts():
@@ -41,14 +45,13 @@ class BuiltinWorld(Source):
                 yield self._example(fact, question, phrasing)
 
     def _example(self, fact: Fact, question: str, phrasing: int) -> Example:
-        return Example(
-            prompt=fill(self.template, question=question),
+        return self.make(
+            self.template,
+            {"question": question},
             target=fact.answer,
             references=fact.references,
             negatives=tuple(Negative(text, kind="wrong_object") for text in fact.negatives),
             group=fact.group,
-            source=self.name,
-            messages=(Message("user", question),),
             item=f"{fact.relation} | {fact.subject} | {fact.object}",
             meta={"relation": fact.relation, "phrasing": str(phrasing)},
         )

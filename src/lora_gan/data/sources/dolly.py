@@ -26,7 +26,7 @@ class Dolly(RowSource):
     ) -> None:
         """
         Args:
-            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
             template: Prompt of a row with a context; it ends where the completion begins.
             template_without_context: Prompt of a row without context.
             categories: Categories to use, such as [closed_qa, open_qa]; by default all.
@@ -42,6 +42,10 @@ class Dolly(RowSource):
         self.template = template
         self.template_without_context = template_without_context
         self.categories = categories
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return self.template, self.template_without_context
 
     def example(self, row: Row) -> Example | None:
         instruction, response = row.text("instruction"), row.text("response")

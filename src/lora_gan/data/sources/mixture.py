@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lora_gan.data.source import Source
 from lora_gan.data.splits import digest
@@ -49,6 +49,17 @@ class Mixture(Source):
     @property
     def note(self) -> str:
         return "; ".join(source.note for source in self.sources if source.note)
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(template for source in self.sources for template in source.prompt_templates))
+
+    @property
+    def turn_templates(self) -> Mapping[str, str] | None:
+        return next((source.turn_templates for source in self.sources if source.turn_templates), None)
+
+    def said(self, template: str) -> str:
+        return next(source for source in self.sources if template in source.prompt_templates).said(template)
 
     def rows(self) -> Iterator[Example]:
         self.forget_counts()

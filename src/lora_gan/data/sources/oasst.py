@@ -80,7 +80,7 @@ class OASST(Source):
     ) -> None:
         """
         Args:
-            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
             langs: Languages of the messages to use; by default [en].
             turns: "first" makes an example of the first user message of a dialogue only, "all" of each.
             max_turns: Last user turn of a dialogue that makes an example; by default no limit.
@@ -117,6 +117,10 @@ class OASST(Source):
         self.user_turn = user_turn
         self.assistant_turn = assistant_turn
         self.limit = limit
+
+    @property
+    def turn_templates(self) -> Mapping[str, str]:
+        return {"user": self.user_turn, "assistant": self.assistant_turn}
 
     def rows(self) -> Iterator[Example]:
         self.forget_counts()
@@ -197,7 +201,7 @@ class OASST(Source):
     def _example(self, path: list[Post], replies: list[Post]) -> Example:
         best = replies[0]
         turns = [self._turn(post, mark(post.text)) for post in path[:-1]]
-        made = unmark("".join(turns) + self._turn(path[-1], path[-1].text) + self.header)
+        made = unmark("".join(turns) + self._turn(path[-1], mark(path[-1].text, cuttable=False)) + self.header)
         earlier = [Message(ROLES[post.role], post.text, ((0, len(post.text)),)) for post in path[:-1]]
         return Example(
             made.text,
@@ -209,6 +213,7 @@ class OASST(Source):
             split=best.split,
             meta={"message": best.id},
             cuttable=made.cuttable,
+            literal=made.literal,
             messages=(*earlier, Message("user", path[-1].text)),
         )
 

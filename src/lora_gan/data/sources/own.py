@@ -29,11 +29,11 @@ class OwnFile(RowSource):
     ) -> None:
         """
         Args:
-            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
             template: Prompt with {field} for each field of the row; it ends where the completion begins.
             target: Field with the target; null if the file has prompts only.
-            references: Field with a list of further correct completions.
-            negatives: Field with a list of wrong completions.
+            references: Field with a list of further correct completions, or with one.
+            negatives: Field with a list of wrong completions, or with one.
             group: Field whose value defines the group; a group stays in one split. By default the prompt.
             split: Field with the official split: train, validation or test.
             cuttable: Fields whose beginning is cut if a prompt is too long; by default all but the first.
@@ -58,6 +58,10 @@ class OwnFile(RowSource):
                 f"cuttable names {', '.join(unknown)}, but the template has {', '.join(self.fields)} only; "
                 "name fields of the template"
             )
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return (self.template,)
 
     def example(self, row: Row) -> Example | None:
         fields = {name: row.text(name) for name in self.fields}

@@ -52,6 +52,10 @@ class TruthfulQA(RowSource):
             return "TruthfulQA is in the training data: its scores in this run are not benchmark scores"
         return "TruthfulQA is held out for the test; to train on it, set allow_train: true on the source"
 
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return (self.template,)
+
     def read(self) -> Iterator[Row]:
         part = {"split": "validation", "config": "generation"} if is_hub_id(self.path) else {}
         for row in read_rows(self.path, bad=self.bad, **part):

@@ -40,7 +40,7 @@ class TWON(RowSource):
     ) -> None:
         """
         Args:
-            path: Local file (json, jsonl, csv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
             instruction: Instruction of every row; in chat format, the system message.
             data_label: Column with the post or topic.
             target_label: Column with the target: the reply or the post.
@@ -59,6 +59,23 @@ class TWON(RowSource):
         self.target_label = target_label
         self.template = template
         self.shortest_target = shortest_target
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        literal = self.instruction.replace("{", "{{").replace("}", "}}")
+        return (self.template.replace("{instruction}", literal),)
+
+    @property
+    def system(self) -> str | None:
+        return self.instruction if self._is_default else None
+
+    @property
+    def _is_default(self) -> bool:
+        """Whether a chat has the instruction as system message and the data alone as what the user says."""
+        return super().said(self.template) != self.template
+
+    def said(self, template: str) -> str:
+        return "{data}" if self._is_default else template
 
     def rows(self) -> Iterator[Example]:
         examples = list(super().rows())
@@ -83,6 +100,8 @@ class TWON(RowSource):
             references=(target,),
             group=normal(data),
         )
+        if not self._is_default:
+            return example
         return replace(
             example, messages=(Message("system", self.instruction), Message("user", data, ((0, len(data)),)))
         )

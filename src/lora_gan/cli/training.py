@@ -1,0 +1,224 @@
+"""Training commands: LightningCLI's fit, validate, test and predict, and data, which reads what fit would."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lora_gan.checkpointing.files import CheckpointFiles, intact_checkpoint
+from lora_gan.cli.configuration import content, last_of_each_kind, pairs
+from lora_gan.cli.hyperparameters import hyperparameters
+from lora_gan.cli.runs import claim_folder, claim_versions, continue_run, newest_run, require_writable, runs_folder
+from lora_gan.errors import LoraGANError
+from lora_gan.lightning_compat import overrides, subcommand_setting
+from lora_gan.program import program_name
+
+logger = logging.getLogger("lora_gan")
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong with a setting without printing the whole configuration behind it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:")
+        lines = [line for line in message.splitlines() if not line.strip().startswith(noise)]
+        self.exit(2, "error: " + "\n".join(lines) + "\nfit --help lists the settings; --print_config shows them all\n")
+
+
+class SavedConfiguration(SaveConfigCallback):
+    """Writes config.yaml into the run's folder, for a fresh run: without the checkpoint that this one resumed from.
+
+    The settings are also logged as hyperparameters: TensorBoardLogger and CSVLogger write them to hparams.yaml.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not self.already_saved:
+            self.config = self.config.clone()
+            resumed, self.config["ckpt_path"] = self.config.get("ckpt_path"), None
+            self.overwrite = stage == "fit" and _lies_in(resumed, trainer.log_dir)
+            self._refuse_to_replace(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        settings = hyperparameters(self.config.as_dict())
+        for sink in trainer.loggers if stage == "fit" else ():
+            if isinstance(sink, TensorBoardLogger):
+                sink.log_hyperparams(settings, {})  # no metrics yet: those of the end of the run follow
+            else:
+                sink.log_hyperparams(settings)
+
+    def _refuse_to_replace(self, trainer: L.Trainer) -> None:
+        path = Path(trainer.log_dir or ".") / self.config_filename
+        there = trainer.strategy.broadcast(path.is_file())
+        if there and not self.overwrite:
+            raise LoraGANError(
+                f"{path} is there already, and this run would replace it: give the run a folder of its own, by "
+                "trainer.logger.init_args.save_dir, name and version, or resume the run there with --ckpt_path"
+            )
+
+
+class CLI(LightningCLI):
+    """LightningCLI whose base model also names the tokenizer, and whose ``fit`` ends with the held-out test.
+
+    Args:
+        args: The arguments, with the files that others extend.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_callback=SavedConfiguration,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            parser_kwargs={"prog": program_name()},
+            parser_class=Parser,
+            args=args,
+        )
+
+    @overrides(LightningCLI)
+    def _parse_ckpt_path(self) -> None:
+        """Find a checkpoint that is whole; Lightning would let settings that it holds override those given here."""
+        settings = self.config[self.config["subcommand"]]
+        given = settings.get("ckpt_path")
+        if given == "last":
+            given = newest_run(runs_folder(settings))
+            if given is None and self.config["subcommand"] == "fit":  # so that a job can say it from its first start
+                logger.warning("no run to resume in %s yet: a new one starts", runs_folder(settings))
+            elif given is None:
+                raise LoraGANError(f"no run with a checkpoint in {runs_folder(settings)}; give the checkpoint's path")
+        if given == "best":
+            raise LoraGANError(
+                "--ckpt_path best is known to Lightning in the process of a fit only; give the file's path"
+            )
+        if given and str(given) != "hpc":
+            given = str(intact_checkpoint(Path(given)))
+            logger.info("checkpoint: %s", given)
+        settings["ckpt_path"] = given
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the configuration that the run uses and saves: complete, and each kind of callback once."""
+        settings = self.config[self.config["subcommand"]]
+        settings["extends"] = None
+        if isinstance(settings.get("trainer.callbacks"), list):
+            settings["trainer.callbacks"] = last_of_each_kind(settings["trainer.callbacks"])
+        if not settings.get("trainer.fast_dev_run"):
+            require_writable(runs_folder(settings))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A trainer with a folder of its own, or, on a resume, the run's, that writes checkpoints safely."""
+        settings = self.config[self.subcommand]
+        if settings.get("trainer.logger") is False and not settings.get("trainer.fast_dev_run"):
+            kwargs |= self._own_folder(runs_folder(settings))
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        if run := self._resumed_run():
+            continue_run(trainer.loggers, run)
+        if _is_first_process():
+            claim_versions(trainer.loggers)
+        if self.subcommand == "predict":
+            self._add_writer(trainer)
+        return trainer
+
+    def _own_folder(self, runs: Path) -> dict[str, str]:
+        """The root folder of a run without a logger, which would be the working folder."""
+        run = self._resumed_run()
+        if run is not None and run.parent == runs.resolve():
+            return {"default_root_dir": str(run)}
+        return {"default_root_dir": str(claim_folder(runs))} if _is_first_process() else {}
+
+    def _resumed_run(self) -> Path | None:
+        """Folder of the run that ``fit`` goes on with."""
+        resumed = subcommand_setting(self, "ckpt_path") if self.subcommand == "fit" else None
+        return None if resumed is None else Path(resumed).resolve().parents[1]
+
+    def _add_writer(self, trainer: L.Trainer) -> None:
+        from lora_gan.callbacks import PredictionWriter
+
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, PredictionWriter) for callback in callbacks):
+            callbacks.append(PredictionWriter())
+
+    def before_fit(self) -> None:
+        from lora_gan.module import LoraGANModule
+
+        seed = subcommand_setting(self, "seed_everything")
+        if isinstance(self.model, LoraGANModule) and not isinstance(seed, bool):
+            self.model.seed = seed
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+        parser.add_argument("--extends", type=str | None, default=None, help="In a file: the file that it builds on.")
+        parser.add_argument("--test_after_fit", type=bool, default=True, help="End fit with the held-out test.")
+
+    def after_fit(self) -> None:
+        from lora_gan.module import LoraGANModule
+        from lora_gan.run_end import end_run
+
+        if isinstance(self.model, LoraGANModule):
+            assert self.trainer is not None
+            end_run(self.trainer, self.model, self.datamodule, subcommand_setting(self, "test_after_fit"))
+
+
+def _is_first_process() -> bool:
+    """Whether this process is the one that writes; known from the environment, before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _lies_in(checkpoint: str | None, folder: str | None) -> bool:
+    """Whether a checkpoint is one of the run in the folder."""
+    return bool(checkpoint and folder) and Path(str(checkpoint)).resolve().parents[1] == Path(str(folder)).resolve()
+
+
+def read_data(arguments: Sequence[str]) -> L.LightningDataModule:
+    """The data that ``fit`` with these arguments would train on, without its model and trainer.
+
+    Raises:
+        LoraGANError: The settings of the data are wrong.
+    """
+    parser = Parser(prog=f"{program_name()} data")
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile)  # type: ignore[attr-defined]
+    parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
+    parser.set_defaults({"data": {"class_path": "lora_gan.data.InstructionDataModule"}})
+    parsed = parser.parse_args(list(_of_the_data(arguments)))
+    base = _base(arguments)
+    if base is not None and "tokenizer" in parsed.data.init_args:
+        parsed.data.init_args.tokenizer = base
+    return parser.instantiate_classes(parsed).data  # type: ignore[no-any-return]
+
+
+def _of_the_data(arguments: Sequence[str]) -> Iterator[str]:
+    """Of the arguments those that concern the data; of each file its part about the data."""
+    for name, value in pairs(arguments):
+        if name == "--config":
+            data = content(value).get("data")
+            yield from [f"--config={json.dumps({'data': data})}"] if data else []
+        elif name == "--data" or name.startswith("--data."):
+            yield f"{name}={value}"
+
+
+def _base(arguments: Sequence[str]) -> str | None:
+    """The base model that the arguments name last; it is also the tokenizer's name."""
+    base = None
+    for name, value in pairs(arguments):
+        if name == "--config":
+            model = content(value).get("model")
+            model = model if isinstance(model, dict) else {}
+            base = (model.get("init_args") or {}).get("base") or model.get("base") or base
+        elif name in ("--model.base", "--model.init_args.base"):
+            base = value
+    return base

@@ -1,0 +1,86 @@
+"""Dialogues in rows: messages (role, content), ShareGPT turns (from, value), or single texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lora_gan.data.files import Row, clean
+from lora_gan.errors import DataError
+from lora_gan.types import Message
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+
+
+def dialogue(row: Row, prompt: str | None, reply: str) -> list[Message]:
+    """The turns in the field ``reply`` after those in ``prompt``, unless ``reply`` repeats them.
+
+    A field ``system`` is the system message where the turns have none. Replies before the first question are left out.
+
+    Raises:
+        DataError: A field is missing or is no text or list of messages, or a message has another role or no text.
+    """
+    opening = messages(row, prompt, "user") if prompt else []
+    turns = messages(row, reply, "assistant") if prompt else _list_of_messages(row, reply)
+    if not all(turn in turns for turn in opening):
+        turns = opening + turns
+    if all(turn.role != "system" for turn in turns):
+        turns = [Message("system", row.text("system", default="")), *turns]
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    return [turn for turn in turns[:first] if turn.role == "system" and turn.content] + turns[first:]
+
+
+def messages(row: Row, field: str, role: str) -> list[Message]:
+    """The messages in a field; a text is one message of ``role``."""
+    if isinstance(row.values.get(field), str):
+        return [Message(role, row.text(field))]
+    return _list_of_messages(row, field)
+
+
+def is_dialogue(value: object) -> bool:
+    """Whether a field holds messages, not texts."""
+    return isinstance(value, list) and any(isinstance(turn, Mapping) for turn in value)
+
+
+def _list_of_messages(row: Row, field: str) -> list[Message]:
+    value = row.values.get(field)
+    if not isinstance(value, list):
+        if field not in row.values:
+            row.text(field)  # says which fields there are
+        kind = "null" if value is None else type(value).__name__
+        raise DataError(f"{row.where}: the field {field!r} is {kind}, not a list of messages; fix or delete the row")
+    return [_message(turn, f"{row.where}: turn {n} of {field!r}") for n, turn in enumerate(value, start=1)]
+
+
+def _message(turn: object, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{where} is {type(turn).__name__}, not an object with role and content; fix or delete the row")
+    named = turn.get("role", turn.get("from"))
+    role = ROLES.get(named.casefold()) if isinstance(named, str) else None
+    if role is None:
+        raise DataError(f"{where} has the role {named!r}, not system, user or assistant; change or delete the row")
+    content = turn.get("content", turn.get("value"))
+    return Message(role, clean("".join(_texts(content, where))))
+
+
+def _texts(content: object, where: str) -> list[str]:
+    """The texts of a content: a text, or a list of parts such as ``{"type": "text", "text": "…"}``."""
+    if isinstance(content, str):
+        return [content]
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") in ("text", None) else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else "null" if part is None else type(part).__name__
+            raise DataError(f"{where} holds {kind}, not text; only text can be learned, so change or delete the row")
+        texts.append(text)
+    return texts

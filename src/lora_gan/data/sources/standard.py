@@ -1,0 +1,211 @@
+"""Rows in one of today's usual formats, recognised by their fields."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lora_gan.data.dialogues import dialogue, is_dialogue
+from lora_gan.data.files import Row, read_rows
+from lora_gan.data.formats import ALPACA, FORMATS, STANDARD, Format, format_of
+from lora_gan.data.source import OnBad, RowSource, normal
+from lora_gan.data.sources.alpaca import Alpaca
+from lora_gan.data.templates import PROMPT_TURN, RESPONSE_TURN, fill, mark, unmark
+from lora_gan.errors import DataError
+from lora_gan.types import Example, Message, Negative
+
+log = logging.getLogger("lora_gan")
+
+SYSTEM_TURN = "### System:\n{text}\n\n"
+OPTIONAL = {"input", "label", "system"}  # fields that are read where there are any
+
+
+class StandardFormat(RowSource):
+    """Rows in one of today's usual formats, recognised by the fields of the first row.
+
+    These are messages (role, content); conversations (ShareGPT: from, value); prompt and completion (or response);
+    prompt, chosen and rejected; and Alpaca's instruction, input and output. Prompts and completions are texts or lists
+    of messages; a message's content is a text or a list of parts of type text; a field system is the system message.
+    The last reply of a dialogue is the target, all before it the prompt, and what is rejected a negative of kind
+    "rejected"; a completion with the label false (KTO) is left out. Dialogues with the same system message and first
+    question are one group.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        every_turn: bool = False,
+        user_turn: str = PROMPT_TURN,
+        assistant_turn: str = RESPONSE_TURN,
+        system_turn: str = SYSTEM_TURN,
+        hub_config: str | None = None,
+        hub_split: str = "train",
+        limit: int | None = None,
+        on_bad_row: OnBad = "raise",
+    ) -> None:
+        """
+        Args:
+            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            every_turn: Make an example of each reply of a dialogue, not only of the last.
+            user_turn: Template of a user turn, where the prompt is not written with a chat template.
+            assistant_turn: Template of an assistant turn; the prompt ends where its {text} begins.
+            system_turn: Template of a system message.
+            hub_config: Configuration of a data set on the hub.
+            hub_split: Split of a data set on the hub.
+            limit: Number of examples to use, from the first; by default all.
+            on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+
+        Raises:
+            LoraGANError: limit is below 1, or a template names an unknown field.
+        """
+        super().__init__(path, limit, on_bad_row)
+        self.turns = {"user": user_turn, "assistant": assistant_turn, "system": system_turn}
+        for template in self.turns.values():
+            fill(template, text="")
+        self.every_turn = every_turn
+        self.hub_config = hub_config
+        self.hub_split = hub_split
+        self.format: Format | None = None
+        self.alpaca = Alpaca(path)
+        self.alpaca.dropped, self.alpaca.repaired = self.dropped, self.repaired
+
+    @property
+    def name(self) -> str:
+        """The format, once a row has been read."""
+        return self.format.name if self.format else super().name
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return self.alpaca.prompt_templates if self.format is ALPACA else super().prompt_templates
+
+    @property
+    def turn_templates(self) -> Mapping[str, str] | None:
+        return None if self.format is ALPACA else self.turns
+
+    def rows(self) -> Iterable[Example]:
+        self.format = None
+        return super().rows()
+
+    def read(self) -> Iterator[Row]:
+        return read_rows(self.path, self.hub_split, self.bad, self.hub_config)
+
+    def example(self, row: Row) -> Example | None:
+        """The example of the row's last reply."""
+        return next(reversed(self.examples(row)), None)
+
+    def examples(self, row: Row) -> Sequence[Example]:
+        if self.format is None:
+            self.format = self._recognised(row)
+        if missing := [field for field in self.format.fields if field not in row.values]:
+            raise self._another_shape(row, missing[0])
+        if self.format is ALPACA:
+            example = self.alpaca.example(row)
+            return [example] if example else []
+        return self._of_dialogue(row, self.format)
+
+    def _recognised(self, row: Row) -> Format:
+        found, fields = format_of(row.values), ", ".join(map(str, row.values)) or "none"
+        if found is None:
+            known = "; ".join(", ".join(known.fields) for known in FORMATS if known.source == STANDARD)
+            raise DataError(
+                f"{row.where}: the fields {fields} are no format that is recognised ({known}); rename them, or set "
+                "data.init_args.source to lora_gan.data.OwnFile, whose template and target name the fields"
+            )
+        if found.source != STANDARD:
+            raise DataError(
+                f"{row.where}: {found.source} reads rows of {', '.join(found.fields)}; set data.init_args.source to it"
+            )
+        unread = ", ".join(name for name in row.values if name not in {*found.fields, *OPTIONAL})
+        if unread:
+            log.info("%s: rows of %s; other fields are not read: %s", row.where, ", ".join(found.fields), unread)
+        return found
+
+    def _another_shape(self, row: Row, missing: str) -> DataError:
+        fields = ", ".join(map(str, row.values)) or "none"
+        return DataError(
+            f"{row.where}: the field {missing!r} is missing (fields found: {fields}), which the first row has; "
+            "add or rename it, and give rows of another format in a file of their own"
+        )
+
+    def _of_dialogue(self, row: Row, known: Format) -> list[Example]:
+        """The examples of the replies that are targets."""
+        prompt = "prompt" if "prompt" in known.fields else None
+        reply = "chosen" if "chosen" in known.fields else known.fields[-1]
+        turns = dialogue(row, prompt, reply)
+        replies = [i for i in range(1, len(turns)) if (turns[i - 1].role, turns[i].role) == ("user", "assistant")]
+        if not replies:
+            self.dropped["no_reply"] += 1
+        examples = []
+        for i in replies if self.every_turn else replies[-1:]:
+            fault = _fault(row, turns[i - 1], turns[i])
+            if fault:
+                self.dropped[fault] += 1
+            else:
+                rejected = self._rejected(row, prompt, turns[:i]) if i == replies[-1] and reply == "chosen" else []
+                examples.append(self._example(turns[:i], turns[i].content, rejected))
+        return examples
+
+    def _rejected(self, row: Row, prompt: str | None, history: Sequence[Message]) -> list[str]:
+        """The rejected replies to ``history``."""
+        if not is_dialogue(row.values["rejected"]):
+            return row.texts("rejected")
+        *before, last = dialogue(row, prompt, "rejected") or [Message("user", "")]
+        if before == list(history) and last.role == "assistant":
+            return [last.content]
+        self.dropped["rejected_reply_to_another_prompt"] += 1
+        return []
+
+    def _example(self, history: Sequence[Message], target: str, rejected: Sequence[str]) -> Example:
+        *earlier, asked = history
+        written = [self._turn(turn, cuttable=turn.role != "system") for turn in earlier]
+        header = fill(self.turns["assistant"], text="\0").split("\0")[0]
+        made = unmark("".join(written) + self._turn(asked, cuttable=False) + header)
+        return Example(
+            made.text,
+            target,
+            references=(target,),
+            negatives=tuple(Negative(text, "rejected") for text in dict.fromkeys(rejected) if text not in ("", target)),
+            group=_group(history),
+            source=self.name,
+            cuttable=made.cuttable,
+            literal=made.literal,
+            messages=(*map(_cuttable, earlier), asked),
+        )
+
+    def _turn(self, turn: Message, cuttable: bool) -> str:
+        return fill(self.turns[turn.role], text=mark(turn.content, cuttable))
+
+
+def _fault(row: Row, asked: Message, reply: Message) -> str:
+    if row.values.get("label") is False:
+        return "labelled_false"
+    return "empty_prompt" if not asked.content else "" if reply.content else "empty_target"
+
+
+def _group(history: Sequence[Message]) -> str:
+    """The instruction and the first question."""
+    first = next(i for i, turn in enumerate(history) if turn.role == "user" and turn.content)
+    return "\n".join(normal(turn.content) for turn in history[: first + 1] if turn.role != "assistant")
+
+
+def _cuttable(turn: Message) -> Message:
+    """An earlier turn, which may be cut; the instruction may not."""
+    spans = ((0, len(turn.content)),) if turn.content and turn.role != "system" else ()
+    return Message(turn.role, turn.content, spans)
+
+
+class Rows(StandardFormat):
+    """Rows in memory, in one of the formats of :class:`StandardFormat`.
+
+    Args:
+        rows: A list of dictionaries, or a ``datasets.Dataset``.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        super().__init__("rows in memory")
+        self.given = rows
+
+    def read(self) -> Iterator[Row]:
+        for number, values in enumerate(self.given, start=1):
+            yield Row(dict(values), f"row {number}")

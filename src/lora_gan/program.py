@@ -1,0 +1,25 @@
+"""Program: its name as it was started, its version, and its commands as a shell takes them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+__version__ = "0.2.0"
+INSTALLED, CHECKOUT = "lora-gan", "python -m src.cli"
+
+
+def program_name() -> str:
+    """What the user types: the installed script, the package, or the file of a checkout."""
+    started = Path(sys.argv[0])
+    if started.stem == INSTALLED:
+        return INSTALLED
+    if started.parent.name == "lora_gan":
+        return "python -m lora_gan"
+    return CHECKOUT if Path(__file__).parents[1].joinpath("cli.py").is_file() else INSTALLED
+
+
+def command(*arguments: str | Path) -> str:
+    """A command line of this program, quoted so that it can be pasted into a shell."""
+    return f"{program_name()} {shlex.join(str(argument) for argument in arguments)}"

@@ -1,0 +1,182 @@
+"""The end of a run as a user meets it: adapters, the best checkpoint and why, the held-out test, the closing lines."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lora_gan.callbacks.best_checkpoint import REWARD
+from lora_gan.cli import main
+from lora_gan.results import read_results
+from tests.system.test_cli import CONFIGS, ROOT, settings, torch_state
+
+GAN, SFT = (next(path for path in CONFIGS if path.stem == name) for name in ("gan", "sft"))
+ROWS = [
+    {
+        "instruction": f"Describe {n}.",
+        "output": f"{n} is a number that comes after {n - 1} and, as you know, before {n + 1}.",
+    }
+    for n in range(40)
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    printed: str
+
+    @property
+    def checkpoints(self) -> set[str]:
+        return {path.name for path in (self.folder / "checkpoints").iterdir()}
+
+    @property
+    def closing(self) -> dict[str, str]:
+        """The closing lines by their first word."""
+        lines = self.printed[self.printed.rindex("\nrun   ") :].splitlines()
+        return {line.split()[0]: line.partition(" ")[2].strip() for line in lines if line.strip()}
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        events = EventAccumulator(str(self.folder)).Reload()
+        return {event.step: event.value for event in events.Scalars(tag)}  # type: ignore[no-untyped-call]
+
+
+def fit(base: str, folder: Path, rows: int, *more: str, config: Path = SFT, steps: int = 4) -> Run:
+    """A validation after every second step."""
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.json").write_text(json.dumps(ROWS[:rows]), encoding="utf-8")
+    given = settings(base, folder / "rows.json", folder)[2:]
+    given = [f"--config={config}", *given, f"--trainer.max_steps={steps}", "--trainer.log_every_n_steps=1", *more]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), torch_state():
+        main(["fit", *given])
+    name = yaml.safe_load(config.read_text())["trainer"]["logger"]["init_args"]["name"]
+    return Run(sorted(folder.glob(f"{name}/version_*"))[-1], printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def sft(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Supervised learning on free text."""
+    return fit(bases["gpt2"], tmp_path_factory.mktemp("sft"), 40)
+
+
+def test_free_text_is_judged_by_the_held_out_loss(sft: Run) -> None:
+    """N1: the best was the first validation, and nothing said which step it was, or by what."""
+    losses = sft.scalars("validation/loss")
+    assert list(losses) == [0, 2, 4] and losses[4] < losses[2] < losses[0]
+    best = sft.folder / "checkpoints" / "best-4.ckpt"
+    assert sft.closing["best"].startswith(
+        f"step 4, by validation/loss {losses[4]:.3f}, before training {losses[0]:.3f}: "
+    )
+    assert sft.closing["best"].endswith("best-4.ckpt") and best.is_file()
+    assert sft.closing["last"].startswith("step 4: ") and sft.closing["chat"].endswith("best-4.ckpt")
+    weights = torch.load(best, weights_only=True)["state_dict"]
+    adapter = load_file(sft.folder / "adapters" / "generator" / "adapter_model.safetensors")
+    saved = {name.split("base_model.")[-1]: tensor for name, tensor in adapter.items()}
+    there = {name.split("base_model.")[-1].replace(".generator.", "."): tensor for name, tensor in weights.items()}
+    assert saved and all(torch.equal(tensor, there[name]) for name, tensor in saved.items())
+
+
+def test_all_records_of_a_run_count_steps_alike(sft: Run) -> None:
+    """N7: training began at 0, validations lay one step before their samples, and nothing showed the start."""
+    assert list(sft.scalars("loss/generator")) == [1, 2, 3, 4]
+    assert list(sft.scalars("text/rouge_l")) == [0, 2, 4] == list(sft.scalars("validation/perplexity"))
+    assert list(sft.scalars("test/trained/loss")) == [4] == list(sft.scalars("test/base/rouge_l"))
+    events = EventAccumulator(str(sft.folder)).Reload()
+    assert [text.step for text in events.Tensors("samples/text_summary")] == [0, 2, 4]
+    assert [text.step for text in events.Tensors("held_out/text_summary")] == [4]
+
+
+def test_the_settings_are_hyperparameters(sft: Run) -> None:
+    """N7: hparams.yaml was {}."""
+    found = yaml.safe_load((sft.folder / "hparams.yaml").read_text())
+    assert found["seed_everything"] == 0 and found["max_steps"] == 4 and found["model"] == "LoraGANModule"
+    assert found["model.generator.optimizer"] == "AdamW" and found["model.generator.optimizer.lr"] == 0.002
+    assert sft.scalars("best/validation/loss") == {4: pytest.approx(sft.scalars("validation/loss")[4])}
+
+
+def test_the_results_name_the_weights_that_were_tested(sft: Run, bases: dict[str, str]) -> None:
+    """N11: a table without a word of whose results they are; ``test`` of another checkpoint adds its own."""
+    (result,) = read_results(sft.folder)
+    assert (result.checkpoint, result.step) == ("best-4.ckpt", 4) and result.prompts > 0 and "rows.json" in result.data
+    assert result.metrics["trained"]["loss"] == pytest.approx(sft.scalars("test/trained/loss")[4])
+    assert result.metrics["trained"]["loss"] < result.metrics["base"]["loss"]
+    assert result.table in sft.printed
+    with torch_state():
+        other = torch.load(sft.folder / "checkpoints" / "last.ckpt", weights_only=True)
+        torch.save(other | {"global_step": 3}, sft.folder / "checkpoints" / "third.ckpt")
+        main(["test", f"--config={sft.folder / 'config.yaml'}", f"--ckpt_path={sft.folder}/checkpoints/third.ckpt"])
+    assert [(one.checkpoint, one.step) for one in read_results(sft.folder)] == [("best-4.ckpt", 4), ("third.ckpt", 3)]
+    assert read_results(sft.folder, step=3)[0].metrics["base"] == result.metrics["base"]
+
+
+def test_a_discriminator_that_never_learned_is_not_handed_over(sft: Run) -> None:
+    """N10: 20 MB of random numbers."""
+    assert [path.name for path in (sft.folder / "adapters").iterdir()] == ["generator"]
+    assert "discriminator" not in sft.closing["adapters"]
+
+
+def test_the_reward_judges_a_policy_that_learns_from_it(bases: dict[str, str], tmp_path: Path) -> None:
+    few = f"--config={ROOT / 'configs' / 'overlay' / 'few_steps.yaml'}"
+    run = fit(bases["gpt2"], tmp_path, 40, few, "--trainer.max_steps=2", "--trainer.val_check_interval=2", config=GAN)
+    assert run.closing["best"].startswith(f"step 2, by {REWARD} ")
+    assert {path.name for path in (run.folder / "adapters").iterdir()} == {"generator", "discriminator"}
+    shares, totals = run.scalars("reward/adversarial"), run.scalars("reward/total")
+    assert set(shares) == set(totals) == {1, 2}
+    for step, total in totals.items():
+        assert shares[step] == pytest.approx(total - run.scalars("reward/share_of_a")[step], abs=1e-5)
+
+
+def test_a_run_without_validation_says_how_to_go_on(bases: dict[str, str], tmp_path: Path) -> None:
+    """C15: no line about checkpoint, resume, chat, export."""
+    run = fit(bases["gpt2"], tmp_path, 20, "--trainer.limit_val_batches=0", "--test_after_fit=false", steps=1)
+    assert list(run.closing) == ["run", "adapters", "last", "resume", "chat", "export"]
+    assert run.closing["chat"].endswith("last.ckpt") and run.checkpoints == {"last.ckpt"}
+
+
+def test_a_small_file_without_test_rows_loses_nothing(bases: dict[str, str], tmp_path: Path) -> None:
+    """N2, B3: the whole training ran, then an error, no adapters and no closing lines."""
+    run = fit(bases["gpt2"], tmp_path, 1, steps=1)
+    assert (run.folder / "adapters" / "generator" / "adapter_model.safetensors").is_file()
+    assert {"run", "adapters", "last", "resume", "chat", "export"} <= set(run.closing)
+    assert read_results(run.folder) == []
+
+
+def test_adapters_are_written_before_a_test_that_fails(
+    bases: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metric: list[dict[str, Any]] = [{"class_path": "lora_gan.callbacks.TextMetrics"}]
+    metric[0]["init_args"] = {"metrics": [f"{__name__}.fails_in_the_test"], "before_training": False}
+    with pytest.raises(SystemExit):
+        fit(
+            bases["gpt2"], tmp_path, 40, f"--trainer.callbacks+={json.dumps(metric)}", "--data.validation=0", steps=1
+        )  # fmt: skip
+    assert "must return a finite number" in capsys.readouterr().err
+    (folder,) = tmp_path.glob("sft/version_*")
+    assert (folder / "adapters" / "generator" / "adapter_model.safetensors").is_file()
+
+
+def fails_in_the_test(completions: list[str], targets: list[str]) -> float:
+    return float("nan")
+
+
+def test_a_moved_run_is_resumed_where_it_is(sft: Run, bases: dict[str, str], tmp_path: Path) -> None:
+    """B4: after the training, an error that there is no checkpoint in the old folder, or the old folder's best."""
+    shutil.copytree(sft.folder.parents[1], tmp_path / "moved")
+    folder = tmp_path / "moved" / "sft" / "version_0"
+    last = f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+    run = fit(bases["gpt2"], tmp_path / "moved", 40, last, "--trainer.limit_val_batches=0", steps=5)
+    assert run.folder == folder and "no checkpoint" not in run.printed
+    assert run.closing["best"].startswith("step 4, by validation/loss ")
+    assert run.closing["best"].endswith("moved/sft/version_0/checkpoints/best-4.ckpt")
+    assert run.closing["last"].startswith("step 5: ")

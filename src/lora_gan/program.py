@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 INSTALLED, CHECKOUT = "lora-gan", "python -m src.cli"
 
 

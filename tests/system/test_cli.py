@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_gan
 from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.cli import main
-from lora_gan.cli.configuration import last_of_each_kind
+from lora_gan.cli.configuration import last_of_each_kind, with_extended
+from lora_gan.errors import LoraGANError
 from lora_gan.inference import load_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -396,6 +397,48 @@ def printed_config(capsys: pytest.CaptureFixture[str], *files: Path) -> dict[str
         main(["fit", *(f"--config={file}" for file in files), "--print_config"])
     assert stopped.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+def test_what_files_extend_is_read_once_and_first(tmp_path: Path) -> None:
+    """So a file that extends base.yaml does not undo the files before it."""
+    configs = ROOT / "configs"
+    mine, ppo, sft = tmp_path / "mine.yaml", configs / "ppo.yaml", configs / "sft.yaml"
+    mine.write_text("trainer: {max_steps: 77}\n", encoding="utf-8")
+    given = ["fit", f"--config={mine}", "--config", str(ppo), "--seed_everything=1", f"--config={sft}"]
+    base, mine_, ppo_, sft_ = (f"--config={file}" for file in (configs / "base.yaml", mine, ppo, sft))
+    assert with_extended(given) == ["fit", base, mine_, ppo_, "--seed_everything=1", sft_]
+
+
+def test_an_own_base_extends_the_one_of_the_project(tmp_path: Path) -> None:
+    own = tmp_path / "base.yaml"
+    own.write_text("extends: base.yaml\n", encoding="utf-8")
+    assert with_extended([f"--config={own}"]) == [f"--config={ROOT / 'configs' / 'base.yaml'}", f"--config={own}"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        ("other.yaml", "one.yaml", "which is the file itself or one"),
+        ("[base.yaml]", "", "must be the name of one file"),
+    ],
+)
+def test_files_that_extend_in_a_circle(one: str, other: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(f"extends: {one}\n", encoding="utf-8")
+    (tmp_path / "other.yaml").write_text(f"extends: ../{tmp_path.name}/{other}\n", encoding="utf-8")
+    with pytest.raises(LoraGANError, match=message):
+        with_extended([f"--config={tmp_path / 'one.yaml'}"])
+
+
+def test_callbacks_of_the_user_are_not_dropped_silently(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: %s}}"
+    for name in ("mine", "other"):
+        content = f"trainer: {{callbacks: [{best % name}]}}\n"
+        (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
+    with caplog.at_level("WARNING", logger="lora_gan"):
+        with_extended([f"--config={tmp_path / 'mine.yaml'}", f"--config={tmp_path / 'other.yaml'}"])
+    assert "other.yaml replaces the callbacks before it and removes ModelCheckpoint (mine)" in caplog.text
 
 
 def test_a_file_anywhere_extends_the_base(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

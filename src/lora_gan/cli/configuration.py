@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,29 +17,37 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lora_gan")
 
 CONFIGS = Path(__file__).parents[3] / "configs"  # of a checkout
+CONFIG = "--config="
 BY_METRIC = ("BestCheckpoint", "ModelCheckpoint")
 ONCE = ("Curriculum", "LastCheckpoint", "MovingAverageBaseline", "PredictionWriter", "StepProgressBar", "TextMetrics")
 
 
 def with_extended(arguments: Sequence[str]) -> list[str]:
-    """The arguments with each configuration file after the one that it ``extends``.
+    """The arguments with the files that their configuration files ``extends``, each once, before the first of them.
 
     A file that replaces the callbacks of the files before it is logged with the names of those that it removes.
 
     Raises:
-        LoraGANError: A file is missing, or is not a mapping in YAML.
+        LoraGANError: A file is missing, extends itself, or is not a mapping in YAML.
     """
-    result: list[str] = []
+    joined = _joined(arguments)
+    places = [place for place, argument in enumerate(joined) if argument.startswith(CONFIG)]
+    given = [joined[place].removeprefix(CONFIG) for place in places]
+    extended = list(dict.fromkeys(file for name in given for file in _extended(name)))
     callbacks: list[str] = []
+    for file in [*extended, *given]:
+        callbacks = _callbacks_after(callbacks, file)
+    first = min(places, default=0)
+    return [*joined[:first], *(f"{CONFIG}{file}" for file in extended), *joined[first:]]
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with each configuration file as one of them, ``--config=file``."""
+    result: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         name, *value = argument.split("=", 1)
-        if name not in ("--config", "-c"):
-            result.append(argument)
-            continue
-        for file in _chain(value[0] if value else next(rest, "")):
-            result.append(f"--config={file}")
-            callbacks = _callbacks_after(callbacks, file)
+        result.append(f"{CONFIG}{value[0] if value else next(rest, '')}" if name in ("--config", "-c") else argument)
     return result
 
 
@@ -85,18 +93,25 @@ def _available() -> str:
     return f"{CONFIGS} has {', '.join(names)}" if names else "give its path from the folder that you are in"
 
 
-def _chain(file: str) -> list[str]:
-    """The file after all that it extends, each looked for beside the file and in the checkout's ``configs``."""
-    files = [file]
-    while name := content(files[0]).get("extends"):
-        found = [path for path in (Path(files[0]).parent / name, CONFIGS / name) if path.is_file()]
-        if not found or str(found[0]) in files:
+def _extended(file: str) -> list[str]:
+    """Paths of all files that the file extends, the first of them first."""
+    chain = [str(Path(file).resolve()) if file else file]
+    content(file)
+    while name := content(chain[0]).get("extends"):
+        folder = Path(chain[0]).parent
+        if not isinstance(name, str):
+            raise LoraGANError(f"{chain[0]}: extends must be the name of one file, got {name!r}")
+        found = [str(path.resolve()) for path in (folder / name, CONFIGS / name) if path.is_file()]
+        if not found:
             raise LoraGANError(
-                f"{files[0]} extends {name}, and there is no such file in {Path(files[0]).parent} or {CONFIGS}: "
-                "copy it there, or give its path"
+                f"{chain[0]} extends {name}, and there is no such file in {folder} or {CONFIGS}: copy it there, or "
+                "give its path"
             )
-        files.insert(0, str(found[0]))
-    return files
+        new = [path for path in found if path not in chain]
+        if not new:
+            raise LoraGANError(f"{chain[0]} extends {name}, which is the file itself or one that extends it")
+        chain.insert(0, new[0])
+    return chain[:-1]
 
 
 def _callbacks_after(before: list[str], file: str) -> list[str]:
@@ -115,8 +130,13 @@ def _callbacks_after(before: list[str], file: str) -> list[str]:
 
 def _callback_names(given: Any) -> list[str]:
     entries = given if isinstance(given, list) else [given] if given else []
-    paths = [entry.get("class_path", "") if isinstance(entry, dict) else entry for entry in entries]
-    return [str(path).rpartition(".")[2] for path in paths]
+    return [_callback_name(entry if isinstance(entry, dict) else {"class_path": entry}) for entry in entries]
+
+
+def _callback_name(entry: Mapping[str, Any]) -> str:
+    """Its class, and the name of the file that it writes, if it has one."""
+    file = (entry.get("init_args") or {}).get("filename")
+    return str(entry.get("class_path", "")).rpartition(".")[2] + (f" ({file})" if file else "")
 
 
 def last_of_each_kind(callbacks: list[Namespace]) -> list[Namespace]:
@@ -131,5 +151,7 @@ def last_of_each_kind(callbacks: list[Namespace]) -> list[Namespace]:
         file = settings.get("filename") or ("best-{step}" if name == "BestCheckpoint" else None)
         if name in ("BestCheckpoint", "ModelCheckpoint") and file:
             kind = (settings.get("dirpath"), file)
+        if kind in kept and kept[kind] != callback:
+            logger.info("callbacks: the last %s that is given takes the place of the one before it", name)
         kept[kind] = callback
     return list(kept.values())

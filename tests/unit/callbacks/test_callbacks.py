@@ -217,6 +217,7 @@ def test_settings_are_checked(wrong: Callable[[], L.Callback]) -> None:
 # planted failures
 
 
+@pytest.mark.slow
 def test_a_kl_blow_up_is_held_by_the_adaptive_controller(make: Build, batch: PromptBatch) -> None:
     """A reward for one letter at a large learning rate drives the policy off; the controller keeps it near."""
 
@@ -247,6 +248,7 @@ def test_a_discriminator_that_is_always_right_is_gated(make: Build, batch: Promp
     assert logged[0]["reward/total"] != pytest.approx(logged[0]["reward/share_of_a"])
 
 
+@pytest.mark.slow
 def test_the_entropy_bonus_keeps_the_policy_from_collapsing(make: Build, batch: PromptBatch) -> None:
     def run(*callbacks: L.Callback) -> float:
         module = make(generator_optimizer=lambda p: AdamW(p, lr=3e-2))

@@ -280,6 +280,7 @@ def test_stdin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: Build) ->
 # Without end
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "s.jsonl"
     path.write_bytes(rows(*range(20_000)))

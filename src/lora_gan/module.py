@@ -6,7 +6,7 @@ reads them. A new variant is a new class behind a seam (reward, objective, advan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -21,14 +21,14 @@ from lora_gan.advantages import AdvantageEstimator, MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings
 from lora_gan.baseline import MovingAverageBaseline
 from lora_gan.checkpointing.adapters import load_role
-from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.coefficients import Coefficients, CoefficientState
 from lora_gan.discriminator import Discriminator, DiscriminatorSettings
 from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import mean_of_all
 from lora_gan.errors import LoraGANError
+from lora_gan.evaluation import Evaluated
 from lora_gan.generator import Generator, GeneratorSettings, easiest
-from lora_gan.lightning_compat import is_fitting, refuse_half_precision_weights
+from lora_gan.lightning_compat import is_fitting
 from lora_gan.optimization import Optimization, OptimizationSettings
 from lora_gan.rewards import (
     AdversarialReward,
@@ -45,13 +45,11 @@ from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.step_callback import OUTPUT, StepCallback
 from lora_gan.step_metrics import adversarial_metrics, step_metrics
-from lora_gan.tensors import masked_row_mean
 from lora_gan.tree import grow_scored
 from lora_gan.types import (
     REWARD,
     Advantages,
     DiscriminatorScores,
-    EvalOutput,
     Minibatch,
     PromptBatch,
     RewardContext,
@@ -63,10 +61,9 @@ from lora_gan.types import (
 
 REFERENCES = ("base", "snapshot")
 ADVERSARIAL = "adversarial"  # the discriminator's part among the rewards
-LOGITS = 2**26  # numbers in the logits of one pass over targets
 
 
-class LoraGANModule(Checkpointed):
+class LoraGANModule(Evaluated):
     """Two LoRA adapters on one frozen causal language model: a generator that answers, a discriminator that scores.
 
     The modes of the field are coefficients: supervised only (``policy`` 0), policy gradient only (``supervised`` 0),
@@ -154,10 +151,6 @@ class LoraGANModule(Checkpointed):
                 f"{type(self.discriminator.model).__name__} is none: set coefficients.coupled to 0, and "
                 "coefficients.adversarial to use its score as a reward"
             )
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        refuse_half_precision_weights(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The moving-average baseline, where the advantage needs it and no callback of the trainer sets one."""
@@ -333,72 +326,3 @@ class LoraGANModule(Checkpointed):
         """Before checkpoints are written, so that they hold what a schedule made of the metrics."""
         if is_fitting(self) and not self.trainer.sanity_checking:
             self.optimization.follow_metrics(self.trainer.callback_metrics)
-
-    # evaluation
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
-        """Greedy completions of the generator, and its loss on the targets."""
-        with self.backbone.generator():
-            return {"trained": self.complete(batch, self.greedy)}
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
-        """Base, generator at the start if that was a saved adapter, and generator; once more as it samples."""
-        with self.backbone.reference():
-            outputs = {"base": self.complete(batch, self.greedy)}
-        if self.starting_adapter:
-            with self._at_start():
-                outputs["start"] = self.complete(batch, self.greedy)
-        with self.backbone.generator():
-            outputs["trained"] = self.complete(batch, self.greedy)
-            outputs["sampled"] = self.complete(batch, self.sampling)
-        return outputs
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float]]:
-        """One record for each prompt: prompt, completion, target, reward."""
-        with self.backbone.generator():
-            output = self.complete(batch, self.greedy)
-        rewards = output.reward.tolist()
-        return [
-            {"prompt": example.prompt, "completion": text, "target": example.target, "reward": reward}
-            for example, text, reward in zip(output.examples, output.texts, rewards, strict=True)
-        ]
-
-    def complete(self, batch: PromptBatch, how: Sampling) -> EvalOutput:
-        """One completion for each prompt in the active mode, with its reward, and the likelihood of the target."""
-        rollout = sample(self.backbone, batch.prompt_ids, 1, how)
-        scores = self.score(rollout, batch, with_targets=False)
-        perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
-        lengths = [len(target) for row in batch.targets_by_prompt for target in row or ((),)]
-        tokens = torch.tensor(lengths, device=self.device)
-        target = self.target_logprobs(batch)
-        return EvalOutput(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity, target, tokens)
-
-    @torch.no_grad()
-    def target_logprobs(self, batch: PromptBatch) -> Tensor:
-        """(B,) log-probability of each target, EOS included, in the active mode; 0 where there is none."""
-        total, wanted = torch.zeros(len(batch), device=self.device), batch.with_target
-        longest = max((len(batch.target_ids[b]) for b in wanted), default=1)
-        size = max(LOGITS // (longest * len(self.backbone.tokenizer)), 1)
-        for prompts in (wanted[i : i + size] for i in range(0, len(wanted), size)):
-            part = batch.of(prompts)
-            tree = grow_scored(part.prompt_ids, {TARGET: part.targets_by_prompt})
-            total[prompts] = self.backbone.logprobs(tree)[TARGET].sum(-1)
-        return total
-
-    @contextmanager
-    def _at_start(self) -> Iterator[None]:
-        """The generator with the adapter that it started from."""
-        parameters = self.backbone.parameters_of(GENERATOR)
-        trained = [parameter.detach().clone() for parameter in parameters]
-        _copy(self.starting_adapter, parameters)
-        try:
-            with self.backbone.generator():
-                yield
-        finally:
-            _copy(trained, parameters)
-
-
-@torch.no_grad()
-def _copy(weights: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    for parameter, weight in zip(parameters, weights, strict=True):
-        parameter.copy_(weight)

@@ -172,8 +172,8 @@ def fails_in_the_test(completions: list[str], targets: list[str]) -> float:
 
 def test_a_moved_run_is_resumed_where_it_is(sft: Run, bases: dict[str, str], tmp_path: Path) -> None:
     """B4: after the training, an error that there is no checkpoint in the old folder, or the old folder's best."""
-    shutil.copytree(sft.folder.parents[1], tmp_path / "moved")
     folder = tmp_path / "moved" / "sft" / "version_0"
+    shutil.copytree(sft.folder, folder)
     last = f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
     run = fit(bases["gpt2"], tmp_path / "moved", 40, last, "--trainer.limit_val_batches=0", steps=5)
     assert run.folder == folder and "no checkpoint" not in run.printed

@@ -19,7 +19,7 @@ from lora_gan.data.base import TextDataModule
 from lora_gan.data.templates import PromptFormat
 from lora_gan.distributed import gathered
 from lora_gan.errors import LoraGANError
-from lora_gan.lightning_compat import is_fitting
+from lora_gan.lightning_compat import is_fitting, refuse_half_precision_weights
 from lora_gan.sampling import Sampling, end_turns
 from lora_gan.step_callback import StepModule
 from lora_gan.tensors import fingerprint
@@ -49,6 +49,7 @@ class Checkpointed(StepModule):
     # random numbers
 
     def setup(self, stage: str) -> None:
+        refuse_half_precision_weights(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
             self.prompts = data.prompts

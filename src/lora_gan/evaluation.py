@@ -1,0 +1,99 @@
+"""Evaluation of a module: completions of base and generator, their rewards, and the likelihood of the targets."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lora_gan.backbone import GENERATOR
+from lora_gan.checkpointing.state import Checkpointed
+from lora_gan.discriminator.objectives import TARGET
+from lora_gan.sampling import Sampling, sample
+from lora_gan.tensors import masked_row_mean
+from lora_gan.tree import grow_scored
+from lora_gan.types import EvalOutput, PromptBatch, Rollout, Scores
+
+LOGITS = 2**26  # numbers in the logits of one pass over targets
+
+
+class Evaluated(Checkpointed):
+    """Validation, test and prediction of a module that scores completions."""
+
+    sampling: Sampling
+    greedy: Sampling
+    starting_adapter: list[Tensor]  # of the generator, at the start of the run; empty if it was a new one
+
+    @abstractmethod
+    def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
+        """Rewards of the completions, and of the targets where they are needed."""
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
+        """Greedy completions of the generator, and its loss on the targets."""
+        with self.backbone.generator():
+            return {"trained": self.complete(batch, self.greedy)}
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
+        """Base, generator at the start if that was a saved adapter, and generator; once more as it samples."""
+        with self.backbone.reference():
+            outputs = {"base": self.complete(batch, self.greedy)}
+        if self.starting_adapter:
+            with self._at_start():
+                outputs["start"] = self.complete(batch, self.greedy)
+        with self.backbone.generator():
+            outputs["trained"] = self.complete(batch, self.greedy)
+            outputs["sampled"] = self.complete(batch, self.sampling)
+        return outputs
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float]]:
+        """One record for each prompt: prompt, completion, target, reward."""
+        with self.backbone.generator():
+            output = self.complete(batch, self.greedy)
+        rewards = output.reward.tolist()
+        return [
+            {"prompt": example.prompt, "completion": text, "target": example.target, "reward": reward}
+            for example, text, reward in zip(output.examples, output.texts, rewards, strict=True)
+        ]
+
+    def complete(self, batch: PromptBatch, how: Sampling) -> EvalOutput:
+        """One completion for each prompt in the active mode, with its reward, and the likelihood of the target."""
+        rollout = sample(self.backbone, batch.prompt_ids, 1, how)
+        scores = self.score(rollout, batch, with_targets=False)
+        perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
+        lengths = [len(target) for row in batch.targets_by_prompt for target in row or ((),)]
+        tokens = torch.tensor(lengths, device=self.device)
+        target = self.target_logprobs(batch)
+        return EvalOutput(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity, target, tokens)
+
+    @torch.no_grad()
+    def target_logprobs(self, batch: PromptBatch) -> Tensor:
+        """(B,) log-probability of each target, EOS included, in the active mode; 0 where there is none."""
+        total, wanted = torch.zeros(len(batch), device=self.device), batch.with_target
+        longest = max((len(batch.target_ids[b]) for b in wanted), default=1)
+        size = max(LOGITS // (longest * len(self.backbone.tokenizer)), 1)
+        for prompts in (wanted[i : i + size] for i in range(0, len(wanted), size)):
+            part = batch.of(prompts)
+            tree = grow_scored(part.prompt_ids, {TARGET: part.targets_by_prompt})
+            total[prompts] = self.backbone.logprobs(tree)[TARGET].sum(-1)
+        return total
+
+    @contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """The generator with the adapter that it started from."""
+        parameters = self.backbone.parameters_of(GENERATOR)
+        trained = [parameter.detach().clone() for parameter in parameters]
+        _copy(self.starting_adapter, parameters)
+        try:
+            with self.backbone.generator():
+                yield
+        finally:
+            _copy(trained, parameters)
+
+
+@torch.no_grad()
+def _copy(weights: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.copy_(weight)

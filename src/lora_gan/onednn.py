@@ -21,7 +21,7 @@ log = logging.getLogger("lora_gan")
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def onednn_layout(model: nn.Module) -> Iterator[None]:
     """Run the frozen float32 linear layers of ``model`` on packed copies of their weights within the context.
 
     A decoding step multiplies a few rows by every weight, so it spends its time reading the weights. On CPUs the packed
@@ -30,10 +30,10 @@ def packed(model: nn.Module) -> Iterator[None]:
     and if torch lacks the operators.
     """
     layers = [
-        m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and _is_plain(m) and _can_be_packed(m.weight)
+        m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and _is_plain(m) and _takes_layout(m.weight)
     ]
     activations = [m for m in model.modules() if isinstance(m, NewGELUActivation)] if layers else []
-    with patched_forward(layers, _packed_product), patched_forward(activations, lambda _: _gelu):
+    with patched_forward(layers, _product_of_layout), patched_forward(activations, lambda _: _gelu):
         yield
 
 
@@ -42,7 +42,7 @@ def _is_plain(layer: nn.Linear | Conv1D) -> bool:
     return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
 
 
-def _can_be_packed(weight: Tensor) -> bool:
+def _takes_layout(weight: Tensor) -> bool:
     on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     frozen = weight.dtype == torch.float32 and not weight.requires_grad
     return on_cpu and frozen and not torch.is_autocast_enabled("cpu") and _operators_exist()
@@ -56,7 +56,7 @@ def _operators_exist() -> bool:
     return not missing
 
 
-def _packed_product(layer: nn.Linear | Conv1D) -> Callable[[Tensor], Tensor]:
+def _product_of_layout(layer: nn.Linear | Conv1D) -> Callable[[Tensor], Tensor]:
     weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
     return partial(_product, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS), layer.bias)
 

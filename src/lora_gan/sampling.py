@@ -32,7 +32,7 @@ from lora_gan.data.templates import PromptFormat
 from lora_gan.data.tokenizer import adopt_turn_end
 from lora_gan.errors import LoraGANError, NonFiniteError
 from lora_gan.lightning_compat import overrides
-from lora_gan.onednn import packed
+from lora_gan.onednn import onednn_layout
 from lora_gan.tensors import lengths_mask, token_logprobs
 from lora_gan.tree import grow_scored
 from lora_gan.types import Rollout
@@ -182,7 +182,7 @@ def _draw(
 ) -> Rollout:
     way = _way(backbone)
     drawn = _Drawn(backbone, how, uniform, on_tokens)
-    with packed(backbone.causal_lm):
+    with onednn_layout(backbone.causal_lm):
         way(backbone, prompts, k, drawn, on_rows)
     return _gather(backbone, drawn.ids, drawn.logprobs, drawn.ends, drawn.finished, k)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_gan import module as module_file
+from lora_gan import evaluation
 from lora_gan.backbone import GENERATOR
 from lora_gan.callbacks.text_metrics import target_loss
 from lora_gan.checkpointing.adapters import save_adapter
@@ -54,7 +54,7 @@ def test_held_out_loss_is_that_of_plain_rows(
     assert whole["loss"] == pytest.approx(-sum(wanted) / 7, abs=1e-5)
     parts = [trained.validation_step(batch.of(rows), 0)["trained"] for rows in ([0], [1, 2])]
     assert target_loss(parts) == pytest.approx(whole), "over batches, too"
-    monkeypatch.setattr(module_file, "LOGITS", 1)
+    monkeypatch.setattr(evaluation, "LOGITS", 1)
     assert target_loss([trained.validation_step(batch, 0)["trained"]]) == pytest.approx(whole), "one prompt at a time"
     roles = trained.test_step(batch, 0)
     with trained.backbone.reference():

@@ -126,7 +126,7 @@ def test_a_seed_decides(kind: type[Negatives], worldwide: PromptBatch, texts_of:
     assert drawn() == drawn()
 
 
-@pytest.mark.parametrize("kind", set(KINDS) - {Echo})
+@pytest.mark.parametrize("kind", [kind for kind in dict.fromkeys(KINDS) if kind is not Echo])
 def test_others_come_next_time(kind: type[Negatives], make_batch: Batches, texts_of: Texts) -> None:
     batch = make_batch(("Q", "in 1912 by Ann", "x", "y"), ("Q2", "by Bob"), ("Q3", "by Eve"))
     assert len(many(kind(), batch, texts_of)) > 1

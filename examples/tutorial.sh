@@ -22,7 +22,7 @@ python -m src.cli fit --config configs/chat_sft.yaml
 sft=lightning_logs/chat_sft/version_0
 python -m src.cli fit --config configs/chat_gan.yaml --model.generator.adapter $sft/adapters/generator
 gan=lightning_logs/chat_gan/version_0
-python -m src.cli fit --config $gan/config.yaml --ckpt_path $gan/checkpoints/last.ckpt --trainer.max_steps 22
+python -m src.cli fit --config $gan/config.yaml --ckpt_path $gan/checkpoints/last.ckpt --trainer.max_steps 14
 printf 'What is the capital of Peru?\nAnd its currency?\n/quit\n' | python -m src.cli chat --ckpt_path $gan/checkpoints/last.ckpt
 head -5 examples/chat.jsonl > questions.jsonl
 python -m src.cli generate --ckpt_path $gan/checkpoints/last.ckpt --input questions.jsonl --output answers.jsonl

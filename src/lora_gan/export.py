@@ -311,7 +311,8 @@ def _asked(saved: Saved) -> Example:
 
 def _data(saved: Saved) -> str:
     data = saved.settings("data")
-    source = (data.get("source") or {}).get("class_path", "lora_gan.data.BuiltinWorld")
+    default = "lora_gan.data.StandardFormat" if data.get("path") else "lora_gan.data.BuiltinWorld"
+    source = (data.get("source") or {}).get("class_path", default)
     return f"`{source}`" + f", `{public(data['path'])}`" * bool(data.get("path")) if data else UNKNOWN
 
 

@@ -105,7 +105,7 @@ def validates_after_this_batch(trainer: L.Trainer) -> bool:
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     _require(loop, "_should_check_val_fx")
     assert fetcher is not None, "a fit is running"
-    return loop._should_check_val_fx(fetcher)
+    return loop._should_check_val_fx(fetcher) and sum(trainer.num_val_batches) > 0  # none of an empty split
 
 
 def validate_now(trainer: L.Trainer) -> None:

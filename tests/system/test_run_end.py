@@ -146,10 +146,24 @@ def test_a_run_without_validation_says_how_to_go_on(bases: dict[str, str], tmp_p
 
 def test_a_small_file_without_test_rows_loses_nothing(bases: dict[str, str], tmp_path: Path) -> None:
     """N2, B3: the whole training ran, then an error, no adapters and no closing lines."""
-    run = fit(bases["gpt2"], tmp_path, 1, steps=1)
+    run = fit(bases["gpt2"], tmp_path, 1, steps=2)  # a validation would be due, of no prompts
     assert (run.folder / "adapters" / "generator" / "adapter_model.safetensors").is_file()
+    assert torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert {"run", "adapters", "last", "resume", "chat", "export"} <= set(run.closing)
     assert read_results(run.folder) == []
+
+
+def test_a_refused_resume_leaves_the_configuration_of_the_run(
+    sft: Run, bases: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sft" / "version_0"
+    shutil.copytree(sft.folder, folder)
+    before = (folder / "config.yaml").read_text(encoding="utf-8")
+    last = f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(SystemExit):
+        fit(bases["gpt2"], tmp_path, 30, last, "--model.init_args.generator.lora.rank=3", steps=8)
+    assert "does not fit this configuration" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == before
 
 
 def test_adapters_are_written_before_a_test_that_fails(

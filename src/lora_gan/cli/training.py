@@ -47,7 +47,15 @@ class SavedConfiguration(SaveConfigCallback):
             resumed, self.config["ckpt_path"] = self.config.get("ckpt_path"), None
             self.overwrite = stage == "fit" and _lies_in(resumed, trainer.log_dir)
             self._refuse_to_replace(trainer)
-        super().setup(trainer, pl_module, stage)
+        if not self.overwrite:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A resumed run replaces its configuration once its checkpoint and schedules have been accepted."""
+        if self.overwrite and not self.already_saved:
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         settings = hyperparameters(self.config.as_dict())

@@ -47,7 +47,7 @@ EXPERIMENTS = [
     "gpt2_alpaca",
     "evolve",
 ]
-WITHOUT = ("TextMetrics", "ModelCheckpoint", "LastCheckpoint", "ProgressBar", "PredictionWriter", "FitnessPlot")
+WITHOUT = ("TextMetrics", "Checkpoint", "ProgressBar", "PredictionWriter", "FitnessPlot")  # ends of class names
 RENAMED = {"backbone.judge_head": "backbone.score_head", "discriminator.judge.": "discriminator.model."}
 
 
@@ -133,7 +133,12 @@ def train(checkout: Path, experiment: str, steps: int, folder: Path) -> Path | N
 def train_here(config: str, out: str) -> None:
     """Fit with this process's lora_gan and write what was trained."""
     sys.path[0] = ""  # this folder's modules must not stand in for others
-    from lora_gan import cli
+    from lora_gan.cli import main
+
+    try:
+        from lora_gan.cli.training import CLI
+    except ImportError:  # before 0.3 the command line was one module
+        from lora_gan.cli import CLI  # type: ignore[attr-defined, no-redef]
 
     def keep(self: Any) -> None:
         trained = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
@@ -145,9 +150,9 @@ def train_here(config: str, out: str) -> None:
         before(self)
         self.first = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
 
-    before = cli.CLI.before_fit
-    cli.CLI.before_fit, cli.CLI.after_fit = note, keep  # type: ignore[method-assign]
-    cli.main(["fit", f"--config={config}"])
+    before = CLI.before_fit
+    CLI.before_fit, CLI.after_fit = note, keep  # type: ignore[method-assign]
+    main(["fit", f"--config={config}"])
 
 
 def renamed(weights: dict[str, Any]) -> dict[str, Any]:

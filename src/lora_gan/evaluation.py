@@ -45,7 +45,7 @@ class Evaluated(Checkpointed):
                 outputs["start"] = self.complete(batch, self.greedy)
         with self.backbone.generator():
             outputs["trained"] = self.complete(batch, self.greedy)
-            outputs["sampled"] = self.complete(batch, self.sampling)
+            outputs["sampled"] = self.complete(batch, self.sampling, outputs["trained"].target_logprob)
         return outputs
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float]]:
@@ -58,14 +58,20 @@ class Evaluated(Checkpointed):
             for example, text, reward in zip(output.examples, output.texts, rewards, strict=True)
         ]
 
-    def complete(self, batch: PromptBatch, how: Sampling) -> EvalOutput:
-        """One completion for each prompt in the active mode, with its reward, and the likelihood of the target."""
+    def complete(self, batch: PromptBatch, how: Sampling, target: Tensor | None = None) -> EvalOutput:
+        """One completion for each prompt in the active mode, with its reward, and the likelihood of the target.
+
+        Args:
+            batch: B prompts.
+            how: Greedy, or as completions are sampled.
+            target: (B,) the likelihood, where it is known: it does not depend on ``how``.
+        """
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
         scores = self.score(rollout, batch, with_targets=False)
         perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
         lengths = [len(target) for row in batch.targets_by_prompt for target in row or ((),)]
         tokens = torch.tensor(lengths, device=self.device)
-        target = self.target_logprobs(batch)
+        target = self.target_logprobs(batch) if target is None else target
         return EvalOutput(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity, target, tokens)
 
     @torch.no_grad()

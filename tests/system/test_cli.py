@@ -26,7 +26,7 @@ from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.cli import main
 from lora_gan.cli.configuration import last_of_each_kind, with_extended
 from lora_gan.errors import LoraGANError
-from lora_gan.inference import load_backbone
+from lora_gan.inference import load_saved
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -123,7 +123,7 @@ def test_fit_writes_checkpoints_and_adapters(run: Run) -> None:
     assert saved["global_step"] == 4
     assert not any("base_layer" in name for name in saved["state_dict"])
     (best,) = (run.folder / "checkpoints").glob("best-*.ckpt")
-    trained = load_backbone(str(best))
+    trained = load_saved(str(best)).backbone
     for role in ("generator", "discriminator"):
         plain = AutoModelForCausalLM.from_pretrained(run.base)
         adapted = PeftModel.from_pretrained(plain, str(run.folder / "adapters" / role))
@@ -210,7 +210,7 @@ def test_chat(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     main(["chat", f"--ckpt_path={run.last}", "--max_new_tokens=4"])
     printed = capsys.readouterr().out
     assert printed.count("(discriminator ") == 2
-    backbone = load_backbone(str(run.last))
+    backbone = load_saved(str(run.last)).backbone
     prompt = torch.tensor([backbone.tokenizer.encode("### Prompt:\nSay number 3.\n\n### Response:\n")])
     with backbone.generator(), torch.no_grad():
         ids = backbone.causal_lm.generate(
@@ -224,7 +224,7 @@ def test_export_an_adapter_and_a_merged_model(run: Run, tmp_path: Path, capsys: 
     main(["export", f"--ckpt_path={run.last}", f"--output={tmp_path / 'adapter'}"])
     main(["export", f"--ckpt_path={run.last}", f"--output={tmp_path / 'merged'}", "--merge=true"])
     assert f"written to {tmp_path / 'merged'}" in capsys.readouterr().out
-    trained = load_backbone(str(run.last))
+    trained = load_saved(str(run.last)).backbone
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.base), str(tmp_path / "adapter"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not any("lora" in name for name in merged.state_dict())
@@ -574,3 +574,15 @@ def test_the_default_optimizer_can_be_saved(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert printed.count("optimizer: lora_gan.optimization.adamw") == 2
     assert "Unable to serialize" not in printed
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
+    """As in ``data … | head``."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "src.cli", "schema"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as started:
+        assert started.stdout is not None and started.stderr is not None
+        started.stdout.close()
+        said = started.stderr.read().decode()
+    assert started.returncode == 128 + 13
+    assert "Traceback" not in said and "BrokenPipe" not in said

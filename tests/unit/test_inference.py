@@ -23,7 +23,7 @@ from lora_gan.data.files import clean
 from lora_gan.discriminator import AdapterDiscriminator, CompletionAndTarget
 from lora_gan.errors import LoraGANError
 from lora_gan.export import export
-from lora_gan.inference import Saved, _Printer, generate, load_backbone, load_saved, score_of
+from lora_gan.inference import Saved, _Printer, generate, load_saved, score_of
 from lora_gan.sampling import Sampling, eos_ids, sample
 from lora_gan.types import PromptBatch
 from tests.conftest import CONFIGS, randomise
@@ -55,6 +55,10 @@ def run(build: Build, batch: PromptBatch, tmp_path: Path) -> Make:
 
 
 # chat
+
+
+def load_backbone(path: str) -> Backbone:
+    return load_saved(path).backbone
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, *questions: str) -> None:

@@ -87,6 +87,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def newest_run(folder: Path, runs: str = "*") -> Path | None:
+    """Where the run that wrote a checkpoint last has its newest one; None where none has written any.
+
+    Args:
+        folder: Where the runs lie.
+        runs: Pattern of the runs' folders in it.
+    """
+    written = sorted(folder.glob(f"{runs}/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return written[-1].with_name(LAST) if written else None
+
+
 def intact_checkpoint(path: Path) -> Path:
     """``path``, or, if that is damaged, the newest intact checkpoint in its folder, with a warning.
 

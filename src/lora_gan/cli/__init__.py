@@ -26,6 +26,7 @@ from lora_gan.program import __version__, program_name
 
 logger = logging.getLogger("lora_gan")
 
+CLOSED = 128 + 13  # exit status of a program that ends by SIGPIPE
 SHORT = {"--gens": "--trainer.max_steps", "--pop": "--model.init_args.population"}  # of evolution
 ADVICE = (  # of the libraries, which does not apply here
     "args parameter is intended",
@@ -43,6 +44,10 @@ def main(args: Sequence[str] | None = None) -> None:
     _show_log()
     try:
         _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        raise SystemExit(CLOSED) from None
     except Exception as error:
         mistake = _mistake_behind(error)
         if mistake is None:

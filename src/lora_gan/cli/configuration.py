@@ -95,9 +95,8 @@ def _available() -> str:
 
 def _extended(file: str) -> list[str]:
     """Paths of all files that the file extends, the first of them first."""
-    chain = [str(Path(file).resolve()) if file else file]
-    content(file)
-    while name := content(chain[0]).get("extends"):
+    said, chain = content(file), [str(Path(file).resolve())]
+    while name := said.get("extends"):
         folder = Path(chain[0]).parent
         if not isinstance(name, str):
             raise LoraGANError(f"{chain[0]}: extends must be the name of one file, got {name!r}")
@@ -110,6 +109,7 @@ def _extended(file: str) -> list[str]:
         new = [path for path in found if path not in chain]
         if not new:
             raise LoraGANError(f"{chain[0]} extends {name}, which is the file itself or one that extends it")
+        said = content(new[0])
         chain.insert(0, new[0])
     return chain[:-1]
 
@@ -149,7 +149,7 @@ def last_of_each_kind(callbacks: list[Namespace]) -> list[Namespace]:
         name, settings = callback.class_path.rpartition(".")[2], callback.get("init_args") or {}
         kind: Any = name if name in ONCE else number
         file = settings.get("filename") or ("best-{step}" if name == "BestCheckpoint" else None)
-        if name in ("BestCheckpoint", "ModelCheckpoint") and file:
+        if name in BY_METRIC and file:
             kind = (settings.get("dirpath"), file)
         if kind in kept and kept[kind] != callback:
             logger.info("callbacks: the last %s that is given takes the place of the one before it", name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lora_gan.checkpointing.files import LAST
+from lora_gan.atomic import check_writable
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import has_version, set_version
 
@@ -26,12 +25,6 @@ def runs_folder(settings: Any) -> Path:
     return Path(root) / (where.get("name") or "lightning_logs")
 
 
-def newest_run(folder: Path) -> Path | None:
-    """Where the run in ``folder`` that wrote a checkpoint last has its newest one."""
-    written = sorted(folder.glob("*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return written[-1].with_name(LAST) if written else None
-
-
 def require_writable(folder: Path) -> None:
     """Make the folder, and check that files can be written there.
 
@@ -39,8 +32,7 @@ def require_writable(folder: Path) -> None:
         LoraGANError: They cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        check_writable(folder)
     except OSError as error:
         raise LoraGANError(
             f"cannot write the run to {folder}: {error.strerror}; set trainer.logger.init_args.save_dir (without a "

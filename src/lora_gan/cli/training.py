@@ -15,10 +15,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lora_gan.checkpointing.files import CheckpointFiles, intact_checkpoint
+from lora_gan.checkpointing.files import CheckpointFiles, intact_checkpoint, newest_run
 from lora_gan.cli.configuration import content, last_of_each_kind, pairs
 from lora_gan.cli.hyperparameters import hyperparameters
-from lora_gan.cli.runs import claim_folder, claim_versions, continue_run, newest_run, require_writable, runs_folder
+from lora_gan.cli.runs import claim_folder, claim_versions, continue_run, require_writable, runs_folder
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import overrides, subcommand_setting
 from lora_gan.program import program_name

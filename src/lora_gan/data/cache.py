@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_gan.atomic import atomic_file
 from lora_gan.data.tokenizer import Encoded, Ids, completion_end, encode, shared
+from lora_gan.program import cache_folder
 from lora_gan.types import Example
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ FORMAT = "2"  # must change if the result of encode changes
 
 def folder() -> Path:
     """Folder of the cache; safe to delete."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_gan" / "ids"
+    return cache_folder("ids")
 
 
 def encode_large(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[Encoded]:

@@ -64,6 +64,11 @@ def fill(template: str, **fields: str) -> str:
         ) from error
 
 
+def before_text(turn: str) -> str:
+    """What a template of a turn writes before its {text}: the header of an answer."""
+    return fill(turn, text="\0").split("\0")[0]
+
+
 def prompt(template: str, cuttable: Collection[str], **fields: str) -> Prompt:
     """``template`` filled; the fields named in ``cuttable`` may be cut where the prompt is too long."""
     return unmark(fill(template, **{name: mark(text, name in cuttable) for name, text in fields.items()}))
@@ -316,7 +321,7 @@ class PromptFormat:
                 "ask the last question alone, or train with data.init_args.chat: true"
             )
         written = [fill(turns[m.role], text=mark(m.content, cuttable=False)) for m in messages]
-        made = unmark("".join(written) + fill(turns["assistant"], text="\0").split("\0")[0])
+        made = unmark("".join(written) + before_text(turns["assistant"]))
         return Example(made.text, "", messages=tuple(messages), literal=made.literal)
 
     def row(self, values: Mapping[str, object]) -> Example | None:

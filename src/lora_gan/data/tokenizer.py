@@ -80,14 +80,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exampl
     ]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    """The ids of a prompt that is written out, as in :func:`encode`.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Ids]:
+    """:func:`encode_prompts` of prompts that are to be completed.
 
     Raises:
-        LoraGANError: There is none: the text is empty and the tokenizer adds no BOS.
+        LoraGANError: One has no token: its text is empty and the tokenizer adds no BOS.
     """
-    ids = _started(_start(tokenizer), _ids(tokenizer, [text])[0])
-    if not ids:
+    ids = encode_prompts(tokenizer, examples)
+    if () in ids:
         raise LoraGANError("the prompt is empty, so there is nothing to complete; write at least one character")
     return ids
 

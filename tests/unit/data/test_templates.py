@@ -136,8 +136,8 @@ def test_ordinary_prompts_have_the_ids_of_the_whole_text(make_tokenizer: Make) -
 
 def test_an_empty_prompt_is_refused_where_there_is_no_bos(make_tokenizer: Make) -> None:
     with pytest.raises(LoraGANError, match="the prompt is empty"):
-        prompt_ids(make_tokenizer(), "")
-    assert prompt_ids(make_tokenizer(bos=True), "") == (259,)
+        prompt_ids(make_tokenizer(), [Example("", "")])
+    assert prompt_ids(make_tokenizer(bos=True), [Example("", "")]) == [(259,)]
 
 
 def test_variables_of_the_template_are_passed_on(make_tokenizer: Make) -> None:

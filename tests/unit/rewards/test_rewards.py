@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import lora_gan.sentence_encoder as encoders
 from lora_gan.errors import LoraGANError, RewardError
 from lora_gan.rewards import (
     BleuReward,
@@ -569,7 +569,7 @@ def test_the_encoders_memory_is_bounded(encoder: SentenceEncoder, monkeypatch: p
 
 def test_a_changed_weights_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not the official file")
-    monkeypatch.setattr(encoders.metadata, "files", lambda _: [Located(tmp_path / "model.safetensors")])
+    monkeypatch.setattr(metadata, "files", lambda _: [Located(tmp_path / "model.safetensors")])
     with pytest.raises(LoraGANError, match=r"model.safetensors is not the official all-MiniLM-L6-v2 .*reinstall"):
         bundled_minilm()
 
@@ -586,9 +586,9 @@ class Located:
 
 def test_without_the_wheel_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> None:
-        raise encoders.metadata.PackageNotFoundError
+        raise metadata.PackageNotFoundError
 
-    monkeypatch.setattr(encoders.metadata, "files", missing)
+    monkeypatch.setattr(metadata, "files", missing)
     assert bundled_minilm() is None
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lora_gan.data.files import Row, clean, is_hub_id, read_rows
 from lora_gan.data.source import OnBad, Source
-from lora_gan.data.templates import PROMPT_TURN, RESPONSE_TURN, fill, mark, unmark
+from lora_gan.data.templates import PROMPT_TURN, RESPONSE_TURN, before_text, fill, mark, unmark
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example, Message, Negative
 
@@ -104,7 +104,7 @@ class OASST(Source):
                     f"{name} must be at least 1, got {number}; set data.init_args.source.init_args.{name}"
                 )
         fill(user_turn, text="")
-        self.header = fill(assistant_turn, text="\0").split("\0")[0]
+        self.header = before_text(assistant_turn)
         self.path = path
         self.langs = ["en"] if langs is None else langs
         self.turns = turns

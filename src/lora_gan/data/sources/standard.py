@@ -11,7 +11,7 @@ from lora_gan.data.files import Row, read_rows
 from lora_gan.data.formats import ALPACA, FORMATS, STANDARD, Format, format_of
 from lora_gan.data.source import OnBad, RowSource, normal
 from lora_gan.data.sources.alpaca import Alpaca
-from lora_gan.data.templates import PROMPT_TURN, RESPONSE_TURN, fill, mark, unmark
+from lora_gan.data.templates import PROMPT_TURN, RESPONSE_TURN, before_text, fill, mark, unmark
 from lora_gan.errors import DataError
 from lora_gan.types import Example, Message, Negative
 
@@ -159,8 +159,7 @@ class StandardFormat(RowSource):
     def _example(self, history: Sequence[Message], target: str, rejected: Sequence[str]) -> Example:
         *earlier, asked = history
         written = [self._turn(turn, cuttable=turn.role != "system") for turn in earlier]
-        header = fill(self.turns["assistant"], text="\0").split("\0")[0]
-        made = unmark("".join(written) + self._turn(asked, cuttable=False) + header)
+        made = unmark("".join(written) + self._turn(asked, cuttable=False) + before_text(self.turns["assistant"]))
         return Example(
             made.text,
             target,

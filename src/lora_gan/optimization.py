@@ -347,6 +347,11 @@ class Optimization:
                 f"total_steps on. To train on after a run with this schedule, {NEW_RUN}"
             )
 
+    def ended(self) -> list[str]:
+        """The roles whose schedule has fallen to 0: a longer run needs a floor for it, or another schedule."""
+        schedules = {role: self.scheduler(role) for role in self.roles}
+        return [r for r, s in schedules.items() if isinstance(s, WarmupSchedule) and s.share(s.last_epoch) == 0]
+
     def counted(self) -> AbstractContextManager[None]:
         """Within it ``trainer.global_step`` grows by one."""
         return count_one_step(self.module.trainer, self.module.optimizers())  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def end_run(trainer: L.Trainer, model: LoraGANModule, datamodule: L.LightningDat
     if trainer.is_global_zero:
         for role in roles:
             save_role(model, role, folder / "adapters" / role)
-    lines = closing_lines(trainer, best, roles)
+    lines = closing_lines(trainer, model, best, roles)
     show_best(trainer, best)
     try:
         if test and is_overridden("test_dataloader", datamodule):
@@ -92,7 +92,7 @@ def show_best(trainer: L.Trainer, best: Best | None) -> None:
             sink.log_hyperparams(sink.hparams, {f"best/{best.metric}": best.value}, best.step)
 
 
-def closing_lines(trainer: L.Trainer, best: Best | None, roles: list[str]) -> str:
+def closing_lines(trainer: L.Trainer, model: LoraGANModule, best: Best | None, roles: list[str]) -> str:
     """Where the run's results lie and how to continue."""
     folder, last, resume = run_folder(trainer), last_checkpoint(trainer), resume_command(trainer)  # all processes ask
     lines = [f"run          {_relative(folder)}"]
@@ -101,7 +101,8 @@ def closing_lines(trainer: L.Trainer, best: Best | None, roles: list[str]) -> st
         lines += [f"best         step {best.step}, {best.reason}: {_relative(best.path)}"]
     if last.is_file():
         lines += [f"last         step {trainer.global_step}: {_relative(last)}"]
-        lines += [f"resume       {resume} --trainer.max_steps <steps>"]
+        floors = [f" --model.{role}.scheduler.init_args.floor 0.1" for role in model.optimization.ended()]
+        lines += [f"resume       {resume} --trainer.max_steps <steps>{''.join(floors)}"]
     if best is not None or last.is_file():
         which = _relative(last if best is None else best.path)
         merged = ("--merge", "true", "--output", "exported")

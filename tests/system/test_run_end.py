@@ -153,6 +153,17 @@ def test_a_small_file_without_test_rows_loses_nothing(bases: dict[str, str], tmp
     assert read_results(run.folder) == []
 
 
+def test_the_command_that_resumes_a_run_whose_rate_fell_to_0_is_accepted(bases: dict[str, str], tmp_path: Path) -> None:
+    schedule = "--model.init_args.generator.scheduler=lora_gan.optimization.WarmupCosine"
+    run = fit(bases["gpt2"], tmp_path, 40, schedule, "--test_after_fit=false", steps=2)
+    _, _, more = run.closing["resume"].partition(" <steps> ")
+    assert more == "--model.generator.scheduler.init_args.floor 0.1"
+    last = f"--ckpt_path={run.folder / 'checkpoints' / 'last.ckpt'}"
+    longer = fit(bases["gpt2"], tmp_path, 40, schedule, last, *more.split(), "--test_after_fit=false", steps=4)
+    assert longer.folder == run.folder and longer.closing["last"].startswith("step 4: ")
+    assert longer.closing["resume"].endswith("<steps>")
+
+
 def test_a_refused_resume_leaves_the_configuration_of_the_run(
     sft: Run, bases: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,7 +57,10 @@ def _list_of_messages(row: Row, field: str) -> list[Message]:
         if field not in row.values:
             row.text(field)  # says which fields there are
         kind = "null" if value is None else type(value).__name__
-        raise DataError(f"{row.where}: the field {field!r} is {kind}, not a list of messages; fix or delete the row")
+        raise DataError(
+            f"{row.where}: the field {field!r} is {kind}, not a list of messages or a text; put a number in quotes, or "
+            "fix or delete the row"
+        )
     return [_message(turn, f"{row.where}: turn {n} of {field!r}") for n, turn in enumerate(value, start=1)]
 
 

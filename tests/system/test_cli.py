@@ -205,6 +205,14 @@ def test_predict_writes_its_file_without_a_writer_in_the_configuration(
         assert record["reward"] == pytest.approx(share_of_a(record["completion"], ""))
 
 
+def test_a_prediction_looks_for_no_best(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It said that the best was not in its folder, and that it would be looked for."""
+    more = [f"--ckpt_path={run.last}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    with torch_state(), caplog.at_level("INFO", "lora_gan"):
+        main(["predict", *run.settings, *more])
+    assert "completions written to" in caplog.text and "the best" not in caplog.text
+
+
 def test_chat(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Say number 3.\nSay number 3.\n\nnot asked\n"))
     main(["chat", f"--ckpt_path={run.last}", "--max_new_tokens=4"])

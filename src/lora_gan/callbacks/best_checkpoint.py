@@ -52,6 +52,11 @@ class BestCheckpoint(ModelCheckpoint):
         self.before: dict[str, float] = {}  # values of possible metrics before training
         self.moved = False  # whether there were different values
         self.validations = 0
+        self.fits = True  # whether there is a best to look for, unlike in a test or a prediction
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.fits = stage == "fit"
 
     @property
     def state_key(self) -> str:
@@ -122,6 +127,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume the search for the best, if the best so far is a file of this run, wherever its folder is now."""
+        if not self.fits:
+            return
         if self.given != AUTO and (self.monitor, self.mode) != (state_dict["monitor"], state_dict["mode"]):
             log.info("the best was chosen by %s, now by %s: from here on", state_dict["monitor"], self.monitor)
             return

@@ -37,6 +37,7 @@ from lora_gan.attention import Masks, Pass, TreeForward, output_head
 from lora_gan.bases import OBJECTS, locate
 from lora_gan.context import model_context
 from lora_gan.data.tokenizer import load_tokenizer
+from lora_gan.dropout import AdapterDropout
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import patched_forward
 from lora_gan.tensors import entropy, fingerprint, token_logprobs
@@ -50,8 +51,6 @@ _ADAPTER = re.compile(r"(\.lora_\w+\.)(\w+)")  # in a parameter's name
 class LoraSettings:
     """Shape of one LoRA adapter (arXiv 2106.09685).
 
-    There is no dropout: it would make log-probabilities irreproducible, and the policy's ratios differ from 1.
-
     Args:
         rank: Rank r of the update ΔW = (alpha / r)·B·A.
         alpha: Scale of the update; 2·rank is common.
@@ -60,6 +59,9 @@ class LoraSettings:
         use_rslora: Scale the update by alpha / √r instead, for high ranks (rsLoRA, arXiv 2312.03732).
         use_dora: Learn the magnitudes of the weights apart from their directions (DoRA, arXiv 2402.09353). Slower, and
             not for evolution, whose members are the products B·A alone.
+        dropout: Probability with which an input of the generator's adapter is set to 0, in passes with a gradient
+            alone. Samples are drawn without it, so the ratios of a policy gradient begin at other values than 1: use
+            it for supervised learning. A discriminator has none, since its scores are rewards.
     """
 
     rank: int = 16
@@ -67,12 +69,24 @@ class LoraSettings:
     targets: str | list[str] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise LoraGANError(f"LoRA rank must be at least 1, got {self.rank}")
         if not self.targets:
             raise LoraGANError("lora.targets is empty; set it to all-linear or to a list of layer names")
+        if not 0 <= self.dropout < 1:
+            raise LoraGANError(f"lora.dropout must be from 0 to below 1, got {self.dropout}")
+
+
+def check_no_dropout(discriminator: LoraSettings) -> None:
+    """Refuse dropout in a discriminator's adapter."""
+    if discriminator.dropout:
+        raise LoraGANError(
+            f"the discriminator's lora.dropout must be 0, got {discriminator.dropout}: its scores are rewards, which "
+            "would be random; lower its rank, or give it more negatives"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,7 @@ class Backbone(nn.Module):
         settings: BackboneSettings = BackboneSettings(),
     ) -> None:
         super().__init__()
+        check_no_dropout(discriminator)
         model = load_base(base, settings.dtype, settings.quantization)
         self.tokenizer = load_tokenizer(base)
         self.vocabulary = usable_vocabulary(model, self.tokenizer)
@@ -153,6 +168,7 @@ class Backbone(nn.Module):
             raise LoraGANError(
                 f"{base!r} does not support gradient checkpointing; set backbone.gradient_checkpointing: false"
             )
+        self._dropout = AdapterDropout(self.lm)
         self._activate(None)
         self.train(False)
         self._tree_forward = TreeForward(self.causal_lm)
@@ -173,7 +189,7 @@ class Backbone(nn.Module):
         return {"format": self.settings.quantization or self.settings.dtype, "weights": fingerprint(base)}
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode: dropout would make log-probabilities irreproducible and ratios differ from 1."""
+        """Stay in evaluation mode: the base's dropout would make log-probabilities irreproducible."""
         return super().train(False)
 
     # modes
@@ -331,7 +347,7 @@ class Backbone(nn.Module):
     def _forward(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> Pass:
         """Run the model on the tree once; the head is applied only at the n positions ``(rows, columns)``."""
         self.masks()
-        with self._recomputing():
+        with self._recomputing(), self._dropout.active(torch.is_grad_enabled()):
             return self._tree_forward(tree, rows, columns, embedded)
 
     @contextmanager
@@ -340,19 +356,25 @@ class Backbone(nn.Module):
 
         They are recomputed with the adapter of the forward pass, whichever is active by then
         (https://github.com/huggingface/peft/issues/2832). The gradient checkpointing of transformers works in training
-        mode only, which would enable dropout.
+        mode only, which would enable the base's dropout.
         """
+        draws = bool(self._dropout)
 
         def again(layer: nn.Module) -> Callable[..., Any]:
             return partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=self._as_now
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=draws, context_fn=self._as_now
             )
 
         with patched_forward(self._recomputed if torch.is_grad_enabled() else [], again):
             yield
 
     def _as_now(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self._mode(self._active)
+        return nullcontext(), self._again_in(self._active)
+
+    @contextmanager
+    def _again_in(self, adapter: str | None) -> Iterator[None]:
+        with self._mode(adapter), self._dropout.active(True):
+            yield
 
     # weights
 
@@ -515,6 +537,7 @@ def peft_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
         exclude_modules=_not_adapted(model),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
+        lora_dropout=settings.dropout,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         base_model_name_or_path=model.name_or_path,
         task_type="CAUSAL_LM",

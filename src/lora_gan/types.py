@@ -35,6 +35,7 @@ class Message:
     role: str  # system, user or assistant
     content: str
     cuttable: tuple[Span, ...] = ()
+    learned: bool = field(default=True, compare=False)  # False: a reply that is no target
 
 
 @dataclass(frozen=True)

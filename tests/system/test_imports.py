@@ -13,7 +13,17 @@ PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
     {"errors"},
     {"atomic", "context", "program", "wheels"},
-    {"types", "tensors", "bases", "results", "distributed", "lightning_compat", "text_metrics", "sentence_encoder"},
+    {
+        "types",
+        "tensors",
+        "bases",
+        "dropout",
+        "results",
+        "distributed",
+        "lightning_compat",
+        "text_metrics",
+        "sentence_encoder",
+    },
     {"data", "tree", "advantages", "losses", "coefficients", "onednn", "rewards"},
     {"attention"},
     {"backbone", "multiple_choice", "optimization", "pretrain", "step_metrics"},

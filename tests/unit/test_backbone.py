@@ -41,6 +41,12 @@ def moved(backbone: Backbone, before: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
+def randomised(backbone: Backbone) -> Backbone:
+    torch.manual_seed(2)
+    randomise(backbone)
+    return backbone
+
+
 def logits(backbone: Backbone) -> Tensor:
     with torch.no_grad():
         return backbone.causal_lm(input_ids=IDS).logits
@@ -505,8 +511,55 @@ def test_no_targets_are_refused() -> None:
         LoraSettings(targets=[])
 
 
-def test_dropout_is_explained() -> None:
-    assert "no dropout" in str(LoraSettings.__doc__)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_is_that_of_peft(use_dora: bool, bases: dict[str, str], tmp_path: Path) -> None:
+    """With the same random numbers the same logits as PEFT's in training mode, and without a gradient none."""
+    lora = LoraSettings(4, 8, dropout=0.3, use_dora=use_dora)
+    backbone = randomised(Backbone(bases["llama"], lora, LoraSettings(2, 4)))
+    save_adapter(backbone, GENERATOR, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True).train()
+    torch.manual_seed(1)
+    theirs = plain(input_ids=IDS).logits
+    ids = [row.contiguous() for row in IDS]
+    tree = grow([row[:1] for row in ids], {"all": [[row[1:]] for row in ids]})
+    backbone.masks()
+    with backbone.generator():
+        torch.manual_seed(1)
+        mine = backbone.predict(tree)["all"].logits
+        with torch.no_grad():
+            still = backbone.predict(tree)["all"].logits
+            torch.testing.assert_close(
+                still, plain.eval()(input_ids=IDS).logits[:, :-1].flatten(0, 1), atol=1e-5, rtol=0
+            )
+    torch.testing.assert_close(mine, theirs[:, :-1].flatten(0, 1), atol=1e-5, rtol=0)
+    assert (mine - still).abs().max() > 0.01
+    assert not any(module.training for module in backbone.modules())
+
+
+def test_recomputed_layers_drop_the_same(bases: dict[str, str]) -> None:
+    gradients = []
+    for recompute in (False, True):
+        settings = BackboneSettings(gradient_checkpointing=recompute)
+        backbone = randomised(Backbone(bases["llama"], LoraSettings(4, 8, dropout=0.3), LoraSettings(2, 4), settings))
+        tree = grow([IDS[0, :1]], {"all": [[IDS[0, 1:]]]})
+        backbone.masks()
+        torch.manual_seed(1)
+        with backbone.generator():
+            loss = backbone.logprobs(tree)["all"].sum()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters_of(GENERATOR) if p.grad is not None]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_of_a_discriminator_is_refused_since_its_scores_are_rewards(bases: dict[str, str]) -> None:
+    with pytest.raises(LoraGANError, match="its scores are rewards"):
+        Backbone(bases["llama"], LoraSettings(), LoraSettings(dropout=0.1))
+    with pytest.raises(LoraGANError, match="its scores are rewards"):
+        OwnBaseDiscriminator(bases["llama"], LoraSettings(dropout=0.1))
+    with pytest.raises(LoraGANError, match="from 0 to below 1, got 1"):
+        LoraSettings(dropout=1.0)
 
 
 # bases that cannot be used

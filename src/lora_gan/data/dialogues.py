@@ -72,7 +72,15 @@ def _message(turn: object, where: str) -> Message:
     if role is None:
         raise DataError(f"{where} has the role {named!r}, not system, user or assistant; change or delete the row")
     content = turn.get("content", turn.get("value"))
-    return Message(role, clean("".join(_texts(content, where))))
+    return Message(role, clean("".join(_texts(content, where))), learned=_learned(turn, where))
+
+
+def _learned(turn: Mapping[str, object], where: str) -> bool:
+    """Whether a reply is a target: a field ``weight`` of 0 says that it is not."""
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise DataError(f"{where} has the weight {weight!r}, not 0 or 1; change it, or repeat rows that matter more")
+    return weight != 0
 
 
 def _texts(content: object, where: str) -> list[str]:

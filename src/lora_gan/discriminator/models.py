@@ -19,6 +19,7 @@ from lora_gan.backbone import (
     GENERATOR,
     Backbone,
     LoraSettings,
+    check_no_dropout,
     load_base,
     usable_vocabulary,
     width_of_states,
@@ -131,6 +132,7 @@ class OwnBaseDiscriminator(DiscriminatorModel):
         dtype: str = "float32",
     ) -> None:
         super().__init__(input_format)
+        check_no_dropout(lora)
         model = load_base(base, dtype)
         self.tokenizer = load_tokenizer(base)
         self.context_length = model_context(model.config)

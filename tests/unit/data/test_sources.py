@@ -447,6 +447,23 @@ def test_a_completion_with_the_label_false_is_no_target(tmp_path: Path) -> None:
     assert source.dropped == Counter(labelled_false=1)
 
 
+def test_a_reply_with_the_weight_0_is_no_target(tmp_path: Path) -> None:
+    """As in the files of chat fine-tuning services; null is no weight, as parquet fills in where others have one."""
+    said = [
+        {"role": "user", "content": "Q?", "weight": None},
+        {"role": "assistant", "content": "First.", "weight": 0},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Second.", "weight": 1},
+    ]
+    path = write(tmp_path / "rows.jsonl", [{"messages": said}, {"messages": said[:2]}])
+    source = StandardFormat(path, every_turn=True)
+    assert [(example.messages[1].content, example.target) for example in read(source)] == [("First.", "Second.")]
+    assert source.dropped == Counter(weight_0=2)
+    path = write(tmp_path / "half.jsonl", [{"messages": [*said[:3], {**said[3], "weight": 0.5}]}])
+    with pytest.raises(DataError, match=r"turn 4 of 'messages' has the weight 0\.5, not 0 or 1"):
+        read(StandardFormat(path))
+
+
 def test_a_data_set_on_the_hub_by_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

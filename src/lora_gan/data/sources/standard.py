@@ -28,8 +28,8 @@ class StandardFormat(RowSource):
     prompt, chosen and rejected; and Alpaca's instruction, input and output. Prompts and completions are texts or lists
     of messages; a message's content is a text or a list of parts of type text; a field system is the system message.
     The last reply of a dialogue is the target, all before it the prompt, and what is rejected a negative of kind
-    "rejected"; a completion with the label false (KTO) is left out. Dialogues with the same system message and first
-    question are one group.
+    "rejected"; a completion with the label false (KTO) and a reply with the weight 0 are left out. Dialogues with the
+    same system message and first question are one group.
     """
 
     def __init__(
@@ -179,6 +179,8 @@ class StandardFormat(RowSource):
 def _fault(row: Row, asked: Message, reply: Message) -> str:
     if row.values.get("label") is False:
         return "labelled_false"
+    if not reply.learned:
+        return "weight_0"
     return "empty_prompt" if not asked.content else "" if reply.content else "empty_target"
 
 

@@ -173,7 +173,7 @@ def test_validate_and_test(run: Run, capsys: pytest.CaptureFixture[str], tmp_pat
         main(["validate", *run.settings, *there])
         main(["test", *run.settings, *there])
     printed = capsys.readouterr().out
-    assert "text/exact_match" in printed
+    assert "text/exact_match" in printed and "test/" not in printed, "Lightning's table only where there is no other"
     table = next(tmp_path.glob("gan/version_*/held_out.md")).read_text(encoding="utf-8")
 
     def deterministic(text: str) -> list[list[str]]:

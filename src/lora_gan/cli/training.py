@@ -98,6 +98,12 @@ class CLI(LightningCLI):
         )
 
     @overrides(LightningCLI)
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """The test prints its own table, so it does without Lightning's."""
+        super()._add_subcommands(parser, **kwargs)
+        self._subcommand_parsers["test"].set_defaults({"verbose": False})
+
+    @overrides(LightningCLI)
     def _parse_ckpt_path(self) -> None:
         """Find a checkpoint that is whole; Lightning would let settings that it holds override those given here."""
         settings = self.config[self.config["subcommand"]]

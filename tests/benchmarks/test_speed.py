@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from .growth import SIDES, Point, measure, plot, points, table
 from .passes import Passes
+from .peak import peak_megabytes
 from .population import PopulationSides
 from .setting import SIZES, save_model
 
@@ -53,3 +55,26 @@ def test_steps_have_completions_of_equal_length(folder: Path) -> None:
         "rl": 1,
         "adversarial": 1,
     }
+
+
+def test_growth_measures_every_side_and_each_size_from_the_middle_point(tmp_path: Path) -> None:
+    small = Point(prompt_tokens=6, completion_tokens=3, num_generations=2, vocabulary=300, prompts=1)
+    threads = torch.get_num_threads()
+    try:
+        costs = measure(small, repeats=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert set(costs) == set(SIDES) and all(cost.seconds > 0 for cost in costs.values())
+    for name, varied in points().items():
+        low, middle, high = (getattr(point, name) for point in varied)
+        assert (middle, high) == (4 * low, 4 * middle) and varied[1] == Point()
+    everywhere = dict.fromkeys((point for varied in points().values() for point in varied), costs)
+    assert len(everywhere) == 9 and len(table(everywhere).splitlines()) == 2 + 9
+    plot(everywhere, tmp_path / "growth.svg")
+    assert (tmp_path / "growth.svg").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_the_peak_is_that_of_the_work_alone() -> None:
+    held = torch.ones(50_000_000)  # 200 MB
+    assert 100 < peak_megabytes(lambda: torch.ones(25_000_000).add(1)) < 300, "two tensors of 100 MB"
+    del held

@@ -23,12 +23,16 @@ from lora_gan.data.sampler import BucketSampler, EpochPosition
 from lora_gan.data.source import Source
 from lora_gan.data.sources.builtin import BuiltinWorld
 from lora_gan.data.sources.standard import StandardFormat
-from lora_gan.data.splits import SPLITS, SplitExamples, assign_splits, digest, one_wording_each
+from lora_gan.data.splits import SMALLEST, SPLITS, SplitExamples, assign_splits, digest, one_wording_each
 from lora_gan.data.tokenizer import Encoded, encode
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.lightning_compat import share_of_process
 from lora_gan.types import Example, PromptBatch
 
+MORE_ROWS = (
+    f"give more rows: with {SMALLEST} different prompts each split gets one, unless data.init_args.validation or "
+    "data.init_args.test is 0"
+)
 log = logging.getLogger("lora_gan")
 
 
@@ -124,7 +128,7 @@ class InstructionDataModule(TextDataModule):
         if not any(split.items for split in self.splits.values()):
             raise self._nothing_fits(examples)
         if not self.splits["test"].items and self.fractions["test"]:
-            log.warning("no test examples: fit ends without its test; give more rows or raise data.init_args.test")
+            log.warning("no test examples%s: fit ends without its test; %s", self._dropped("test"), MORE_ROWS)
 
     def train_dataloader(self) -> DataLoader[Encoded]:
         """A new order each epoch, dealt out to the processes; what does not fill a step is left out."""
@@ -215,15 +219,15 @@ class InstructionDataModule(TextDataModule):
     def _items(self, name: str) -> tuple[Encoded, ...]:
         items = self.splits[name].items
         if not items and name == "validation":
-            log.warning("no validation examples: validation is skipped; raise data.init_args.validation to get some")
+            log.warning("no validation examples%s: validation is skipped; %s", self._dropped(name), MORE_ROWS)
         elif not items and not (name == "test" and self.trains):
-            raise DataError(
-                f"{self.origin} leaves no {name} examples (dropped: {format_counts(self.splits[name].dropped)}); "
-                "give more rows, or change data.init_args.validation and data.init_args.test"
-                + f" ({self.source.note})"
-                * bool(self.source.note)
-            )
+            note = f" ({self.source.note})" * bool(self.source.note)
+            raise DataError(f"{self.origin} leaves no {name} examples{self._dropped(name)}; {MORE_ROWS}{note}")
         return items
+
+    def _dropped(self, name: str) -> str:
+        dropped = self.splits[name].dropped
+        return f" (dropped: {format_counts(dropped)})" if dropped else ""
 
     def _fit(self, placed: SplitExamples) -> Split:
         """Tokenises and leaves out what is too long: examples, or single negatives."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lora_gan.errors import LoraGANError
 from lora_gan.tensors import group_normalise, masked_mean, whiten
@@ -123,11 +124,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     values = torch.where(mask, values, 0)
     later = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
     deltas = torch.where(mask, rewards + gamma * later - values, 0)
-    running, advantages = torch.zeros_like(deltas[:, 0]), torch.zeros_like(deltas)
-    for t in range(deltas.shape[1] - 1, -1, -1):
-        running = deltas[:, t] + gamma * gae_lambda * running
-        advantages[:, t] = running
-    return torch.where(mask, advantages, 0)
+    return torch.where(mask, discounted(deltas, gamma * gae_lambda), 0)
+
+
+def discounted(x: Tensor, factor: float) -> Tensor:
+    """Σ_l factor^l·x_{t+l}, (N, T): sums of twice as many terms each time, so log₂ T operations and not T."""
+    terms = 1
+    while terms < x.shape[1]:
+        x = x + factor**terms * pad(x[:, terms:], (0, terms))
+        terms *= 2
+    return x
 
 
 def _explained(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_gan.advantages import PredictedReward
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, BackboneSettings
 from lora_gan.bases import name_object
 from lora_gan.checkpointing.adapters import ROLES, load_role, write_roles
 from lora_gan.checkpointing.files import read_checkpoint
@@ -32,6 +32,7 @@ from lora_gan.discriminator import AdapterDiscriminator, ClosenessBCE, Completio
 from lora_gan.errors import LoraGANError
 from lora_gan.export import write_folder
 from lora_gan.module import LoraGANModule
+from lora_gan.number_formats import default_device
 from lora_gan.rewards import FunctionReward, SemanticReward
 from lora_gan.sampling import sample
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
@@ -49,10 +50,10 @@ class _SteppedModel:
             frozen and gets the adapters; give its tokenizer.
         tokenizer: Of a model object.
         chat: Write prompts with the chat template of the tokenizer.
-        system: The system message of a chat.
+        system: The system message of a chat; needs ``chat=True``.
         checkpoints: Folder that :meth:`save_checkpoint` writes to.
         device: "cpu", "cuda", "cuda:1" or "mps"; "auto" takes a CUDA GPU if there is one.
-        precision: Lightning's precision, for example "32-true" or "bf16-mixed".
+        precision: Lightning's precision, for example "32-true"; None: "bf16-mixed" on a GPU that computes in it.
         callbacks: Callbacks of the trainer.
         seed: Seed of torch, numpy and python; None leaves their states unchanged.
         settings: Arguments of :class:`~lora_gan.module.LoraGANModule`.
@@ -67,21 +68,27 @@ class _SteppedModel:
         system: str | None = None,
         checkpoints: str | Path = "checkpoints",
         device: str = "auto",
-        precision: Any = "32-true",
+        precision: Any = None,
         callbacks: Sequence[L.Callback] = (),
         seed: int | None = None,
         **settings: Any,
     ) -> None:
         if seed is not None:
             L.seed_everything(seed, verbose=False)
+        if system is not None and not chat:
+            raise LoraGANError(
+                "system=… is written by a chat template only: give chat=True with a base that has one, or write the "
+                "instruction into the prompts"
+            )
         self.checkpoints = Path(checkpoints)
         if isinstance(base, str) == (tokenizer is not None):
             raise LoraGANError("a model object needs its tokenizer=…; a base by name brings its own")
         name = base if isinstance(base, str) else name_object(base, cast(PreTrainedTokenizerBase, tokenizer))
+        chosen = default_device() if device == "auto" else torch.device(device)
+        settings["backbone"] = settings.get("backbone", BackboneSettings()).on(chosen, precision)
         self.module = LoraGANModule(name, **{"num_generations": 1, "advantage": PredictedReward(), **settings})
         self.module.seed = torch.initial_seed()
         self.module.prompts = PromptFormat(chat=chat, system=system)
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self._stepper = Stepper(self.module, chosen, precision, callbacks)
         self.trainer = self._stepper.trainer
 
@@ -126,7 +133,7 @@ class _SteppedModel:
             LoraGANError: The folder holds other files, or cannot be written.
         """
         folder = Path(folder)
-        write_folder(copy.deepcopy(self.module.backbone) if merge else self.module.backbone, folder, merge)
+        write_folder(copy.deepcopy(self.module.backbone).cpu() if merge else self.module.backbone, folder, merge)
         return folder
 
     def generate(self, prompt: Texts) -> Any:
@@ -173,6 +180,8 @@ class _SteppedModel:
         return {
             "version": CHECKPOINT_VERSION,
             "step": self.trainer.global_step,
+            "updates": dict(self.module.optimization.updates),
+            "precision": self.trainer.precision_plugin.state_dict(),  # the scale of 16-mixed
             "coefficients": self.module.coefficients.state_dict(),
             "replay": self.module.discriminator.replay.state_dict(),
             "callbacks": {c.state_key: c.state_dict() for c in self._callbacks},
@@ -182,6 +191,9 @@ class _SteppedModel:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._stepper.global_step = state["step"]
+        self.module.optimization.updates = dict(state["updates"])
+        if state["precision"]:
+            self.trainer.precision_plugin.load_state_dict(state["precision"])
         self.module.coefficients.load_state_dict(state["coefficients"])
         self.module.discriminator.replay.load_state_dict(state["replay"])
         for callback in self._callbacks:

@@ -1,9 +1,9 @@
 """Attention: how each architecture computes a prompt tree.
 
 Many architectures take a 4-D mask that says which token sees which, so a tree is one row. Its form differs: layers with
-sliding or chunked attention see the last positions only, some models want one mask for each type of layer, and those
-without SDPA *add* the mask to the scores. Other architectures have layers that ignore a mask, such as state spaces,
-convolutions and linear attention, or place tokens by their column. There each branch is evaluated in a row of its own,
+sliding or chunked attention see the last positions only, some models want one mask for each type of layer, and few want
+a mask of bool instead of one that is *added* to the scores. Other architectures have layers that ignore a mask, such as
+state spaces, convolutions and linear attention, or place tokens by their column. There each branch is evaluated in a row of its own,
 after its prompt.
 
 Which of these is right is not looked up in a list of names but measured: before its first pass, a model runs on a small
@@ -30,6 +30,7 @@ WINDOWS = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}  # the se
 ONE, WINDOWED, BY_LAYER = "one mask", "one mask with a window", "one mask for each type of layer"
 SMALL = 3  # size of the windows, in tokens, while the forms are tried
 TOLERANCE, COARSE = 1e-3, 5e-2  # of the logits' error in units of their standard deviation; COARSE: below 32 bits
+ALIGNED = 16  # on a GPU the rows of an added mask begin at multiples of it, as SDPA's kernels want; a CPU is slower so
 log = logging.getLogger("lora_gan")
 
 Mask = Tensor | dict[str, Tensor]
@@ -42,7 +43,8 @@ class Masks:
     Args:
         config: The configuration of the model's text part.
         kind: ONE, WINDOWED or BY_LAYER.
-        additive: Data type of a mask that is added to the scores; None for a mask of bool.
+        additive: Data type of a mask that is added to the scores, under autocast that of autocast; None for a mask of
+            bool, which SDPA makes such a mask of in every layer, and keeps for the backward pass.
     """
 
     config: PretrainedConfig
@@ -76,8 +78,13 @@ class Masks:
     def _formed(self, mask: Tensor) -> Tensor:
         if self.additive is None:
             return mask
-        zeros = torch.zeros(mask.shape, dtype=self.additive, device=mask.device)
-        return zeros.masked_fill(~mask, torch.finfo(self.additive).min)
+        device, width = mask.device, mask.shape[-1]
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.additive
+        multiple = ALIGNED if mask.is_cuda else 1
+        aligned = torch.zeros((*mask.shape[:-1], -(-width // multiple) * multiple), dtype=dtype, device=device)
+        # the smallest number and not -inf: where nothing is visible the softmax is uniform and not NaN
+        return aligned[..., :width].masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def window_sizes(config: PretrainedConfig) -> dict[str, int]:
@@ -256,8 +263,8 @@ def _forms(model: PreTrainedModel) -> Iterator[Masks]:
     config = model.config.get_text_config(decoder=True)
     own_windows = bool(window_sizes(config)) and set(getattr(config, "layer_types", None) or [SLIDING]) != {FULL}
     kinds = (BY_LAYER, WINDOWED, ONE) if own_windows else (ONE, BY_LAYER)
-    bool_or_added = (model.dtype,) if config._attn_implementation == "eager" else (None, model.dtype)
-    return (Masks(config, kind, additive) for additive in bool_or_added for kind in kinds)
+    added_or_bool = (model.dtype,) if config._attn_implementation == "eager" else (model.dtype, None)
+    return (Masks(config, kind, additive) for additive in added_or_bool for kind in kinds)
 
 
 def _trial(model: PreTrainedModel) -> PromptTree:

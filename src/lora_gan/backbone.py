@@ -11,13 +11,11 @@ mode::
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,8 +37,9 @@ from lora_gan.context import model_context
 from lora_gan.data.tokenizer import load_tokenizer
 from lora_gan.dropout import AdapterDropout
 from lora_gan.errors import LoraGANError
-from lora_gan.lightning_compat import patched_forward
-from lora_gan.tensors import entropy, fingerprint, token_logprobs
+from lora_gan.lightning_compat import patched_forward, switch_adapter
+from lora_gan.number_formats import AUTO, default_device, quantized, resolved_dtype, torch_dtype
+from lora_gan.tensors import entropy, fingerprint, in_float32, token_logprobs
 from lora_gan.tree import Branches, PromptTree
 
 GENERATOR, DISCRIMINATOR, SNAPSHOT = "generator", "discriminator", "snapshot"
@@ -94,15 +93,21 @@ class BackboneSettings:
     """How the frozen base is loaded.
 
     Args:
-        dtype: Data type of its weights: float32, bfloat16 or float16; adapters and heads stay in float32.
+        dtype: Data type of its weights: float32, bfloat16 or float16, or auto: bfloat16 on a CUDA GPU that computes in
+            it (compute capability 8.0 and later) in precision bf16-mixed, else float32. Adapters and heads stay in
+            float32.
         quantization: "4bit" or "8bit" quantises its linear layers (bitsandbytes, on a CUDA GPU).
         gradient_checkpointing: Trade time for memory: keep only the inputs of the layers and recompute the layers in
             the backward pass. The gradients are the same.
     """
 
-    dtype: str = "float32"
+    dtype: str = AUTO
     quantization: str | None = None
     gradient_checkpointing: bool = False
+
+    def on(self, device: torch.device, precision: Any = None) -> BackboneSettings:
+        """The settings with the data type that "auto" stands for on this device, in this precision of the trainer."""
+        return replace(self, dtype=resolved_dtype(self.dtype, device, precision))
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,10 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         check_no_dropout(discriminator)
+        settings = settings.on(default_device())
         model = load_base(base, settings.dtype, settings.quantization)
+        if base in OBJECTS:  # which is as it was given
+            settings = replace(settings, dtype=str(model.dtype).removeprefix("torch."))
         self.tokenizer = load_tokenizer(base)
         self.vocabulary = usable_vocabulary(model, self.tokenizer)
         self.context_length = model_context(model.config)
@@ -158,16 +166,10 @@ class Backbone(nn.Module):
         second = peft_config(model, discriminator)
         with _adaptable(model, discriminator):
             self.lm.add_adapter(DISCRIMINATOR, second)
-        self.score_head = nn.Linear(self.hidden_size, 2)  # score and auxiliary prediction
+        self.score_head = nn.Linear(self.hidden_size, 2, dtype=torch.float32)  # score and auxiliary prediction
         self._layers = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
-        self._lora = self._lora_parameters()
-        self._recomputed = [m for m in self.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not settings.gradient_checkpointing:
-            self._recomputed = []
-        elif not self._recomputed:
-            raise LoraGANError(
-                f"{base!r} does not support gradient checkpointing; set backbone.gradient_checkpointing: false"
-            )
+        self._let_both_learn()
+        self._recomputed = layers_to_recompute(self.lm) if settings.gradient_checkpointing else []
         self._dropout = AdapterDropout(self.lm)
         self._activate(None)
         self.train(False)
@@ -231,19 +233,14 @@ class Backbone(nn.Module):
             self._activate(previous)
 
     def _activate(self, adapter: str | None) -> None:
-        """Switch adapters. PEFT disables the gradients of inactive ones; here both roles keep them."""
-        for layer in self._layers:
-            if adapter is None:
-                layer.enable_adapters(False)
-            else:
-                layer.enable_adapters(True)
-                layer.set_adapter(adapter)
-        for name, parameter in self._lora.items():
-            parameter.requires_grad_(adapter_of(name) != SNAPSHOT)
+        switch_adapter(self._layers, adapter)
         self._active = adapter
 
-    def _lora_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.lm.named_parameters() if adapter_of(name) is not None}
+    def _let_both_learn(self) -> None:
+        """PEFT disables the gradients of all adapters but the first or the last one; here both roles keep them."""
+        for name, parameter in self.lm.named_parameters():
+            if adapter_of(name) is not None:
+                parameter.requires_grad_(adapter_of(name) != SNAPSHOT)
 
     # snapshot
 
@@ -262,7 +259,7 @@ class Backbone(nn.Module):
             active = self._active
             self.lm.add_adapter(SNAPSHOT, peft_config(self.causal_lm, self.generator_lora))
             self.lm.to(self.device)
-            self._lora = self._lora_parameters()
+            self._let_both_learn()
             self._activate(active)
         return SNAPSHOT
 
@@ -318,7 +315,7 @@ class Backbone(nn.Module):
         """
         hidden = self.hidden(tree, embedded)
         return {
-            kind: self.score_head(hidden[branches.row, branches.last].float())
+            kind: in_float32(self.score_head, hidden[branches.row, branches.last])
             for kind, branches in tree.branches.items()
         }
 
@@ -352,20 +349,11 @@ class Backbone(nn.Module):
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """With gradients enabled, let the layers keep only their inputs and recompute the rest in the backward pass.
+        """The layers are recomputed with the adapter of the forward pass, whichever is active by then.
 
-        They are recomputed with the adapter of the forward pass, whichever is active by then
-        (https://github.com/huggingface/peft/issues/2832). The gradient checkpointing of transformers works in training
-        mode only, which would enable the base's dropout.
+        See https://github.com/huggingface/peft/issues/2832.
         """
-        draws = bool(self._dropout)
-
-        def again(layer: nn.Module) -> Callable[..., Any]:
-            return partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=draws, context_fn=self._as_now
-            )
-
-        with patched_forward(self._recomputed if torch.is_grad_enabled() else [], again):
+        with recomputing(self._recomputed, preserve_rng_state=bool(self._dropout), context_fn=self._as_now):
             yield
 
     def _as_now(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -404,15 +392,11 @@ def load_base(base: str, dtype: str = "float32", quantization: str | None = None
     """
     if base in OBJECTS:
         return OBJECTS[base][0].requires_grad_(False).eval()
-    how = {} if quantization is None else quantized(quantization, dtype)
+    how = {"dtype": torch_dtype(dtype), **quantized(quantization, dtype)}
     name = locate(base)
     _refuse_adapter(base, name)
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise LoraGANError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, **how
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **how)
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise LoraGANError(f"cannot load base {base!r}: {error}\n{_remedy(name)}") from error
     if report["missing_keys"]:
@@ -444,6 +428,39 @@ def _remedy(name: str) -> str:
     return "set base to builtin or to the folder of a saved model, or check the hub id and the network"
 
 
+def layers_to_recompute(lm: PeftModel) -> list[GradientCheckpointingLayer]:
+    """The layers of a model for :func:`recomputing`.
+
+    Raises:
+        LoraGANError: It has none.
+    """
+    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise LoraGANError(
+            f"{type(lm.get_base_model()).__name__} does not support gradient checkpointing; set "
+            "gradient_checkpointing: false"
+        )
+    return layers
+
+
+@contextmanager
+def recomputing(layers: Sequence[nn.Module], **how: Any) -> Iterator[None]:
+    """With gradients enabled, let the layers keep only their inputs and recompute the rest in the backward pass.
+
+    The gradient checkpointing of transformers works in training mode only, which would enable the base's dropout.
+
+    Args:
+        layers: The layers.
+        **how: Arguments of ``torch.utils.checkpoint.checkpoint``.
+    """
+
+    def again(layer: nn.Module) -> Callable[..., Any]:
+        return partial(checkpoint, layer.forward, use_reentrant=False, **how)
+
+    with patched_forward(layers if torch.is_grad_enabled() else [], again):
+        yield
+
+
 def usable_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many of the model's tokens the tokenizer knows; embeddings are often padded with rows that mean nothing.
 
@@ -463,35 +480,6 @@ def usable_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def width_of_states(model: PreTrainedModel) -> int:
     """H, the size of the last hidden states, as the head receives them."""
     return int(output_head(model).get_parameter("weight").shape[-1])
-
-
-def quantized(quantization: str, dtype: str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for quantisation; 4 bits are NF4 with double quantisation (arXiv 2305.14314).
-
-    Raises:
-        LoraGANError: ``quantization`` is neither "4bit" nor "8bit", or a CUDA GPU or bitsandbytes is missing.
-    """
-    if quantization not in ("4bit", "8bit"):
-        raise LoraGANError(f"quantization must be 4bit, 8bit or null, got {quantization!r}")
-    if not torch.cuda.is_available():
-        raise LoraGANError(
-            f"quantization: {quantization} needs a CUDA GPU, and none was found; leave it out, and set dtype: bfloat16 "
-            "to halve the base's memory"
-        )
-    if find_spec("bitsandbytes") is None:
-        raise LoraGANError(f"quantization: {quantization} needs bitsandbytes: pip install 'lora-gan[quantization]'")
-    from transformers import BitsAndBytesConfig
-
-    compute = torch.bfloat16 if dtype == "float32" else getattr(torch, dtype)
-    settings = BitsAndBytesConfig(
-        load_in_4bit=quantization == "4bit",
-        load_in_8bit=quantization == "8bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
-    device = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
-    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def with_adapter(model: PreTrainedModel, settings: LoraSettings, name: str) -> PeftModel:

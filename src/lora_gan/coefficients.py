@@ -66,7 +66,7 @@ class CoefficientState(nn.Module):
     def __init__(self, initial: Coefficients) -> None:
         super().__init__()
         for name, value in {**asdict(initial), **INITIAL}.items():
-            self.register_buffer(name, torch.tensor(float(value)))
+            self.register_buffer(name, torch.tensor(float(value), dtype=torch.float32))
 
     def __getattr__(self, name: str) -> Tensor:
         value: Tensor = super().__getattr__(name)  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lora_gan.discriminator.objectives import TARGET
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import masked_row_mean
 from lora_gan.tree import grow_scored
-from lora_gan.types import EvalOutput, PromptBatch, Rollout, Scores
+from lora_gan.types import EvalOutput, PromptBatch, Rollout, Scores, require_prompts
 
 LOGITS = 2**26  # numbers in the logits of one pass over targets
 
@@ -45,7 +46,7 @@ class Evaluated(Checkpointed):
                 outputs["start"] = self.complete(batch, self.greedy)
         with self.backbone.generator():
             outputs["trained"] = self.complete(batch, self.greedy)
-            outputs["sampled"] = self.complete(batch, self.sampling, outputs["trained"].target_logprob)
+            outputs["sampled"] = self.complete(batch, replace(self.sampling, base=None), outputs["trained"].target_logprob)
         return outputs
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float]]:
@@ -66,6 +67,7 @@ class Evaluated(Checkpointed):
             how: Greedy, or as completions are sampled.
             target: (B,) the likelihood, where it is known: it does not depend on ``how``.
         """
+        require_prompts(batch)
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
         scores = self.score(rollout, batch, with_targets=False)
         perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()

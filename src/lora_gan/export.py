@@ -43,6 +43,7 @@ def export(
     base: str | None = None,
     push_to_hub: str | None = None,
     private: bool = True,
+    dequantize: bool = False,
 ) -> None:
     """Write the generator of a checkpoint as a PEFT adapter or, merged with its base, as a plain model.
 
@@ -56,13 +57,15 @@ def export(
         base: Folder or hub id of the base, if it has moved since the training.
         push_to_hub: Repository, name/model, to upload the folder to; by default nothing is uploaded.
         private: Whether a repository created for the upload is private.
+        dequantize: Load a base that was quantised in training as it was before, as on a machine without a GPU; a merged
+            model is always made of that.
 
     Raises:
         LoraGANError: The folder holds other files, the checkpoint or its base cannot be loaded, or the upload failed.
     """
     folder = Path(output).expanduser().resolve()
     refuse_other_files(folder)
-    saved = load_saved(ckpt_path, base)
+    saved = load_saved(ckpt_path, base, dequantize or merge)
     write_folder(saved.backbone.cpu(), folder, merge, card(saved, push_to_hub or folder.name, merge))
     print(f"{'merged model' if merge else 'adapter'} of {saved.path.name}, step {saved.step}, written to {output}")
     if push_to_hub:

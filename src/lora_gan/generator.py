@@ -15,13 +15,15 @@ from lora_gan.coefficients import CoefficientState
 from lora_gan.discriminator import DiscriminatorModel, StraightThrough
 from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import any_of, shares
+from lora_gan.errors import LoraGANError
 from lora_gan.losses import PolicyLoss, Reinforce, approx_kl, kl_loss, value_loss
 from lora_gan.optimization import Optimization, adamw
-from lora_gan.tensors import masked_mean
+from lora_gan.tensors import in_float32, masked_mean
 from lora_gan.tree import grow_scored
 from lora_gan.types import LossTerm, Minibatch, PromptBatch, Rollout
 
 APPROX_KL = "policy/approx_kl"
+RATIO_CAP = 2.0  # of REINFORCE where sampling.base makes the policy that samples another one
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,26 @@ class Generator(nn.Module):
         settings: Its parts; what is left out gets its default.
         value_head_size: Hidden size of the base, where the advantage needs a value head; 0: none is made.
         temperature: At which completions are sampled, so by which their log-probabilities are computed.
+        exact: Whether the policy that samples is the one that learns, but for rounding; else the importance ratios have
+            a limit.
+
+    Raises:
+        LoraGANError: The given policy loss has none, and it is needed.
     """
 
-    def __init__(self, settings: GeneratorSettings, value_head_size: int = 0, temperature: float = 1.0) -> None:
+    def __init__(
+        self, settings: GeneratorSettings, value_head_size: int = 0, temperature: float = 1.0, exact: bool = True
+    ) -> None:
         super().__init__()
         self.settings = settings
-        self.policy_loss = settings.policy_loss or Reinforce()
+        self.policy_loss = settings.policy_loss or Reinforce(ratio_cap=None if exact else RATIO_CAP)
+        if not exact and isinstance(self.policy_loss, Reinforce) and self.policy_loss.ratio_cap is None:
+            raise LoraGANError(
+                "with sampling.base the policy that samples is not quite the one that learns: give Reinforce a "
+                f"ratio_cap, such as {RATIO_CAP}, or set sampling.base: null"
+            )
         self.straight_through = settings.straight_through or StraightThrough()
-        self.value_head = nn.Linear(value_head_size, 1) if value_head_size else None
+        self.value_head = nn.Linear(value_head_size, 1, dtype=torch.float32) if value_head_size else None
         self.temperature = {SAMPLED: temperature}
         self._losses: dict[str, Callable[[Mapping[str, Predicted], Minibatch], LossTerm]] = {
             "supervised": self._supervised_loss,
@@ -225,8 +239,7 @@ class Generator(nn.Module):
     def _value(self, states: Tensor) -> Tensor:
         """(N, T, H) → (N, T)."""
         assert self.value_head is not None
-        values: Tensor = self.value_head(states.float()).squeeze(-1)
-        return values
+        return in_float32(self.value_head, states).squeeze(-1)
 
     def _counted(self, rollout: Rollout) -> Rollout:
         """The completions, truncated ones masked where they must not count."""

@@ -24,6 +24,7 @@ from lora_gan.data.files import FORMATS, Row, clean, read_lines, read_rows
 from lora_gan.data.templates import PromptFormat
 from lora_gan.data.tokenizer import prompt_ids
 from lora_gan.errors import LoraGANError
+from lora_gan.number_formats import default_device, use_tensor_cores
 from lora_gan.sampling import Sampling, end_turns, eos_ids, sample
 from lora_gan.tree import grow
 from lora_gan.types import Example, Message
@@ -88,7 +89,8 @@ class Saved:
             raise LoraGANError(
                 f"the template {template!r} does not contain {{prompt}}; write {{prompt}} where the question belongs"
             )
-        return Example(template.replace("{prompt}", text), "")
+        whole = text.encode(errors="ignore").decode()  # without lone surrogates, which no tokenizer can read
+        return Example(template.replace("{prompt}", whole), "")
 
     def prompt(self, example: Example) -> Tensor:
         """Token ids (P,) of the prompt of an example, written as in training.
@@ -101,12 +103,13 @@ class Saved:
         return torch.tensor(prompt_ids(tokenizer, [written])[0], device=self.backbone.device)
 
 
-def load_saved(ckpt_path: str, base: str | None = None) -> Saved:
-    """Load a checkpoint: base, both adapters and the discriminator's head.
+def load_saved(ckpt_path: str, base: str | None = None, dequantize: bool = False) -> Saved:
+    """Load a checkpoint: base, in the number format of its run, both adapters and the discriminator's head.
 
     Args:
         ckpt_path: Its path, or "last" for the newest in ``lightning_logs``.
         base: Where its base is now, if it has moved.
+        dequantize: Load a base that was quantised in training as it was before.
 
     Raises:
         LoraGANError: There is no such file, it is damaged or was not written by this lora-gan, or its base is missing
@@ -122,12 +125,12 @@ def load_saved(ckpt_path: str, base: str | None = None) -> Saved:
             f"{path} has format version {described['version']}, this lora-gan reads {CHECKPOINT_VERSION}; use the "
             "lora-gan that wrote it"
         )
-    backbone = _load_base(described, base)
+    backbone = _load_base(described, base, None if dequantize else _quantization(described))
     prefix = "backbone."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     backbone.load_state_dict(weights, strict=False)
-    if torch.cuda.is_available():
-        backbone.to("cuda")
+    use_tensor_cores(default_device())
+    backbone.to(default_device())
     prompts = PromptFormat(**described["prompts"] | {"templates": tuple(described["prompts"]["templates"])})
     end_turns(backbone, prompts)
     return Saved(
@@ -152,12 +155,28 @@ def _newest() -> Path:
     return newest
 
 
-def _load_base(described: Mapping[str, Any], moved: str | None) -> Backbone:
+def _quantization(described: Mapping[str, Any]) -> str | None:
+    """That of the base in training.
+
+    Raises:
+        LoraGANError: It needs a GPU, and there is none.
+    """
+    quantization: str | None = described["quantization"]
+    if quantization is not None and not torch.cuda.is_available():
+        raise LoraGANError(
+            f"the base of this checkpoint was quantised to {quantization}, which needs a CUDA GPU, and none was found; "
+            f"--dequantize true loads it in {described['dtype']} instead, with nearly the same completions"
+        )
+    return quantization
+
+
+def _load_base(described: Mapping[str, Any], moved: str | None, quantization: str | None) -> Backbone:
     """The base of a checkpoint with new adapters, once it is known to be the same."""
     name = moved or described["base"]
     lora = {role: LoraSettings(**described["lora"][role]) for role in (GENERATOR, DISCRIMINATOR)}
     try:
-        backbone = Backbone(name, lora[GENERATOR], lora[DISCRIMINATOR], BackboneSettings(described["dtype"]))
+        settings = BackboneSettings(described["dtype"], quantization)
+        backbone = Backbone(name, lora[GENERATOR], lora[DISCRIMINATOR], settings)
     except LoraGANError as error:
         if moved:
             raise
@@ -202,6 +221,7 @@ def chat(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     do_sample: bool = False,
+    dequantize: bool = False,
 ) -> None:
     """Chat with the generator; an empty line ends it. The discriminator's score follows each completion.
 
@@ -216,9 +236,10 @@ def chat(
         max_new_tokens: Length limit of a completion.
         temperature: Divides the logits when sampling.
         do_sample: Sample tokens instead of taking the most likely ones.
+        dequantize: Load a base that was quantised in training as it was before, as on a machine without a GPU.
     """
     how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, do_sample=do_sample)
-    session = _Session(load_saved(ckpt_path, base), how, template, compare)
+    session = _Session(load_saved(ckpt_path, base, dequantize), how, template, compare)
     print(session.opening(), flush=True)
     while (line := _read()) and session.take(line):
         pass
@@ -358,6 +379,7 @@ def generate(
     top_p: float = 1.0,
     do_sample: bool = False,
     seed: int = 0,
+    dequantize: bool = False,
 ) -> None:
     """Complete the prompts of a file; write JSON lines of the rows with the completion and the discriminator's score.
 
@@ -378,6 +400,7 @@ def generate(
         top_p: Draw from the smallest set of tokens with at least this mass.
         do_sample: Sample tokens instead of taking the most likely ones.
         seed: Seed of the sampling.
+        dequantize: Load a base that was quantised in training as it was before, as on a machine without a GPU.
     """
     if batch_size < 1:
         raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
@@ -386,12 +409,13 @@ def generate(
     keys = (output_key, "score" if output_key == "completion" else f"{output_key}_score")
     _check_keys(rows, keys[:1])
     _check_writable(Path(output))
-    saved = load_saved(ckpt_path, base)
+    saved = load_saved(ckpt_path, base, dequantize)
     _check_keys(rows, keys if saved.scores else keys[:1])
     prompts = [_row_prompt(saved, row, template) for row in rows]
     _check_lengths(saved.backbone, rows, prompts, how)
     torch.manual_seed(seed)
-    with atomic_file(Path(output)) as draft, draft.open("w", encoding="utf-8") as stream:
+    escaped = "backslashreplace"  # half of a character in a row is written as JSON does it, \ud800
+    with atomic_file(Path(output)) as draft, draft.open("w", encoding="utf-8", errors=escaped) as stream:
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
             for row, made in zip(rows[part], _completed(saved, prompts[part], how), strict=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 import lightning as L
@@ -57,6 +56,7 @@ from lora_gan.types import (
     Scores,
     StepOutput,
     TokenRewards,
+    require_prompts,
 )
 
 REFERENCES = ("base", "snapshot")
@@ -113,7 +113,7 @@ class LoraGANModule(Evaluated):
         self.base = base
         self.num_generations = num_generations
         self.sampling = sampling
-        self.greedy = replace(sampling, do_sample=False, num_beams=1)
+        self.greedy = replace(sampling, do_sample=False, num_beams=1, base=None)
         self.rewards = rewards if rewards is not None else [SemanticReward(), PerplexityReward()]
         check_names(self.rewards)
         self.aggregation = aggregation or WeightedSum()
@@ -127,7 +127,7 @@ class LoraGANModule(Evaluated):
         self.discriminator = Discriminator(discriminator)
         self.discriminator.model.build(self.backbone)
         values = self.backbone.hidden_size if self.advantage.needs_values else 0
-        self.generator = Generator(generator, values, sampling.temperature)
+        self.generator = Generator(generator, values, sampling.temperature, exact=sampling.base is None)
         for role, adapter in ((GENERATOR, generator.adapter), (DISCRIMINATOR, discriminator.adapter)):
             if adapter is not None:
                 load_role(self, role, adapter)
@@ -171,6 +171,7 @@ class LoraGANModule(Evaluated):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One step: sample, score, update the discriminator, compute advantages, update the generator."""
+        require_prompts(batch)
         self.seed_step()
         with self.optimization.counted():
             output = self.run_step(batch)
@@ -306,9 +307,9 @@ class LoraGANModule(Evaluated):
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """Keep how long a phase of the step took."""
-        begun = perf_counter()
+        begun = self.clock()
         yield
-        self._seconds[phase] = perf_counter() - begun
+        self._seconds[phase] = self.clock() - begun
 
     # optimization
 

@@ -18,9 +18,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, SequentialLR
 from torch.optim.lr_scheduler import ReduceLROnPlateau as Plateau
 
-from lora_gan.distributed import gathered
+from lora_gan.distributed import gathered, several
 from lora_gan.errors import LoraGANError, NonFiniteError
-from lora_gan.lightning_compat import count_one_step, last_of_sequence
+from lora_gan.lightning_compat import count_one_step, last_of_sequence, scales_gradients, unscales_itself
 
 log = logging.getLogger("lora_gan")
 
@@ -189,8 +189,18 @@ class Optimization:
         """The optimizers and the schedules, for ``configure_optimizers``."""
         self._stepped = set()
         optimizers = {role: settings.optimizer(parameters[role]) for role, settings in self.roles.items()}
+        self._check_scaled(optimizers)
         schedulers = [s.scheduler(optimizers[role]) for role, s in self.roles.items() if s.scheduler is not None]
         return list(optimizers.values()), schedulers
+
+    def _check_scaled(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """Refuse optimizers whose gradient would be clipped while it is still multiplied by the scale of 16-mixed."""
+        for role, optimizer in optimizers.items():
+            if scales_gradients(self.module.trainer) and unscales_itself(optimizer):
+                raise LoraGANError(
+                    f"{role}.optimizer: fused: true divides by the scale of trainer.precision 16-mixed itself, after "
+                    "optimization.max_grad_norm has been applied; set fused: false, or trainer.precision to bf16-mixed"
+                )
 
     def optimizer(self, role: str) -> Optimizer:
         """A role's optimizer."""
@@ -225,20 +235,30 @@ class Optimization:
             if not term.isfinite():
                 self.discard(role)
                 raise NonFiniteError(self._stopped(f"loss/{name} is {term.item()}"))
-        nothing = {"nothing": 0 * self.optimizer(role).param_groups[0]["params"][0].sum()}  # other processes have some
-        loss = torch.stack(list((terms or nothing).values())).sum()
+        found = list(terms.values())
+        if not found or several():  # others wait for this process, also where its terms depend on no parameter
+            found.append(0 * self.optimizer(role).param_groups[0]["params"][0].sum())
+        loss = torch.stack(found).sum()
         self.module.manual_backward(loss)
         return loss.detach()
 
     def step(self, role: str) -> None:
-        """One optimizer step by the gradient of the backward passes since the last one."""
+        """One optimizer step by the gradient of the backward passes since the last one.
+
+        None is taken without a gradient, as in a batch from which the discriminator's objective cannot learn, nor in
+        16-mixed by one that overflowed, after which the scale is lower.
+        """
         optimizer = self.module.optimizers()[list(self.roles).index(role)]  # type: ignore[index]
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            return
+        before = len(self._norms.get(role, ()))
         try:
             optimizer.step()
         finally:
             optimizer.zero_grad()
-        self.updates[role] += 1
-        self._stepped.add(role)
+        if len(self._norms.get(role, ())) > before:
+            self.updates[role] += 1
+            self._stepped.add(role)
 
     def discard(self, role: str) -> None:
         """Forget the gradient."""
@@ -248,11 +268,10 @@ class Optimization:
         """Clip one role's gradient, for ``on_before_optimizer_step``: fp16 gradients are unscaled by then."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-        skipped = self.module.trainer.precision == "16-mixed"  # which leaves such steps out and lowers its scale
         if norm.isfinite():
             role = list(self.roles)[self.module.trainer.optimizers.index(optimizer)]
             self._norms.setdefault(role, []).append(norm)
-        elif not skipped:
+        elif not scales_gradients(self.module.trainer):  # else the step is left out and the scale lowered
             raise NonFiniteError(self._stopped(f"the gradient's norm is {norm.item()}"))
 
     def metrics(self) -> dict[str, Tensor]:

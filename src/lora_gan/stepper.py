@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.lightning_compat import set_global_step
+from lora_gan.number_formats import auto_precision, use_tensor_cores
 from lora_gan.step_callback import OUTPUT
 
 
@@ -24,7 +25,7 @@ class Stepper:
     Args:
         module: The module; it stays on the device and keeps its optimizers between steps.
         device: Device of the computation.
-        precision: Lightning's ``precision``, such as "32-true" or "bf16-mixed".
+        precision: Lightning's ``precision``, such as "32-true"; None: bf16-mixed on a GPU that computes in it.
         callbacks: Callbacks of the trainer.
     """
 
@@ -32,17 +33,18 @@ class Stepper:
         self,
         module: Checkpointed,
         device: torch.device,
-        precision: Any = "32-true",
+        precision: Any = None,
         callbacks: Sequence[L.Callback] = (),
     ) -> None:
         self.module = module
         self._one = _OneStep()
+        use_tensor_cores(device)
         with _quiet():
             self.trainer = L.Trainer(
                 accelerator=device.type,
                 devices=[device.index or 0] if device.type == "cuda" else 1,
                 strategy=_PersistentDevice(device),
-                precision=precision,
+                precision=precision or auto_precision(device),
                 callbacks=[*callbacks, self._one],
                 max_epochs=-1,
                 logger=False,

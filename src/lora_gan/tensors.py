@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -137,6 +137,30 @@ def fingerprint(tensors: Mapping[str, Tensor], probes: int = 16) -> str:
         values = tensor.detach().flatten()[:: max(1, tensor.numel() // probes)][:probes]
         digest.update(f"{name} {tuple(tensor.shape)} {values.tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def scaled_gradient(loss: Tensor, inputs: Tensor) -> Tensor:
+    """Gradient of a scalar at ``inputs``, in float32.
+
+    float16 cannot hold a small one, so there the scalar is first multiplied by a power of 2, a smaller one where that
+    is too much, as ``torch.amp.GradScaler`` does for the gradient of the weights.
+    """
+    kind = inputs.device.type
+    half = torch.float16 in (inputs.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+    scales = [2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0] if half else [1.0]
+    for scale in scales:
+        (scaled,) = torch.autograd.grad(loss * scale, inputs, retain_graph=scale > 1)
+        gradient: Tensor = scaled.float() / scale
+        if scale == 1 or gradient.isfinite().all():
+            break
+    return gradient
+
+
+def in_float32(head: nn.Module, states: Tensor) -> Tensor:
+    """A head's output in float32, also under autocast, whose 16 bits would make ties of scores that differ."""
+    with torch.autocast(states.device.type, enabled=False):
+        output: Tensor = head(states.float())
+        return output
 
 
 def lengths_mask(lengths: Tensor, width: int) -> Tensor:

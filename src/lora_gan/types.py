@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -131,6 +132,15 @@ class PromptBatch:
         return PromptBatch(self.examples, move(self.prompt_ids), move(self.target_ids), negatives)
 
 
+def require_prompts(batch: object) -> None:
+    """Refuse what a data loader of another collate function gives."""
+    if not isinstance(batch, PromptBatch):
+        raise DataError(
+            f"the data loader gives a batch of type {type(batch).__name__}, not lora_gan.types.PromptBatch; set its "
+            "collate_fn to lora_gan.data.base.collate, which takes what lora_gan.data.tokenizer.encode returns"
+        )
+
+
 @dataclass(frozen=True)
 class Rollout:
     """K sampled completions for each of B prompts, exactly as they were sampled."""
@@ -244,9 +254,15 @@ class DiscriminatorBatch:
         prompt_ids, targets = (tuple(field[b] for b in prompts) for field in (self.prompts, self.targets))
         return DiscriminatorBatch(prompt_ids, targets, completions)
 
-    def is_target(self, completion: Tensor, prompt: int) -> bool:
-        """Whether the completion is the prompt's target, word for word; an empty one never is."""
-        return len(completion) > 1 and torch.equal(completion, self.targets[prompt])
+    def are_targets(self, kind: str) -> list[bool]:
+        """Which of the M completions of the kind are their prompt's target, word for word; an empty one never is."""
+        completions = as_lists([completion for row in self.completions[kind] for completion in row])
+        targets = [self._target_lists[b] for b, row in enumerate(self.completions[kind]) for _ in row]
+        return [len(ids) > 1 and ids == target for ids, target in zip(completions, targets, strict=True)]
+
+    @cached_property
+    def _target_lists(self) -> list[list[int]]:
+        return as_lists(self.targets)
 
     def prompt_of(self, kind: str) -> Tensor:
         """(M,) which prompt each completion of the kind belongs to."""
@@ -370,6 +386,12 @@ KL = "policy/kl"
 ENTROPY = "policy/entropy"
 MEAN_LENGTH = "completions/mean_length"
 ACCURACY = "discriminator/accuracy"
+
+
+def as_lists(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Token tensors (T,) as lists, copied from their device at once."""
+    ids = iter(torch.cat(list(tensors)).tolist() if tensors else [])
+    return [list(islice(ids, len(tokens))) for tokens in tensors]
 
 
 def _grouped(completions: Sequence[Tensor], k: int, prompts: int) -> list[list[Tensor]]:

@@ -40,7 +40,7 @@ def main() -> None:
             "steps are measured against TRL's: pip install trl==1.16.0, or choose --only tree sampler population"
         )
     torch.set_num_threads(chosen.threads)
-    _be_quiet()
+    be_quiet()
     print(f"{platform.machine()}, torch {torch.__version__}, {chosen.threads} thread(s)", end=", ")
     print(f"load average at the start {os.getloadavg()[0]:.1f}\n\n{HEADER}", flush=True)
     done: list[Comparison] = []
@@ -64,7 +64,7 @@ def _measure(size: Size, wanted: Sequence[str], repeats: int) -> Iterator[Compar
             yield from compare_steps(size, folder, repeats)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Print nothing but the table."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     disable_progress_bar()

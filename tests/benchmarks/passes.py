@@ -20,15 +20,23 @@ from .timing import Comparison, compare
 
 
 class Passes:
-    """One model and its prompts; every method is one side of a comparison."""
+    """One model and its prompts; every method is one side of a comparison.
 
-    def __init__(self, size: Size, folder: Path) -> None:
+    Args:
+        size: The shape.
+        base: The folder of its model, or a backbone, on whose device the comparison runs.
+    """
+
+    def __init__(self, size: Size, base: Path | Backbone) -> None:
         self.size = size
-        self.backbone = Backbone(str(folder), LORA, LORA)
-        self.prompts = [torch.tensor(item.prompt_ids) for item in make_items(size, self.backbone.tokenizer)]
+        self.backbone = base if isinstance(base, Backbone) else Backbone(str(base), LORA, LORA)
+        self.device = self.backbone.device
+        items = make_items(size, self.backbone.tokenizer)
+        self.prompts = [torch.tensor(item.prompt_ids, device=self.device) for item in items]
         generator = torch.Generator().manual_seed(2)
         shape = (size.prompts * size.num_generations, size.completion_tokens)
-        self.completions = torch.randint(0, len(self.backbone.tokenizer) - 1, shape, generator=generator)
+        drawn = torch.randint(0, len(self.backbone.tokenizer) - 1, shape, generator=generator)
+        self.completions = drawn.to(self.device)
         self.padded, self.real = left_padded(self.prompts)
         for name, parameter in self.backbone.lm.named_parameters():
             if "lora_B" in name:  # zero at initialisation, which would leave half of the gradients zero
@@ -85,7 +93,7 @@ class Passes:
 
     def _weights(self) -> Tensor:
         """A different advantage for each completion, so that no two can be confused."""
-        return torch.linspace(-1, 1, len(self.completions))[:, None] / self.completions.numel()
+        return torch.linspace(-1, 1, len(self.completions), device=self.device)[:, None] / self.completions.numel()
 
 
 def compare_passes(size: Size, folder: Path, repeats: int, wanted: Sequence[str]) -> Iterator[Comparison]:

@@ -27,9 +27,10 @@ class Size:
     name: str
     model: dict[str, Any]
     prompts: int
-    prompt_tokens: int  # on average; lengths differ by up to a tenth
+    prompt_tokens: int  # on average; lengths differ by up to ``spread`` of it
     completion_tokens: int
     num_generations: int = 4
+    spread: float = 0.1
 
 
 BUILTIN_MODEL = {
@@ -60,11 +61,16 @@ def save_model(size: Size, folder: Path) -> Path:
         model.transformer.ln_f.bias.fill_(0.1)
         model.transformer.wte.weight[eos] = -0.5  # times the bias: a logit of −0.05 · n_embd
     model.save_pretrained(folder)
+    words_tokenizer(vocabulary).save_pretrained(folder)
+    return folder
+
+
+def words_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with the words "t0", "t1", …; the last one is EOS."""
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    end = f"t{eos}"
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end, bos_token=end).save_pretrained(folder)
-    return folder
+    end = f"t{vocabulary - 1}"
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end, bos_token=end)
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -95,7 +101,7 @@ def generated(
 def make_items(size: Size, tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
     """The prompts of a step, with targets as long as the completions."""
     generator = torch.Generator().manual_seed(1)
-    spread = torch.linspace(-0.1, 0.1, size.prompts) * size.prompt_tokens
+    spread = torch.linspace(-size.spread, size.spread, size.prompts) * size.prompt_tokens
     lengths = [size.prompt_tokens + round(d) for d in spread.tolist()]
 
     def text(length: int) -> str:

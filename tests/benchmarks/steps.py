@@ -1,7 +1,7 @@
 """Whole training steps against those of TRL's GRPOTrainer.
 
-TRL's settings are its defaults except: ``gradient_checkpointing`` and ``bf16`` off (both on by default in 1.x; the
-first costs a second forward, the second is not used here), on the CPU, no logs, no files, no shuffling. One
+TRL's settings are its defaults except: ``gradient_checkpointing`` and ``bf16`` off on a CPU (both on by default in 1.x;
+the first costs a second forward, the second is not used there), no logs, no files, no shuffling. One
 TRL step is one step: sample, reward, reference pass (beta > 0), forward, backward, AdamW.
 """
 
@@ -17,11 +17,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.optim import AdamW
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+from transformers.pytorch_utils import Conv1D
 from trl import GRPOConfig, GRPOTrainer
 
 from lora_gan.advantages import GroupNormalised
+from lora_gan.backbone import BackboneSettings
 from lora_gan.coefficients import Coefficients
 from lora_gan.data.datamodule import collate
 from lora_gan.discriminator import DiscriminatorSettings
@@ -29,9 +36,11 @@ from lora_gan.generator import GeneratorSettings
 from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
+from lora_gan.stepper import Stepper
+from lora_gan.types import StepOutput
 
 from .setting import LORA, Size, make_items
-from .timing import Comparison, clock
+from .timing import Comparison, Cost, Meter
 
 LEARNING_RATE, BETA = 1e-4, 0.04
 RL = {"supervised": 0.0, "adversarial": 0.0, "discriminator_updates": 0.0}
@@ -48,22 +57,41 @@ def constant(response: str, target: str) -> float:
 
 
 class _Stopwatch(L.Callback):
-    """Seconds of the last step without the data loader and the start of the Trainer, as for TRL."""
+    """The cost of the last step without the data loader, as for TRL."""
+
+    def __init__(self) -> None:
+        self.meter = Meter()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.begun = clock()
+        self.meter.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LoraGANModule, outputs: dict[str, Any], *_: Any) -> None:
-        self.seconds = clock() - self.begun
+        self.cost = self.meter.stop()
         self.length = float(trainer.callback_metrics["completions/mean_length"])
 
 
 class Ours:
-    """Our module, run for one step at a time with given coefficients."""
+    """Our module, run for one step at a time with given coefficients.
 
-    def __init__(self, size: Size, folder: Path) -> None:
+    Args:
+        size: The shape.
+        base: Its base.
+        device: Where it runs.
+        precision: Of the trainer.
+        backbone: How the base is loaded.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        base: str,
+        device: torch.device = torch.device("cpu"),
+        precision: str = "32-true",
+        backbone: BackboneSettings = BackboneSettings("float32"),
+    ) -> None:
         self.module = LoraGANModule(
-            base=str(folder),
+            base=base,
+            backbone=backbone,
             num_generations=size.num_generations,
             sampling=Sampling(max_new_tokens=size.completion_tokens),
             rewards=[FunctionReward(constant)],
@@ -72,50 +100,45 @@ class Ours:
             generator=GeneratorSettings(lora=LORA, optimizer=adamw),
             discriminator=DiscriminatorSettings(lora=LORA, optimizer=adamw),
         )
-        items = make_items(size, self.module.backbone.tokenizer)
-        self.batches = DataLoader(items, batch_size=size.prompts, collate_fn=collate)  # type: ignore[arg-type]
+        self.batch = collate(make_items(size, self.module.backbone.tokenizer))  # type: ignore[arg-type]
+        self.stopwatch = _Stopwatch()
+        self.stepper = Stepper(self.module, device, precision, [self.stopwatch])
 
-    def step(self, coefficients: dict[str, float]) -> _Stopwatch:
-        """One step in a real Trainer."""
+    def step(self, coefficients: dict[str, float]) -> StepOutput:
+        """One step; its cost is in ``stopwatch``."""
         self.module.coefficients.set(**coefficients)
-        stopwatch = _Stopwatch()
-        trainer = L.Trainer(
-            max_steps=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[stopwatch],
-        )
-        trainer.fit(self.module, self.batches)
-        return stopwatch
+        output: StepOutput = self.stepper.step(self.batch)
+        return output
 
 
-class _AlternatingSteps(TrainerCallback):
-    """Times each of TRL's steps, then runs and times ours."""
+class Turns(TrainerCallback):
+    """The costs of TRL's steps and of ours, which run after each of them."""
 
     def __init__(self, ours: Ours) -> None:
         self.ours = ours
-        self.seconds: dict[str, list[float]] = {"trl": [], "rl": [], "adversarial": []}
+        self.meter = Meter()
+        self.costs: dict[str, list[Cost]] = {"trl": [], "rl": [], "adversarial": []}
+        self.phases: dict[str, dict[str, float]] = {}  # seconds by phase of our last step of each kind
         self.lengths: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.begun = clock()
+        self.meter.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds["trl"].append(clock() - self.begun)
+        self.costs["trl"].append(self.meter.stop())
         for name, coefficients in (("rl", RL), ("adversarial", ADVERSARIAL)):
-            stopwatch = self.ours.step(coefficients)
-            self.seconds[name].append(stopwatch.seconds)
-            self.lengths.append(stopwatch.length)
+            self.phases[name] = dict(self.ours.step(coefficients).seconds)
+            self.costs[name].append(self.ours.stopwatch.cost)
+            self.lengths.append(self.ours.stopwatch.length)
 
 
-def _trl(size: Size, folder: Path, output: str, steps: int, turns: _AlternatingSteps) -> GRPOTrainer:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def _trl(
+    size: Size, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str, steps: int, turns: Turns
+) -> GRPOTrainer:
+    on_cpu = model.device.type == "cpu"
     prompts = [{"prompt": item.example.prompt} for item in make_items(size, tokenizer)]
     return GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa"),
+        model=model,
         processing_class=tokenizer,
         reward_funcs=lambda completions, **_: [1.0] * len(completions),
         train_dataset=Dataset.from_list(prompts * steps),
@@ -123,7 +146,7 @@ def _trl(size: Size, folder: Path, output: str, steps: int, turns: _AlternatingS
             r=LORA.rank,
             lora_alpha=LORA.alpha,
             target_modules="all-linear",
-            fan_in_fan_out=True,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
         ),
         args=GRPOConfig(
@@ -139,9 +162,9 @@ def _trl(size: Size, folder: Path, output: str, steps: int, turns: _AlternatingS
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             weight_decay=0.0,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
+            gradient_checkpointing=not on_cpu,
+            bf16=not on_cpu,
+            use_cpu=on_cpu,
             shuffle_dataset=False,
             dataloader_num_workers=0,
             save_strategy="no",
@@ -153,15 +176,21 @@ def _trl(size: Size, folder: Path, output: str, steps: int, turns: _AlternatingS
     )
 
 
-def time_steps(size: Size, folder: Path, repeats: int) -> dict[str, tuple[float, ...]]:
-    """Seconds of TRL's steps and of ours, run in turns; the first of each is dropped.
+def take_turns(size: Size, ours: Ours, model: PreTrainedModel, repeats: int) -> Turns:
+    """TRL's steps and ours, in turns; the first of each is dropped.
+
+    Args:
+        size: The shape.
+        ours: Our side.
+        model: The base of the other side, on its device.
+        repeats: Steps that count.
 
     Raises:
         RuntimeError: A completion had another length, so the sides did not do the same work.
     """
-    turns = _AlternatingSteps(Ours(size, folder))
+    turns = Turns(ours)
     with TemporaryDirectory() as output:
-        trainer = _trl(size, folder, output, repeats + 1, turns)
+        trainer = _trl(size, model, ours.module.backbone.tokenizer, output, repeats + 1, turns)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     lengths = [trainer.state.log_history[-1][f"completions/{which}_length"] for which in ("min", "max")]
@@ -170,7 +199,15 @@ def time_steps(size: Size, folder: Path, repeats: int) -> dict[str, tuple[float,
         raise RuntimeError(
             f"all completions must have {size.completion_tokens} tokens on both sides, got mean lengths {wrong}"
         )
-    return {name: tuple(seconds[1:]) for name, seconds in turns.seconds.items()}
+    turns.costs = {name: costs[1:] for name, costs in turns.costs.items()}
+    return turns
+
+
+def time_steps(size: Size, folder: Path, repeats: int) -> dict[str, tuple[float, ...]]:
+    """Seconds of TRL's steps and of ours on the CPU, as :func:`take_turns`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    turns = take_turns(size, Ours(size, str(folder)), model, repeats)
+    return {name: tuple(cost.seconds for cost in costs) for name, costs in turns.costs.items()}
 
 
 def compare_steps(size: Size, folder: Path, repeats: int) -> Iterator[Comparison]:

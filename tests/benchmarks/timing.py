@@ -61,8 +61,36 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def clock() -> float:
-    """Wall time in seconds; with one thread CPU time, which depends little on other load."""
+    """Wall time in seconds, after a GPU has finished; with one thread CPU time, which depends little on other load."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return perf_counter()
     return process_time() if torch.get_num_threads() == 1 else perf_counter()
+
+
+class Meter:
+    """Seconds and, on a GPU, bytes between two points of a program."""
+
+    def start(self) -> None:
+        """Begin."""
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+            self._held = torch.cuda.memory_allocated()
+        self._begun = clock()
+
+    def stop(self) -> Cost:
+        """What it took since :meth:`start`."""
+        seconds = clock() - self._begun
+        most = torch.cuda.max_memory_allocated() - self._held if torch.cuda.is_initialized() else 0
+        return Cost(seconds, float(most))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a piece of work."""
+
+    seconds: float
+    bytes: float  # most allocated on a GPU, above what was at the start; 0 on a CPU
 
 
 def _seconds(value: float) -> str:

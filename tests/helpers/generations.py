@@ -27,7 +27,7 @@ Run = tuple[EvolutionModule, Recorder]
 def rms(weights: Weights) -> float:
     """Root mean square of all elements of all ΔW."""
     size = sum(x.size for x in weights.values())
-    return math.sqrt(sum(max(inner(x, x), 0.0) for x in weights.values()) / size)
+    return math.sqrt(sum(max(float(inner(x, x)), 0.0) for x in weights.values()) / size)
 
 
 def distance(x: Weights, y: Weights) -> float:

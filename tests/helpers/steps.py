@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,6 +20,11 @@ Build = Callable[..., LoraGANModule]
 
 def share_of_a(response: str, target: str) -> float:
     return response.count("a") / max(len(response), 1)
+
+
+def half(**settings: Any) -> MixedPrecision:
+    """16-mixed on a CPU, with a scaler of these settings; Lightning's own would be for CUDA."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **settings))
 
 
 class Recorder(L.Callback):

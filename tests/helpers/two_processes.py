@@ -24,7 +24,7 @@ from lora_gan.callbacks import CollapseMonitor, MovingAverageBaseline
 from lora_gan.data import InstructionDataModule, Mixture, Source
 from lora_gan.data.datamodule import collate
 from lora_gan.data.tokenizer import encode
-from lora_gan.discriminator.objectives import SAMPLED
+from lora_gan.discriminator.objectives import SAMPLED, BradleyTerry
 from lora_gan.discriminator.replay import Replay
 from lora_gan.losses import ClippedPPO
 from lora_gan.module import LoraGANModule
@@ -69,6 +69,7 @@ def main(base: str, processes: int, folder: str, case: str, accelerator: str = "
         "moving average": {"advantage": MovingAverage(), "kl": 0.3, "entropy": 0.1, "micro_batch_size": at_once},
         "ppo": {"advantage": LeaveOneOut(), "policy_loss": ClippedPPO(num_iterations=2, target_kl=1e-4)},
         "missing targets": {"advantage": LeaveOneOut(), "policy": 0.0},
+        "pairs in one process": {"advantage": LeaveOneOut(), "objective": BradleyTerry()},
     }
     torch.manual_seed(4)
     common = {
@@ -86,6 +87,8 @@ def main(base: str, processes: int, folder: str, case: str, accelerator: str = "
     targets = TARGETS if case == "missing targets" else [target or "e" for target in TARGETS]
     if case == "missing targets":
         targets = ["", "x", "", "", *targets[4:]]
+    if case == "pairs in one process":
+        targets = [target if n % 2 == 0 else "" for n, target in enumerate(targets)]
     examples = [Example(f"Prompt {n}:", t, (t,) if t else (), group=str(n)) for n, t in enumerate(targets)]
     items = encode(module.backbone.tokenizer, examples)
     recorder = Recorder()

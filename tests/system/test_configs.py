@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -113,12 +114,21 @@ def test_every_variant_runs(variant: str, bases: dict[str, str], rows: Path, tmp
     check(fit(config, tmp_path, CONFIGS / "overlay" / f"{variant}.yaml"))
 
 
-def test_the_saved_configuration_of_a_run_resumes_it(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ampere", [False, True], ids=["float32", "bfloat16"])
+def test_the_saved_configuration_of_a_run_resumes_it(
+    ampere: bool, bases: dict[str, str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the number formats that were chosen for it; the CPU is as good as a GPU in one case."""
+    monkeypatch.setattr("lora_gan.number_formats.computes_in_bfloat16", lambda device: ampere)
     fit(pressed("reinforce", bases["gpt2"], rows, tmp_path), tmp_path)
     (run,) = tmp_path.glob("reinforce/version_0")
     saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert saved["extends"] is None, "it is complete"
+    formats = ("bf16-mixed", "bfloat16") if ampere else ("32-true", "float32")
+    assert (saved["trainer"]["precision"], saved["model"]["init_args"]["backbone"]["dtype"]) == formats
     last = run / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["lora_gan"]["dtype"] == formats[1]
+    monkeypatch.undo()
     main(["fit", f"--config={run / 'config.yaml'}", f"--ckpt_path={last}", f"--trainer.max_steps={STEPS + 2}"])
     assert len(logged_by(run)["loss/generator"]) == STEPS + 2
     assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) == saved | {

@@ -51,17 +51,28 @@ def largest_difference(weights: dict[str, Tensor], other: dict[str, Tensor]) -> 
     return max(float((weights[name] - other[name]).abs().max()) for name in weights)
 
 
+SLOW = pytest.mark.slow
+
+
+@SLOW
+def test_a_process_without_pairs_does_not_stop_the_other(bases: dict[str, str], tmp_path: Path) -> None:
+    """Its discriminator's loss depends on no parameter, but the gradient of the other process is averaged with it."""
+    first, second = results_of(bases["gpt2"], 2, tmp_path, "pairs in one process")
+    assert largest_difference(first["last"], second["last"]) == 0
+    assert first["reports"][-1]["discriminator/grad_norm"] > 0
+
+
+CASES = ["moving average", pytest.param("ppo", marks=SLOW), pytest.param("missing targets", marks=SLOW)]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
-def test_two_gpus_do_what_one_does_with_all_prompts(bases: dict[str, str], tmp_path: Path) -> None:
-    (alone,) = results_of(bases["gpt2"], 1, tmp_path, "moving average", "gpu")
-    first, second = results_of(bases["gpt2"], 2, tmp_path, "moving average", "gpu")
+@pytest.mark.parametrize("case", CASES[:2])
+def test_two_gpus_do_what_one_does_with_all_prompts(case: str, bases: dict[str, str], tmp_path: Path) -> None:
+    (alone,) = results_of(bases["gpt2"], 1, tmp_path, case, "gpu")
+    first, second = results_of(bases["gpt2"], 2, tmp_path, case, "gpu")
     assert largest_difference(first["last"], second["last"]) == 0
     for name, tensor in alone["last"].items():
         torch.testing.assert_close(first["last"][name], tensor, atol=1e-4, rtol=1e-2)
-
-
-SLOW = pytest.mark.slow
-CASES = ["moving average", pytest.param("ppo", marks=SLOW), pytest.param("missing targets", marks=SLOW)]
 
 
 @pytest.mark.parametrize("case", CASES)

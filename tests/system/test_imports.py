@@ -21,6 +21,7 @@ LAYERS = [
         "results",
         "distributed",
         "lightning_compat",
+        "number_formats",
         "text_metrics",
         "sentence_encoder",
     },

@@ -15,6 +15,7 @@ from lora_gan.advantages import (
     MovingAverage,
     PredictedReward,
     ValueGAE,
+    discounted,
     gae,
 )
 from lora_gan.errors import LoraGANError
@@ -121,6 +122,18 @@ def test_gae_with_trace_1_is_the_reward_to_go_less_the_value() -> None:
     """Undiscounted the rewards to go are 3, 3 and 2."""
     found = gae(PAID, VALUES, ALIVE, gamma=1.0, gae_lambda=1.0)
     assert found.tolist() == [[2.5, 2.0, 0.5], [2.0, 0.0, 0.0]]
+
+
+def test_gae_of_long_completions_is_the_recursion() -> None:
+    """A_t = δ_t + γλ·A_{t+1}, step by step in float64."""
+    torch.manual_seed(0)
+    for tokens in (1, 2, 7, 64, 333):
+        deltas = torch.randn(5, tokens)
+        for factor in (0.0, 0.3, 0.95, 1.0):
+            running, wanted = torch.zeros(5, dtype=torch.double), torch.zeros(5, tokens, dtype=torch.double)
+            for t in reversed(range(tokens)):
+                running = wanted[:, t] = deltas[:, t].double() + factor * running
+            torch.testing.assert_close(discounted(deltas, factor).double(), wanted, atol=1e-5, rtol=1e-6)
 
 
 def over_tokens(estimator: ValueGAE, values: Tensor) -> Advantages:

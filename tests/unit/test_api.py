@@ -27,7 +27,7 @@ from lora_gan.generator import GeneratorSettings
 from lora_gan.optimization import OptimizationSettings
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
-from tests.helpers.steps import Recorder, moved, share_of_a, state, trainer
+from tests.helpers.steps import Recorder, half, moved, share_of_a, state, trainer
 
 SMALL: dict[str, Any] = {
     "sampling": Sampling(max_new_tokens=5),
@@ -178,6 +178,7 @@ def test_a_loaded_checkpoint_continues_exactly(
     other = gan(callbacks=[MovingAverageBaseline()], **{**settings, "seed": 8})
     other.load_checkpoint(step=100)
     assert other.trainer.global_step == 3
+    assert other.module.optimization.updates == {GENERATOR: 3, DISCRIMINATOR: 3}
     assert [other.step(PROMPTS, TARGETS) for _ in range(3)] == wanted
     assert not moved(state(one.module), state(other.module))
 
@@ -197,13 +198,39 @@ def test_a_loaded_checkpoint_continues_exactly(
     other.save_checkpoint(step=8)
     torch.save(old, tmp_path / "step-8" / "state.pt")
     before = state(other.module)
-    with pytest.raises(LoraGANError, match=r"step-8 has format version below 5, this lora-gan reads 6"):
+    with pytest.raises(LoraGANError, match=r"step-8 has format version below 5, this lora-gan reads 7"):
         other.load_checkpoint(step=8)
     assert not moved(before, state(other.module))
     with pytest.raises(LoraGANError, match=r"no checkpoint .*step-7; available: step-100, step-8"):
         other.load_checkpoint(step=7)
     with pytest.raises(LoraGANError, match=r"rank 4.* 2.*generator.lora\.rank"):
         gan(generator=GeneratorSettings(lora=LoraSettings(2, 8))).load_checkpoint(step=100)
+
+
+def test_a_checkpoint_in_16_mixed_holds_the_scale(gan: Callable[..., LoraGAN]) -> None:
+    """Three steps, then one more in another object, are four; the tensors in its files are for any device."""
+    one, other = (gan(precision="bf16-mixed") for _ in range(2))
+    for gan_, plugin in ((one, half(growth_interval=1, init_scale=4.0)), (other, half())):
+        gan_.trainer.strategy.precision_plugin = plugin
+    for _ in range(3):
+        one.step(PROMPTS, TARGETS)
+    one.save_checkpoint(step=3)
+    other.load_checkpoint(step=3)
+    assert other.step(PROMPTS, TARGETS) == one.step(PROMPTS, TARGETS)
+    states = [gan_.trainer.precision_plugin.state_dict() for gan_ in (one, other)]
+    assert states[0] == states[1] and states[0]["scale"] > 4.0
+    plain = gan()
+    plain.load_checkpoint(step=3)
+    assert plain.step(PROMPTS, TARGETS)["gen_loss"] is not None
+
+
+def test_checkpoints_of_a_gpu_are_read_on_a_cpu(gan: Callable[..., LoraGAN], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, load, places = gan(), torch.load, list[Any]()
+    one.step(PROMPTS, TARGETS)
+    one.save_checkpoint(step=1)
+    monkeypatch.setattr("torch.load", lambda *a, **how: places.append(how.get("map_location")) or load(*a, **how))
+    one.load_checkpoint(step=1)
+    assert len(places) >= 4 and set(places) == {"cpu"}
 
 
 def test_the_generator_learns_its_targets(gan: Callable[..., LoraGAN]) -> None:

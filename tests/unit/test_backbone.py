@@ -399,7 +399,7 @@ def test_quantization_needs_a_gpu(bases: dict[str, str], monkeypatch: pytest.Mon
 
 def test_quantization_needs_its_package(bases: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("lora_gan.backbone.find_spec", lambda name: None)
+    monkeypatch.setattr("lora_gan.number_formats.find_spec", lambda name: None)
     with pytest.raises(LoraGANError, match=r"pip install 'lora-gan\[quantization\]'"):
         load_base(bases["gpt2"], quantization="8bit")
 

@@ -16,14 +16,14 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
-from lora_gan.backbone import Backbone
+from lora_gan.backbone import Backbone, load_base
 from lora_gan.cli import main
 from lora_gan.data import TWON, Alpaca, InstructionDataModule, OwnFile, Source
 from lora_gan.data.files import clean
 from lora_gan.discriminator import AdapterDiscriminator, CompletionAndTarget
 from lora_gan.errors import LoraGANError
 from lora_gan.export import export
-from lora_gan.inference import Saved, _Printer, generate, load_saved, score_of
+from lora_gan.inference import Saved, _Printer, chat, generate, load_saved, score_of
 from lora_gan.sampling import Sampling, eos_ids, sample
 from lora_gan.types import PromptBatch
 from tests.conftest import CONFIGS, randomise
@@ -385,6 +385,40 @@ def test_another_base_in_the_old_place_is_refused(run: Make, bases: dict[str, st
         with pytest.raises(LoraGANError, match=r"has other weights than the base of the checkpoint's run.*--base"):
             use(path)
     assert load_saved(path, bases["gpt2"]).base == bases["gpt2"]
+
+
+def test_a_base_is_loaded_in_the_number_format_of_its_run(
+    run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it had been quantised to 4 bits: on a GPU it is again, elsewhere only plain, and only if that is wanted."""
+    path, asked = run(dtype="bfloat16"), list[tuple[Any, ...]]()
+    plain = load_saved(path)
+    assert plain.backbone.causal_lm.dtype == torch.bfloat16
+    checkpoint = torch.load(path, weights_only=True)
+    assert (checkpoint["lora_gan"]["dtype"], checkpoint["lora_gan"]["quantization"]) == ("bfloat16", None)
+    checkpoint["lora_gan"]["quantization"] = checkpoint["lora_gan"]["fingerprint"]["format"] = "4bit"
+    torch.save(checkpoint, path)
+
+    def load(*settings: Any) -> Any:
+        asked.append(settings[1:])
+        return load_base(settings[0], settings[1])
+
+    monkeypatch.setattr("lora_gan.backbone.load_base", load)
+    (tmp_path / "in.txt").write_text("hi\n", encoding="utf-8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    uses = [load_saved, partial(export, output=str(tmp_path / "out"))]
+    uses += [partial(generate, input=str(tmp_path / "in.txt"), output=str(tmp_path / "out.jsonl")), chat]
+    for use in uses:
+        with pytest.raises(LoraGANError, match=r"quantised to 4bit, .*none was found; --dequantize true .*bfloat16"):
+            use(path)
+    for use in uses[:-1]:
+        use(path, dequantize=True)
+    export(path, str(tmp_path / "merged"), merge=True)
+    assert set(asked) == {("bfloat16", None)} and len(asked) == 4
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lora_gan.inference.default_device", lambda: torch.device("cpu"))
+    saved = load_saved(path)
+    assert asked[4] == ("bfloat16", "4bit") and saved.backbone.fingerprint["format"] == "4bit"
 
 
 def test_a_base_that_has_moved_is_named(run: Make, bases: dict[str, str], tmp_path: Path) -> None:

@@ -12,14 +12,21 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.cache_utils import DynamicLayer
 
 from lora_gan import lightning_compat as compat
+from lora_gan.advantages import ValueGAE
+from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.cli.training import CLI
+from lora_gan.discriminator import HiddenStatesDiscriminator
 from lora_gan.errors import LoraGANError
+from lora_gan.stepper import Stepper
 from lora_gan.types import PromptBatch
+from tests.conftest import randomise
 from tests.helpers.steps import Build
 
 
@@ -199,10 +206,75 @@ def test_a_compiled_module_is_refused() -> None:
         compat.patched_forward([module], lambda m: m.forward).__enter__()
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_precisions_that_would_convert_the_adapters_are_refused(
     precision: Any, build: Build, batch: PromptBatch
 ) -> None:
-    trainer = L.Trainer(accelerator="cpu", precision=precision, max_steps=1, logger=False, enable_checkpointing=False)
-    with pytest.raises(LoraGANError, match=f"trainer.precision {precision} .*backbone.dtype: bfloat16"):
-        trainer.fit(build(), DataLoader([batch], batch_size=None))
+    """By every command, whether the precision is a setting or a plugin; the API's trainer is one of these."""
+    module, rows = build(), DataLoader([batch], batch_size=None)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    plugins: Any = [DoublePrecision() if precision == "64-true" else HalfPrecision(precision)]
+    for given in ({"precision": precision}, {"plugins": plugins}):
+        trainer = L.Trainer(max_steps=1, **given, **quiet)
+        for command in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+            with pytest.raises(LoraGANError, match=f"trainer.precision {precision} .*backbone.dtype: bfloat16"):
+                command(module, rows)
+    with pytest.raises(LoraGANError, match=f"trainer.precision {precision}"):
+        Stepper(module, torch.device("cpu"), precision)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_learns_is_in_float32_whatever_the_default_dtype_is(build: Build) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        module = build(advantage=ValueGAE(), model=HiddenStatesDiscriminator(), dtype="bfloat16")
+        module.backbone.take_snapshot()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kept = {name: tensor.dtype for name, tensor in module.state_dict().items() if name in module._kept()}
+    assert set(kept.values()) == {torch.float32}
+    assert {"generator.value_head.weight", "coefficients.policy", "discriminator.model.head.bias"} <= set(kept)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraSettings(4, 8),
+        LoraSettings(4, 8, ["q_proj", "embed_tokens"]),
+        LoraSettings(4, 8, use_dora=True),
+    ],
+)
+def test_adapters_are_switched_as_by_peft(lora: LoraSettings, bases: dict[str, str]) -> None:
+    """With a snapshot, with layers that only one adapter has, and with gradients that stay as they are."""
+    torch.manual_seed(0)
+    backbone = Backbone(bases["llama"], lora, LoraSettings(2, 4, ["q_proj", "v_proj"]))
+    randomise(backbone)
+    backbone.take_snapshot()
+    for parameter in backbone.parameters_of("generator"):
+        torch.nn.init.normal_(parameter, std=0.1)
+    layers = [m for m in backbone.lm.modules() if isinstance(m, BaseTunerLayer)]
+    learning = [name for name, p in backbone.named_parameters() if p.requires_grad]
+    ids = torch.arange(5, 12)[None]
+    logits = []
+    for adapter in (None, "generator", "discriminator", "snapshot", None):
+        compat.switch_adapter(layers, adapter)
+        found = backbone.causal_lm(input_ids=ids).logits
+        state = [(layer.disable_adapters, layer.active_adapters) for layer in layers]
+        assert [name for name, p in backbone.named_parameters() if p.requires_grad] == learning
+        for layer in layers:
+            layer.enable_adapters(adapter is not None)
+            if adapter is not None:
+                layer.set_adapter(adapter)
+        assert [(layer.disable_adapters, layer.active_adapters) for layer in layers] == state
+        assert torch.equal(backbone.causal_lm(input_ids=ids).logits, found)
+        backbone._let_both_learn()
+        logits.append(found.detach())
+    apart = [(x - y).abs().max() for i, x in enumerate(logits[:4]) for y in logits[:i]]
+    assert min(apart) > 1e-4 and torch.equal(logits[0], logits[4])
+
+
+def test_adapters_that_are_switched_otherwise_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(BaseTunerLayer, "_disable_adapters")
+    with pytest.raises(LoraGANError, match="BaseTunerLayer has no _disable_adapters in this version"):
+        compat.switch_adapter([], None)

@@ -27,6 +27,7 @@ from lora_gan.errors import LoraGANError, NonFiniteError, RewardError
 from lora_gan.generator import easiest
 from lora_gan.losses import ClippedPPO, PolicyLoss
 from lora_gan.module import LoraGANModule
+from lora_gan.number_formats import default_device, resolved_dtype
 from lora_gan.rewards import FunctionReward, LengthReward, NormalizeThenSum
 from lora_gan.rewards.adversarial import WinRate
 from lora_gan.sampling import Sampling
@@ -492,6 +493,21 @@ def test_bf16_mixed_runs(settings: dict[str, str], build: Build, batch: PromptBa
     changed = moved(before, recorder.weights[-1])
     assert changed and all("lora_" in name or "score_head" in name for name in changed)
     assert {recorder.weights[-1][name].dtype for name in changed} == {torch.float32}
+
+
+def test_a_checkpoint_names_the_number_format_and_resumes_in_another(
+    build: Build, batch: PromptBatch, tmp_path: Path
+) -> None:
+    """auto is float32 here; the weights of a bfloat16 base are others, so the base is known by its name then."""
+    path = tmp_path / "one.ckpt"
+    fit(build(dtype="auto"), [batch], 1)[1].save_checkpoint(path)
+    described = torch.load(path, weights_only=True)["lora_gan"]
+    wanted = resolved_dtype("auto", default_device())
+    assert (described["dtype"], described["fingerprint"]["format"], described["quantization"]) == (wanted, wanted, None)
+    resumed, _ = fit(build(dtype="bfloat16"), [batch], 2, ckpt_path=path)
+    assert len(resumed.reports) == 1
+    with pytest.raises(LoraGANError, match=r"base: .*gpt2.* in the checkpoint, .*llama.* now"):
+        fit(build("llama", dtype="bfloat16"), [batch], 2, ckpt_path=path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

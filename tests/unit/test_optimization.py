@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from lora_gan.advantages import GroupNormalised, MovingAverage, PredictedReward, ValueGAE
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR
+from lora_gan.discriminator import BradleyTerry
 from lora_gan.discriminator.replay import Replay
 from lora_gan.errors import LoraGANError
 from lora_gan.losses import ClippedPPO, Reinforce
@@ -33,7 +34,7 @@ from lora_gan.rewards import FunctionReward
 from lora_gan.rewards.adversarial import WinRate
 from lora_gan.types import PromptBatch
 from tests.conftest import randomise
-from tests.helpers.steps import Build, Recorder, fit, trainer
+from tests.helpers.steps import Build, Recorder, fit, half, trainer
 from tests.system.test_combinations import MODELS, OBJECTIVES
 
 # micro-batches
@@ -68,7 +69,13 @@ def anything(response: str, target: str) -> float:
 
 
 def gradients(
-    build: Build, batch: PromptBatch, size: int | None, *callbacks: L.Callback, steps: int = 1, **settings: Any
+    build: Build,
+    batch: PromptBatch,
+    size: int | None,
+    *callbacks: L.Callback,
+    steps: int = 1,
+    plugins: Sequence[Any] = (),
+    **settings: Any,
 ) -> tuple[list[list[Tensor]], list[dict[str, float]]]:
     """The gradients of all optimizer steps by role, and what each training step reported; no weight moves."""
     module = build(
@@ -79,7 +86,7 @@ def gradients(
         **settings,
     )
     randomise(module.backbone)
-    recorder, runner = fit(module, [batch], steps, *callbacks)
+    recorder, runner = fit(module, [batch], steps, *callbacks, plugins=list(plugins))
     return [optimizer.gradients for optimizer in runner.optimizers], recorder.reports  # type: ignore[attr-defined]
 
 
@@ -211,6 +218,70 @@ def test_the_rate_and_the_norm_of_the_gradient_are_logged(build: Build, batch: P
     assert report["generator/grad_norm"] > 1e-2
     assert "discriminator/grad_norm" not in report
     assert (report["generator/learning_rate"], report["discriminator/learning_rate"]) == pytest.approx((0.0, 1e-3))
+
+
+# 16-mixed: losses are scaled for the backward pass, so that small gradients are not 0 in float16
+
+
+def test_micro_batches_in_float16_have_one_scale_in_each_step(
+    build: Build, uneven: PromptBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale doubles after every step of an optimizer here, and never between the passes of one."""
+    plugin = half(growth_interval=1, init_scale=2.0**10)
+    scaler, scales = plugin.scaler, [list[float]()]  # at each backward pass, by optimizer step
+    scale, step = scaler.scale, scaler.step
+    monkeypatch.setattr(scaler, "scale", lambda loss: scales[-1].append(scaler.get_scale()) or scale(loss))
+    monkeypatch.setattr(scaler, "step", lambda optimizer: scales.append([]) or step(optimizer))
+    settings: dict[str, Any] = {**GENERATOR_CASES["everything"], "discriminator_updates": 2}
+    found, _ = gradients(build, uneven, 2, plugins=[plugin], **settings)
+    wanted, _ = gradients(build, uneven, None, plugins=[half(init_scale=2.0**10)], **settings)
+    assert scales == [[2.0**10] * 3, [2.0**11] * 3, [2.0**12] * 3, []]
+    errors = [difference(mine, theirs) for mine, theirs in zip(found, wanted, strict=True)]
+    assert max(errors) < 0.02, errors
+
+
+def test_a_step_that_overflows_is_left_out_and_not_counted(build: Build, batch: PromptBatch) -> None:
+    """The first scale is too large; it halves until a step succeeds, and schedules follow the steps that were taken."""
+    schedules: dict[str, Any] = {f"{role}_scheduler": lambda o: WarmupLinear(o, 0, 9) for role in ("generator",)}
+    plugin = half(init_scale=2.0**22)
+    module = build(policy=0.0, discriminator_updates=0, **schedules)
+    recorder, _ = fit(module, [batch], 8, plugins=[plugin])
+    taken = ["generator/grad_norm" in report for report in recorder.reports]
+    assert 0 < sum(taken) < 8 and not taken[0]
+    assert module.optimization.updates == {GENERATOR: sum(taken), DISCRIMINATOR: 0}
+    assert recorder.rates[-1][0] == pytest.approx(1e-3 * (1 - sum(taken) / 9))
+    assert plugin.scaler.get_scale() == 2.0 ** (22 - (8 - sum(taken)))
+
+
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("plugins", [[], [half()]], ids=["float32", "float16"])
+def test_without_anything_to_learn_from_there_is_no_step(
+    plugins: list[Any], size: int | None, build: Build, make_batch: Callable[..., PromptBatch]
+) -> None:
+    """Pairs need a target. GradScaler refuses a step of an optimizer without a gradient."""
+    module = build(objective=BradleyTerry(), negatives=[], policy=1.0, micro_batch_size=size)
+    recorder, _ = fit(module, [make_batch(("Say a", ""), ("Q: hello?", ""))], 2, plugins=plugins)
+    assert module.optimization.updates[DISCRIMINATOR] == 0 < module.optimization.updates[GENERATOR]
+    assert all("discriminator/grad_norm" not in report for report in recorder.reports)
+
+
+def test_fused_optimizers_are_refused_in_16_mixed(build: Build, batch: PromptBatch) -> None:
+    """They would divide by the scale after the gradient was clipped."""
+    settings: dict[str, Any] = {"generator_optimizer": lambda p: torch.optim.AdamW(p, fused=True)}
+    fit(build(**settings), [batch], 1, precision="bf16-mixed")
+    with pytest.raises(LoraGANError, match=r"generator\.optimizer: fused: true .* set fused: false, or .*bf16-mixed"):
+        fit(build(**settings), [batch], 1, plugins=[half()])
+
+
+def test_the_scale_is_resumed(build: Build, batch: PromptBatch, tmp_path: Path) -> None:
+    """Two steps and two more from the checkpoint are four, the scale among them."""
+    plugins = [half(growth_interval=1, init_scale=4.0) for _ in range(3)]
+    whole, _ = fit(build(), [batch], 4, plugins=plugins[:1])
+    _, runner = fit(build(), [batch], 2, plugins=plugins[1:2])
+    runner.save_checkpoint(tmp_path / "two.ckpt")
+    resumed, _ = fit(build(), [batch], 4, plugins=plugins[2:], ckpt_path=tmp_path / "two.ckpt")
+    assert plugins[2].scaler.get_scale() == plugins[0].scaler.get_scale() != plugins[1].scaler.get_scale()
+    assert all(torch.equal(x, resumed.weights[-1][name]) for name, x in whole.weights[-1].items())
 
 
 # schedules

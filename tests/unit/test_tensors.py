@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from lora_gan.tensors import (
     entropy,
     group_normalise,
+    in_float32,
     kl_k3,
     lengths_mask,
     masked_mean,
     masked_row_mean,
     pad,
+    scaled_gradient,
     token_logprobs,
     whiten,
 )
@@ -130,3 +133,30 @@ def test_group_normalise_by_hand() -> None:
     found = group_normalise(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2, 0.5)
     step = 1 / (2**0.5 + 0.5)
     torch.testing.assert_close(found, torch.tensor([-step, step, 0.0, 0.0]))
+
+
+def test_a_gradient_in_float16_neither_vanishes_nor_overflows() -> None:
+    """1e-9 is 0 in float16; times 2¹⁶ it is 6.6e-5. 1e3 times 2¹⁶ or 2¹² is infinite there, but not times 2⁴."""
+    x = torch.ones(1, requires_grad=True)
+    for slope in (1e-9, 1e3, 1e4):
+        assert scaled_gradient((x * slope).sum(), x).item() == pytest.approx(slope)
+        half = x.detach().half().requires_grad_()
+        assert scaled_gradient((half.float() * slope).sum(), half).item() == pytest.approx(slope, rel=1e-2)
+        with torch.autocast("cpu", torch.float16):
+            (product,) = torch.ones(1, 1) @ (x[:, None] * slope)
+        assert scaled_gradient(product.sum(), x).item() == pytest.approx(slope, rel=1e-2)
+    infinite = x.detach().half().requires_grad_()
+    assert scaled_gradient((infinite.float() * 1e9).sum(), infinite).isinf()
+
+
+def test_a_head_is_not_rounded_under_autocast() -> None:
+    """1 and 1.001 are one number in bfloat16, whose step there is 1 / 128."""
+    head = torch.nn.Linear(1, 1, bias=False)
+    head.weight.data.fill_(1.0)
+    states = torch.tensor([[1.0], [1.001]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(head(states).unique()) == 1
+        found = in_float32(head, states)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, states)

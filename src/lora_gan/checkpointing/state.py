@@ -19,12 +19,12 @@ from lora_gan.data.base import TextDataModule
 from lora_gan.data.templates import PromptFormat
 from lora_gan.distributed import gathered
 from lora_gan.errors import LoraGANError
-from lora_gan.lightning_compat import is_fitting, refuse_half_precision_weights
+from lora_gan.lightning_compat import is_fitting, refuse_other_weights
 from lora_gan.sampling import Sampling, end_turns
 from lora_gan.step_callback import StepModule
 from lora_gan.tensors import fingerprint
 
-CHECKPOINT_VERSION = 6  # since lora-gan 0.3.0
+CHECKPOINT_VERSION = 7  # since lora-gan 0.3.0
 
 
 class Checkpointed(StepModule):
@@ -49,7 +49,7 @@ class Checkpointed(StepModule):
     # random numbers
 
     def setup(self, stage: str) -> None:
-        refuse_half_precision_weights(self.trainer)
+        refuse_other_weights(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
             self.prompts = data.prompts
@@ -131,7 +131,7 @@ class Checkpointed(StepModule):
             return
         if there["weights"] != here["weights"]:  # the same base may lie in another folder
             yield from differences(there["base"], here["base"], "base")
-            if there["dtype"] == here["dtype"]:
+            if all(there[name] == here[name] for name in ("dtype", "quantization")):
                 yield from differences(there["weights"], here["weights"], "weights of the base")
         yield from differences(there["vocabulary"], here["vocabulary"], "vocabulary")
         yield from differences(there["model"], here["model"], "discriminator.model")
@@ -150,6 +150,7 @@ class Checkpointed(StepModule):
             "version": CHECKPOINT_VERSION,
             "base": self.base,
             "dtype": self.backbone.settings.dtype,
+            "quantization": self.backbone.settings.quantization,
             "weights": self._frozen_weights,
             "vocabulary": self._vocabulary,
             "model": {"class": type(model).__name__, "input_format": type(model.input_format).__name__},

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import lightning as L
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -21,6 +22,7 @@ from lora_gan.cli.hyperparameters import hyperparameters
 from lora_gan.cli.runs import claim_folder, claim_versions, continue_run, require_writable, runs_folder
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import overrides, subcommand_setting
+from lora_gan.number_formats import auto_precision, default_device, resolved_dtype, use_tensor_cores
 from lora_gan.program import program_name
 
 logger = logging.getLogger("lora_gan")
@@ -127,6 +129,7 @@ class CLI(LightningCLI):
         """Settle the configuration that the run uses and saves: complete, and each kind of callback once."""
         settings = self.config[self.config["subcommand"]]
         settings["extends"] = None
+        settle_formats(settings)
         if isinstance(settings.get("trainer.callbacks"), list):
             settings["trainer.callbacks"] = last_of_each_kind(settings["trainer.callbacks"])
         if not settings.get("trainer.fast_dev_run"):
@@ -138,6 +141,7 @@ class CLI(LightningCLI):
         if settings.get("trainer.logger") is False and not settings.get("trainer.fast_dev_run"):
             kwargs |= self._own_folder(runs_folder(settings))
         trainer = super().instantiate_trainer(**kwargs)
+        use_tensor_cores(trainer.strategy.root_device)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         if run := self._resumed_run():
@@ -186,6 +190,16 @@ class CLI(LightningCLI):
         if isinstance(self.model, LoraGANModule):
             assert self.trainer is not None
             end_run(self.trainer, self.model, self.datamodule, subcommand_setting(self, "test_after_fit"))
+
+
+def settle_formats(settings: jsonargparse.Namespace) -> None:
+    """Fill in the precision and the base's data type where they are left to the machine."""
+    device = default_device() if settings.get("trainer.accelerator") in ("auto", "gpu", "cuda") else torch.device("cpu")
+    if settings.get("trainer.precision") is None and not settings.get("trainer.plugins"):
+        settings["trainer.precision"] = auto_precision(device)
+    if dtype := settings.get("model.init_args.backbone.dtype"):
+        precision = settings.get("trainer.precision")
+        settings["model.init_args.backbone.dtype"] = resolved_dtype(dtype, device, precision)
 
 
 def _is_first_process() -> bool:

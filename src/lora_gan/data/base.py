@@ -53,7 +53,8 @@ class TextDataModule(L.LightningDataModule):
                 of the model.
             chat: Write prompts with the chat template of the tokenizer instead of the templates of the source; by
                 default where the tokenizer has one and the source gives dialogues.
-            system: The system message of a chat; by default the one of the source, if it has one.
+            system: The system message of every dialogue, in place of its own, which counts as repaired; needs a chat
+                template. By default that of the source or of each row, where there is one.
             chat_template_kwargs: Further variables of the chat template, such as {enable_thinking: false}.
         """
         super().__init__()
@@ -106,7 +107,16 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def length_filter(self) -> LengthFilter:
-        """Tokenises examples and leaves out what is too long; it counts from 0."""
+        """Tokenises examples and leaves out what is too long; it counts from 0.
+
+        Raises:
+            LoraGANError: There is a system message, and no chat template that writes it.
+        """
+        if self.system is not None and not self.prompts.chat:
+            raise LoraGANError(
+                f"data.init_args.system has no effect: prompts are written {describe_prompts(self)}; leave it out and "
+                "write the instruction into the rows or the template of the source, or take a base made for chat"
+            )
         return LengthFilter(self.tokenizer, self.limits, self.prompts)
 
 
@@ -151,7 +161,7 @@ def collate(items: Sequence[Encoded]) -> PromptBatch:
 
 def format_counts(counts: Counter[str]) -> str:
     """The counts by reason, in one line."""
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted((+counts).items())) or "none"
 
 
 def silence_resume_advice() -> None:

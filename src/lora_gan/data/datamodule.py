@@ -18,6 +18,7 @@ from lora_gan.data.base import (
     format_counts,
     silence_resume_advice,
 )
+from lora_gan.data.checks import checked
 from lora_gan.data.fitting import LengthLimits
 from lora_gan.data.sampler import BucketSampler, EpochPosition
 from lora_gan.data.source import Source
@@ -33,6 +34,11 @@ MORE_ROWS = (
     f"give more rows: with {SMALLEST} different prompts each split gets one, unless data.init_args.validation or "
     "data.init_args.test is 0"
 )
+EFFECTS = {  # of an empty split
+    "train": ": fit ends with an error",
+    "validation": ": validation is skipped",
+    "test": ": fit ends without its test",
+}
 log = logging.getLogger("lora_gan")
 
 
@@ -108,6 +114,8 @@ class InstructionDataModule(TextDataModule):
             return
         self.read()
         log.info(self._summary())
+        if not self.splits["test"].items and self.fractions["test"]:
+            log.warning(self.without("test", EFFECTS["test"]))
 
     def read(self) -> None:
         """Reads the source and splits, tokenises and thins its examples.
@@ -115,7 +123,7 @@ class InstructionDataModule(TextDataModule):
         Raises:
             DataError: There is no usable row, or nothing fits into the limits.
         """
-        examples = list(self.source.rows())
+        examples = list(checked(self.source.rows(), self.source.name))
         if not examples:
             raise DataError(
                 f"{self.origin} gives no usable row (dropped: {format_counts(self.source.dropped)}); fix the rows"
@@ -127,8 +135,6 @@ class InstructionDataModule(TextDataModule):
         self.splits = split | held_out
         if not any(split.items for split in self.splits.values()):
             raise self._nothing_fits(examples)
-        if not self.splits["test"].items and self.fractions["test"]:
-            log.warning("no test examples%s: fit ends without its test; %s", self._dropped("test"), MORE_ROWS)
 
     def train_dataloader(self) -> DataLoader[Encoded]:
         """A new order each epoch, dealt out to the processes; what does not fill a step is left out."""
@@ -219,15 +225,23 @@ class InstructionDataModule(TextDataModule):
     def _items(self, name: str) -> tuple[Encoded, ...]:
         items = self.splits[name].items
         if not items and name == "validation":
-            log.warning("no validation examples%s: validation is skipped; %s", self._dropped(name), MORE_ROWS)
+            log.warning(self.without(name, EFFECTS[name]))
         elif not items and not (name == "test" and self.trains):
             note = f" ({self.source.note})" * bool(self.source.note)
-            raise DataError(f"{self.origin} leaves no {name} examples{self._dropped(name)}; {MORE_ROWS}{note}")
+            raise DataError(f"{self.origin} leaves {self.without(name)}{note}")
         return items
 
-    def _dropped(self, name: str) -> str:
-        dropped = self.splits[name].dropped
-        return f" (dropped: {format_counts(dropped)})" if dropped else ""
+    def gaps(self) -> list[str]:
+        """For each empty split that ``fit`` wants, what it says of that."""
+        wanted = {"test": self.fractions["test"] > 0}
+        empty = [name for name, split in self.splits.items() if not split.items and wanted.get(name, True)]
+        return [self.without(name, EFFECTS[name]) for name in empty]
+
+    def without(self, name: str, effect: str = "") -> str:
+        """That a split is empty, the effect of that, and how to fill it."""
+        dropped = +self.splits[name].dropped
+        counts = f" (dropped: {format_counts(dropped)})" if dropped else ""
+        return f"no {name} examples{counts}{effect}; {MORE_ROWS}"
 
     def _fit(self, placed: SplitExamples) -> Split:
         """Tokenises and leaves out what is too long: examples, or single negatives."""
@@ -246,6 +260,8 @@ class InstructionDataModule(TextDataModule):
         items = encode(self.tokenizer, examples)
         prompt = max(len(item.prompt_ids) for item in items)
         target = max(len(item.target_ids) for item in items)
+        if not prompt:
+            return DataError(f"every prompt of {self.origin} is empty, so there is nothing to complete; write prompts")
         return DataError(
             f"no example of {self.origin} fits: the longest prompt has {prompt} tokens "
             f"(max_prompt_tokens {self.max_prompt_tokens}), the longest target {target} "
@@ -265,8 +281,8 @@ class InstructionDataModule(TextDataModule):
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
-            cut = f" (prompts cut: {split.repaired['prompt_cut']:,})" if split.repaired["prompt_cut"] else ""
-            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {format_counts(split.dropped)}{cut}")
+            repaired = f" (repaired: {format_counts(split.repaired)})" * bool(+split.repaired)
+            lines.append(f"  {name:<12}{len(split.items):>8,}{groups:>8,}  {format_counts(split.dropped)}{repaired}")
         if self.source.note:
             lines.append(f"  note: {self.source.note}")
         return "\n".join(lines)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
-from lora_gan.data.files import Row, clean
+from lora_gan.data.files import Row
 from lora_gan.errors import DataError
 from lora_gan.types import Message
 
@@ -19,23 +20,27 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
 }
+_SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")  # of Anthropic's preferences: "\n\nHuman: …\n\nAssistant: …"
 
 
 def dialogue(row: Row, prompt: str | None, reply: str) -> list[Message]:
     """The turns in the field ``reply`` after those in ``prompt``, unless ``reply`` repeats them.
 
-    A field ``system`` is the system message where the turns have none. Replies before the first question are left out.
+    A field ``system`` is the system message where the turns have none. Replies before the first question, which most
+    chat templates cannot write, are left out; the row says so in ``repaired``.
 
     Raises:
         DataError: A field is missing or is no text or list of messages, or a message has another role or no text.
     """
     opening = messages(row, prompt, "user") if prompt else []
-    turns = messages(row, reply, "assistant") if prompt else _list_of_messages(row, reply)
+    turns = messages(row, reply, "assistant") if prompt else _whole(row, reply)
     if not all(turn in turns for turn in opening):
         turns = opening + turns
     if all(turn.role != "system" for turn in turns):
         turns = [Message("system", row.text("system", default="")), *turns]
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    if first < len(turns) and any(turn.role == "assistant" for turn in turns[:first]):
+        row.repaired.add("turns_before_the_first_question")
     return [turn for turn in turns[:first] if turn.role == "system" and turn.content] + turns[first:]
 
 
@@ -51,20 +56,38 @@ def is_dialogue(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(turn, Mapping) for turn in value)
 
 
+def is_transcript(value: object) -> bool:
+    """Whether a field holds a whole dialogue as one text, ``"\\n\\nHuman: …\\n\\nAssistant: …"``."""
+    return isinstance(value, str) and bool(_SPEAKER.match(value))
+
+
+def _whole(row: Row, field: str) -> list[Message]:
+    """The dialogue in a field, from its first turn on."""
+    value = row.values.get(field)
+    if not isinstance(value, str):
+        return _list_of_messages(row, field)
+    if not is_transcript(value):
+        raise DataError(
+            f"{row.where}: the field {field!r} is str, not a list of messages, and there is no field 'prompt' that it "
+            'could answer; add one, or write the dialogue as "\\n\\nHuman: …\\n\\nAssistant: …"'
+        )
+    speakers = _SPEAKER.split(value)[1:]
+    pairs = zip(speakers[::2], speakers[1::2], strict=True)
+    return [Message("user" if name == "Human" else "assistant", row.clean(text)) for name, text in pairs]
+
+
 def _list_of_messages(row: Row, field: str) -> list[Message]:
     value = row.values.get(field)
     if not isinstance(value, list):
         if field not in row.values:
             row.text(field)  # says which fields there are
         kind = "null" if value is None else type(value).__name__
-        raise DataError(
-            f"{row.where}: the field {field!r} is {kind}, not a list of messages or a text; put a number in quotes, or "
-            "fix or delete the row"
-        )
-    return [_message(turn, f"{row.where}: turn {n} of {field!r}") for n, turn in enumerate(value, start=1)]
+        remedy = "put the number in quotes, or " * isinstance(value, int | float) + "fix or delete the row"
+        raise DataError(f"{row.where}: the field {field!r} is {kind}, not a list of messages or a text; {remedy}")
+    return [_message(row, turn, f"{row.where}: turn {n} of {field!r}") for n, turn in enumerate(value, start=1)]
 
 
-def _message(turn: object, where: str) -> Message:
+def _message(row: Row, turn: object, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} is {type(turn).__name__}, not an object with role and content; fix or delete the row")
     named = turn.get("role", turn.get("from"))
@@ -72,7 +95,9 @@ def _message(turn: object, where: str) -> Message:
     if role is None:
         raise DataError(f"{where} has the role {named!r}, not system, user or assistant; change or delete the row")
     content = turn.get("content", turn.get("value"))
-    return Message(role, clean("".join(_texts(content, where))), learned=_learned(turn, where))
+    if content is None and (turn.get("tool_calls") or turn.get("function_call")):
+        raise DataError(f"{where} calls a tool and says nothing; tool calls cannot be learned, so delete the row")
+    return Message(role, row.clean("".join(_texts(content, where))), learned=_learned(turn, where))
 
 
 def _learned(turn: Mapping[str, object], where: str) -> bool:

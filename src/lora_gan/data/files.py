@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,11 +32,12 @@ OnBadRow = Callable[[DataError], None]
 
 @dataclass(frozen=True)
 class Row:
-    """A raw row and its location."""
+    """A raw row and its location. ``repaired`` says in what ways its texts were repaired when they were read."""
 
     values: Mapping[str, object]
     where: str  # "my.json, row 7"
     split: str = ""  # official split; "" if it has none
+    repaired: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def get(self, *path: str) -> object:
         """The value at ``path`` in nested objects; None if a key is missing."""
@@ -62,26 +63,34 @@ class Row:
         if not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
             raise DataError(f"{self.where}: the field {field!r} is {kind}, not text; fix or delete the row")
-        return clean(value)
+        return self.clean(value)
+
+    def clean(self, text: str) -> str:
+        """:func:`clean`, noted in :attr:`repaired` where it takes out characters."""
+        if _CONTROL.search(text):
+            self.repaired.add("control_characters_removed")
+        return clean(text)
 
     def texts(self, field: str) -> list[str]:
         """The cleaned texts in ``field``: of a list without its nulls, or a single one."""
         value = self.values.get(field)
         given = [value] if isinstance(value, str) else value
         present = [text for text in given if text is not None] if isinstance(given, list) else given
-        return strings(present, field, self.where)
+        return strings(present, field, self)
 
 
-def strings(value: object, field: str, where: str) -> list[str]:
-    """``value`` as a list of cleaned texts; :class:`DataError` if it is not a list of texts."""
+def strings(value: object, field: str, row: Row) -> list[str]:
+    """``value`` of a row as a list of cleaned texts; :class:`DataError` if it is not a list of texts."""
     if not isinstance(value, list):
         kind = "missing or null" if value is None else f"{type(value).__name__}, not a list of texts"
-        raise DataError(f"{where}: the field {field!r} is {kind}; fix or delete the row")
+        raise DataError(f"{row.where}: the field {field!r} is {kind}; fix or delete the row")
     for text in value:
         if not isinstance(text, str):
             kind = "null" if text is None else type(text).__name__
-            raise DataError(f"{where}: the list in the field {field!r} holds {kind}, not text; fix or delete the row")
-    return [clean(text) for text in value]
+            raise DataError(
+                f"{row.where}: the list in the field {field!r} holds {kind}, not text; fix or delete the row"
+            )
+    return [row.clean(text) for text in value]
 
 
 def clean(text: str) -> str:
@@ -112,6 +121,8 @@ def read_rows(path: str, split: str = "train", bad: OnBadRow = refuse, config: s
     Raises:
         DataError: The file or the data set cannot be read.
     """
+    if not path.strip():
+        raise DataError("no data file is named; set data.init_args.path to a file or to an id of a data set on the hub")
     return _read_hub(path, split, config) if is_hub_id(path) else _read_file(Path(path).expanduser(), bad)
 
 
@@ -228,6 +239,8 @@ def repeated(names: Iterable[str]) -> list[str]:
 
 
 def _jsonl_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
+    if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
+        raise DataError(f"{file} holds one JSON list, not an object on each line; rename the file to .json")
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -262,11 +275,11 @@ def _csv_rows(file: Path, text: str, bad: OnBadRow) -> Iterator[Row]:
         if twice := repeated(filter(None, reader.fieldnames or ())):
             raise DataError(f"{file}: the column {twice[0]!r} occurs twice; rename or delete one of the two")
         for number, row in enumerate(reader, start=1):
-            where = f"{file}, row {number}"
+            where, columns = f"{file}, row {number}", len(reader.fieldnames or ())
             if None not in row:
-                yield Row(row, where)
+                cells = {name: cell for name, cell in row.items() if cell is not None}
+                yield Row(cells, where + f" ({len(cells)} of {columns} cells)" * (len(cells) < columns))
                 continue
-            columns = len(reader.fieldnames or ())
             bad(
                 DataError(
                     f"{where}: more cells than the {columns} columns of the header; "

@@ -75,6 +75,7 @@ class LengthFilter:
         """The examples that fit, with the negatives that fit."""
         adopt_turn_end(self.tokenizer, self.prompts)
         written = [self.prompts.write(self.tokenizer, example) for example in examples]
+        self.repaired["own_system_message_replaced"] += sum(map(self.prompts.replaces_system, examples))
         for item in encode_large(self.tokenizer, written):
             shortened = self._shortened(item)
             reason = self._fault(shortened)

@@ -58,7 +58,8 @@ def _title(name: str, data: InstructionDataModule) -> str:
         f"target, {_limit(data.limits.total)} in total",
         f"fits: {_share_that_fits(data.splits.values()):.1%} of the examples",
     ]
-    return "\n".join(lines + [f"note: {data.source.note}"] * bool(data.source.note))
+    lines += [f"note: {data.source.note}"] * bool(data.source.note)
+    return "\n".join(lines + [f"warning: {gap}" for gap in data.gaps()])
 
 
 def _limit(tokens: int) -> str:

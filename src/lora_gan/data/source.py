@@ -140,10 +140,12 @@ class RowSource(Source):
     def accept(self, row: Row) -> Sequence[Example]:
         """:meth:`examples`, or what :attr:`on_bad_row` says where the row has a fault."""
         try:
-            return self.examples(row)
+            examples = self.examples(row)
         except DataError as error:
             self.bad(error)
             return ()
+        self.repaired.update(row.repaired)
+        return examples
 
     def _usable(self) -> Iterator[Example]:
         for row in self.read():

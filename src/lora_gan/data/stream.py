@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lora_gan.data.base import TextDataModule, collate, format_counts, silence_resume_advice
+from lora_gan.data.checks import check, checked
 from lora_gan.data.files import line_row
 from lora_gan.data.fitting import LengthFilter
 from lora_gan.data.source import RowSource
@@ -88,17 +89,23 @@ class StreamDataModule(TextDataModule):
         return self.length_filter()
 
     def setup(self, stage: str | None = None) -> None:
-        """Takes the rows of validation, once."""
+        """Takes the rows of validation, once.
+
+        Raises:
+            DataError: There is no row to validate on or, in ``fit``, the stream ended before one to train on.
+        """
         if self.validation:
             return
         if self.validation_path:
-            examples = list(self.source.with_path(self.validation_path).rows())
+            examples = list(checked(self.source.with_path(self.validation_path).rows(), self.source.name))
             self.validation = tuple(self.fitter.fit(examples))
         elif self.validation_rows:
             self.validation = tuple(islice(self.rows(), self.validation_rows))
         if (self.validation_path or self.validation_rows) and not self.validation:
             raise DataError(f"{self.validation_path or self.path} gives no row to validate on; give more rows")
         if self.validation_rows:
+            if stage == "fit" and len(self.validation) < self.validation_rows:
+                raise self._nothing_to_train_on()
             self.trained = _position(self.validation[-1].example)
 
     def train_dataloader(self) -> DataLoader[Encoded]:
@@ -128,7 +135,14 @@ class StreamDataModule(TextDataModule):
     def training_rows(self) -> Iterator[Encoded]:
         """Every row; at the end of the stream training ends, too."""
         yield from self.rows()
-        log.info("the stream %s has ended; rows dropped: %s", self.path, format_counts(self.dropped))
+        repaired = format_counts(self.source.repaired + self.fitter.repaired)
+        log.info(
+            "the stream %s has ended; rows dropped: %s; repaired: %s", self.path, format_counts(self.dropped), repaired
+        )
+        if not self.rows_trained and self.fetched == self.trained:
+            if self.validation_rows:
+                raise self._nothing_to_train_on()
+            log.warning(str(self._nothing_to_train_on()))  # nothing new has arrived
         self.ended = True
         self._stop_at_the_end()
 
@@ -162,6 +176,15 @@ class StreamDataModule(TextDataModule):
             self.tail.close()
             del self.tail
 
+    def _nothing_to_train_on(self) -> DataError:
+        usable = len(self.validation) if self.validation_rows else 0
+        taken = f", and validation_rows: {self.validation_rows} takes them all for validation" * bool(usable)
+        lower = f"lower data.init_args.validation_rows below {usable}, or " * bool(usable)
+        return DataError(
+            f"the stream {self.path} ended after {usable} usable rows (dropped: {format_counts(self.dropped)}){taken}, "
+            f"so there is nothing to train on; {lower}give more rows"
+        )
+
     def _stop_at_the_end(self) -> None:
         if self.ended and self.trained == self.fetched and self.trainer is not None:
             self.trainer.should_stop = True
@@ -172,7 +195,9 @@ class StreamDataModule(TextDataModule):
         if not line.content.strip():
             return
         try:
-            example = self.source.example(line_row(_decoded(line, where), where))
+            row = line_row(_decoded(line, where), where)
+            example = self.source.example(row)
+            self.source.repaired.update(row.repaired)
         except DataError as error:
             if line.whole:
                 self.source.bad(error)
@@ -180,6 +205,7 @@ class StreamDataModule(TextDataModule):
                 log.warning("%s has no line break and cannot be read; the next run reads it", where)
             return
         if example is not None:
+            check(example, where)
             yield from self.fitter.fit([replace(example, stream_end=(line.end, line.number))])
 
 

@@ -133,7 +133,7 @@ def as_chat(
     Args:
         tokenizer: Has the template.
         example: Has messages.
-        system: Replaces the system message of the dialogue; None leaves it.
+        system: Takes the place of the system messages of the dialogue; None leaves them.
         options: Further variables of the template, such as enable_thinking.
 
     Raises:
@@ -284,6 +284,11 @@ class PromptFormat:
     def write(self, tokenizer: PreTrainedTokenizerBase, example: Example) -> Example:
         """``example`` with its prompt in this format; raises as :func:`as_chat`."""
         return as_chat(tokenizer, example, self.system, self.chat_template_kwargs) if self.chat else example
+
+    def replaces_system(self, example: Example) -> bool:
+        """Whether :meth:`write` takes an own system message out of the example."""
+        own = [message.content for message in example.messages if message.role == "system"]
+        return self.chat and self.system is not None and own not in ([], [self.system])
 
     def asked(self, question: str) -> Example:
         """One question as an example of the run.

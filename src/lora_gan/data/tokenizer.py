@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
+_HALF = re.compile("[\ud800-\udfff]")  # lone surrogates
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = F
     """Ids of texts; ``literal`` encodes control tokens as plain text, so that quoting one does not end a completion."""
     if not texts:
         return []
+    for text in texts:
+        _check_whole(text)
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -154,6 +157,15 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool = F
         verbose=False,
     )
     return [tuple(map(shared, ids)) for ids in encoded["input_ids"]]
+
+
+def _check_whole(text: str) -> None:
+    """Refuse lone surrogates, of which a tokenizer only says that it got no text."""
+    if not text.isascii() and (half := _HALF.search(text)):
+        raise LoraGANError(
+            f"the text {text[:40]!r} holds half of a character, {half.group()!r} at {half.start()}, which no tokenizer "
+            "can read; clean it with lora_gan.data.files.clean"
+        )
 
 
 @cache

@@ -22,6 +22,7 @@ from lora_gan.discriminator.objectives import (
     discriminator_metrics,
 )
 from lora_gan.discriminator.replay import Episode, Replay
+from lora_gan.distributed import any_of
 from lora_gan.errors import LoraGANError
 from lora_gan.optimization import Optimization, adamw
 from lora_gan.types import (
@@ -184,10 +185,13 @@ class Discriminator(nn.Module):
             optimization.backward(DISCRIMINATOR, {"discriminator": loss})
             return
         cached = [values for part in scored for values in part.values()]
-        slopes = iter(torch.autograd.grad(loss, cached, materialize_grads=True))
+        slopes = torch.autograd.grad(loss, cached, materialize_grads=True)  # of float32 scores, so without a scale
+        if not any_of(any(bool(slope.any()) for slope in slopes)):
+            return
+        remaining = iter(slopes)
         for part in parts:
             again = self.model(backbone, part) if part.prompts else {}
-            products = {f"discriminator_{kind}": (values * next(slopes)).sum() for kind, values in again.items()}
+            products = {f"discriminator_{kind}": (values * next(remaining)).sum() for kind, values in again.items()}
             optimization.backward(DISCRIMINATOR, products)
 
     def _outputs(
@@ -199,13 +203,12 @@ class Discriminator(nn.Module):
             values = torch.cat([part[kind] for part in scored if part])
             prompt = batch.prompt_of(kind)
             completions = [completion for row in batch.completions[kind] for completion in row]
-            same = [batch.is_target(x, b) for x, b in zip(completions, prompt.tolist(), strict=True)]
             result[kind] = DiscriminatorOutput(
                 score=values[:, 0],
                 auxiliary=values[:, 1],
                 prompt=prompt,
                 length=prompt.new_tensor([len(completion) for completion in completions]),
-                is_target=torch.tensor(same, dtype=torch.bool, device=prompt.device),
+                is_target=torch.tensor(batch.are_targets(kind), dtype=torch.bool, device=prompt.device),
                 reward=batch.rewards.get(kind),
                 parts=batch.parts.get(kind, {}),
             )

@@ -20,7 +20,9 @@ from lora_gan.backbone import (
     Backbone,
     LoraSettings,
     check_no_dropout,
+    layers_to_recompute,
     load_base,
+    recomputing,
     usable_vocabulary,
     width_of_states,
     with_adapter,
@@ -29,6 +31,8 @@ from lora_gan.context import model_context
 from lora_gan.data.tokenizer import encode_completions, load_tokenizer
 from lora_gan.discriminator.inputs import DiscriminatorInput, InputFormat, PromptAndCompletion
 from lora_gan.errors import LoraGANError
+from lora_gan.number_formats import AUTO
+from lora_gan.tensors import in_float32
 from lora_gan.tree import PromptTree, grow
 from lora_gan.types import DiscriminatorBatch
 
@@ -121,7 +125,10 @@ class OwnBaseDiscriminator(DiscriminatorModel):
         base: "builtin", a hub id or a local folder.
         lora: Shape of its adapter.
         input_format: What it reads; by default the completion after its prompt.
-        dtype: Data type of its frozen weights.
+        dtype: Data type of its frozen weights: float32, bfloat16 or float16, or auto: bfloat16 where the machine has a
+            CUDA GPU that computes in it, else float32.
+        quantization: "4bit" or "8bit" quantises its linear layers (bitsandbytes, on a CUDA GPU).
+        gradient_checkpointing: Keep only the inputs of its layers and recompute the layers in the backward pass.
     """
 
     def __init__(
@@ -129,16 +136,19 @@ class OwnBaseDiscriminator(DiscriminatorModel):
         base: str,
         lora: LoraSettings = LoraSettings(),
         input_format: InputFormat | None = None,
-        dtype: str = "float32",
+        dtype: str = AUTO,
+        quantization: str | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(input_format)
         check_no_dropout(lora)
-        model = load_base(base, dtype)
+        model = load_base(base, dtype, quantization)
         self.tokenizer = load_tokenizer(base)
         self.context_length = model_context(model.config)
         self.lm = with_adapter(model, lora, DISCRIMINATOR)
+        self._recomputed = layers_to_recompute(self.lm) if gradient_checkpointing else []
         _warn_of_unused_head(self.lm)
-        self.head = nn.Linear(width_of_states(model), 2)
+        self.head = nn.Linear(width_of_states(model), 2, dtype=torch.float32)
         self._tree_forward = TreeForward(self.lm.get_base_model())
         usable_vocabulary(model, self.tokenizer)
         self.train(False)
@@ -147,8 +157,9 @@ class OwnBaseDiscriminator(DiscriminatorModel):
         reading = self.input_format(self._translated(batch, backbone.tokenizer), self.tokenizer)
         tree = _tree(reading, self.context_length)
         nowhere = tree.ids.new_zeros(0)
-        hidden = self._tree_forward(tree, nowhere, nowhere).hidden
-        return {kind: self.head(hidden[b.row, b.last].float()) for kind, b in tree.branches.items()}
+        with recomputing(self._recomputed, preserve_rng_state=False):
+            hidden = self._tree_forward(tree, nowhere, nowhere).hidden
+        return {kind: in_float32(self.head, hidden[b.row, b.last]) for kind, b in tree.branches.items()}
 
     def train(self, mode: bool = True) -> OwnBaseDiscriminator:
         return super().train(False)
@@ -190,12 +201,15 @@ class HiddenStatesDiscriminator(DiscriminatorModel):
         if min(width, layers, heads) < 1 or width % heads:
             raise LoraGANError(f"width {width} must be a multiple of heads {heads}, and all of them at least 1")
         self.width = width
-        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        block = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True, dtype=torch.float32
+        )
         self.encoder = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 2)
+        self.head = nn.Linear(width, 2, dtype=torch.float32)
 
     def build(self, backbone: Backbone) -> None:
-        self.project = nn.Sequential(nn.LayerNorm(backbone.hidden_size), nn.Linear(backbone.hidden_size, self.width))
+        size, kind = backbone.hidden_size, torch.float32
+        self.project = nn.Sequential(nn.LayerNorm(size, dtype=kind), nn.Linear(size, self.width, dtype=kind))
 
     def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
         tree = _tree(self.input_format(batch, backbone.tokenizer), backbone.context_length)
@@ -208,8 +222,8 @@ class HiddenStatesDiscriminator(DiscriminatorModel):
     def _classify(self, states: Tensor, mask: Tensor) -> Tensor:
         """(M, T, H) → (M, 2), the mean over each completion's tokens."""
         encoded = self.encoder(self.project(states), src_key_padding_mask=~mask)
-        outputs: Tensor = self.head(torch.where(mask[..., None], encoded, 0).sum(1) / mask.sum(1, keepdim=True))
-        return outputs
+        mean = torch.where(mask[..., None], encoded.float(), 0).sum(1) / mask.sum(1, keepdim=True)
+        return in_float32(self.head, mean)
 
 
 def _warn_of_unused_head(lm: PeftModel) -> None:

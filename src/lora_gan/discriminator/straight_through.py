@@ -11,6 +11,7 @@ from lora_gan.discriminator.models import DiscriminatorModel
 from lora_gan.discriminator.objectives import SAMPLED
 from lora_gan.errors import LoraGANError
 from lora_gan.losses import straight_through
+from lora_gan.tensors import scaled_gradient
 from lora_gan.types import DiscriminatorBatch, PromptBatch, Rollout
 
 
@@ -57,7 +58,7 @@ class StraightThrough:
             words = backbone.embed(weights)
             embedded = backbone.causal_lm.get_input_embeddings()(tree.ids).detach().requires_grad_()
             loss = -logsigmoid(model.score_embedded(backbone, tree, embedded)[SAMPLED][:, 0]).mean()
-            (gradient,) = torch.autograd.grad(loss, embedded)
+            gradient = scaled_gradient(loss, embedded)
         passed_on = (words[is_word[rollout.mask]] * gradient[rows, columns]).sum()
         result: Tensor = loss.detach() + passed_on - passed_on.detach()
         return result

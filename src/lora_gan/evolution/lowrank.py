@@ -6,12 +6,13 @@ mutated by their products. r is the rank, R the rank of a sum before it is reduc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from lora_gan.errors import LoraGANError
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,15 @@ class Singular:
         return Factors(self.vh[:r].to(like.a).contiguous(), b.to(like.b).contiguous(), like.scale)
 
 
-def inner(x: Factors, y: Factors) -> float:
-    """⟨ΔW_x, ΔW_y⟩ = tr((B_xᵀB_y)(A_yA_xᵀ)), in float64."""
+def inner(x: Factors, y: Factors) -> Tensor:
+    """⟨ΔW_x, ΔW_y⟩ = tr((B_xᵀB_y)(A_yA_xᵀ)), a scalar in float64."""
     left, right = x.b.double().T @ y.b.double(), x.a.double() @ y.a.double().T
-    return x.scale * y.scale * float((left * right).sum())
+    return x.scale * y.scale * (left * right).sum()
 
 
-def norm(x: Factors) -> float:
-    """Frobenius norm of ΔW."""
-    return math.sqrt(max(inner(x, x), 0.0))
+def norm(x: Factors) -> Tensor:
+    """Frobenius norm of ΔW, a scalar in float64."""
+    return inner(x, x).clamp(min=0).sqrt()
 
 
 def total(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
@@ -78,20 +79,55 @@ def total(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
 
 def singular(x: Factors) -> Singular:
     """Singular values and vectors of ΔW by two QR decompositions, in float64."""
-    left, right = torch.linalg.qr(x.b.double()), torch.linalg.qr(x.a.double().T)
-    core = torch.linalg.svd(x.scale * left.R @ right.R.T)
-    return Singular(left.Q @ core.U, core.S, core.Vh @ right.Q.T)
+    return singulars({"": x})[""]
 
 
-def mix(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """Σ cᵢ·ΔWᵢ with the rank of the first: exact if that rank suffices, else the best approximation."""
-    return singular(total(updates, coefficients)).factors(updates[0])
+def singulars(weights: Weights) -> dict[str, Singular]:
+    """:func:`singular` of each module; those of one shape are decomposed together, as a GPU needs as long for one."""
+    by_shape: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for name, x in weights.items():
+        by_shape.setdefault((x.a.shape, x.b.shape), []).append(name)
+    found: dict[str, Singular] = {}
+    for names in by_shape.values():
+        found.update(zip(names, _decomposed([weights[name] for name in names]), strict=True))
+    return {name: found[name] for name in weights}
 
 
-def lost(updates: Sequence[Factors], coefficients: Sequence[float]) -> float:
-    """Share of the norm of Σ cᵢ·ΔWᵢ that :func:`mix` drops."""
-    squares = singular(total(updates, coefficients)).values.square()
-    return math.sqrt(float(squares[updates[0].rank :].sum() / squares.sum().clamp(min=1e-300)))
+def _decomposed(alike: Sequence[Factors]) -> list[Singular]:
+    left = torch.linalg.qr(torch.stack([x.b for x in alike]).double())
+    right = torch.linalg.qr(torch.stack([x.a for x in alike]).double().mT)
+    scales = left.R.new_tensor([x.scale for x in alike])[:, None, None]
+    core = torch.linalg.svd(scales * left.R @ right.R.mT)
+    return [Singular(*parts) for parts in zip(left.Q @ core.U, core.S, core.Vh @ right.Q.mT, strict=True)]
+
+
+def mix(updates: Sequence[Weights], coefficients: Sequence[float], most_lost: float = 1.0) -> Weights:
+    """Σ cᵢ·ΔWᵢ of each module with the rank of the first: exact if that rank suffices, else the best approximation.
+
+    Raises:
+        LoraGANError: More than the share ``most_lost`` of a module's norm would be lost.
+    """
+    first = updates[0]
+    found = singulars({name: total([x[name] for x in updates], coefficients) for name in first})
+    if most_lost < 1:
+        _check_lost(found, first, most_lost)
+    return {name: found[name].factors(x) for name, x in first.items()}
+
+
+def lost(whole: Singular, rank: int) -> Tensor:
+    """Share of the norm of ΔW that its largest ``rank`` components lack, a scalar."""
+    squares = whole.values.square()
+    return (squares[rank:].sum() / squares.sum().clamp(min=1e-300)).sqrt()
+
+
+def _check_lost(found: Mapping[str, Singular], like: Weights, most: float) -> None:
+    shares = torch.stack([lost(found[name], x.rank) for name, x in like.items()]).tolist()
+    for (name, x), share in zip(like.items(), shares, strict=True):
+        if share > most + 1e-6:
+            raise LoraGANError(
+                f"the sum of the updates needs more rank than the {x.rank} of the adapters: {share:.0%} of the norm of "
+                f"{name} would be lost; raise generator.lora.rank or most_lost"
+            )
 
 
 def moved_b(x: Factors, by: Tensor) -> Factors:

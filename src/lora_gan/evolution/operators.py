@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution.lowrank import Factors, Singular, Weights, lost, mix, moved_a, moved_b, norm, singular
+from lora_gan.evolution.lowrank import Factors, Singular, Weights, mix, moved_a, moved_b, norm, singular
 
 # mutation
 
@@ -71,7 +71,7 @@ class ScaledMutation(Mutation):
     def _anchored(self, child: Weights, start: Weights) -> Weights:
         if self.anchor == 0:
             return child
-        return {name: mix([x, start[name]], [1 - self.anchor, self.anchor]) for name, x in child.items()}
+        return mix([child, start], [1 - self.anchor, self.anchor])
 
 
 class GaussianMutation(ScaledMutation):
@@ -203,16 +203,7 @@ class _Merge(Crossover):
         self.most_lost = most_lost
 
     def merged(self, parents: Sequence[Weights], coefficients: Sequence[float]) -> Weights:
-        child = {}
-        for name in parents[0]:
-            updates = [parent[name] for parent in parents]
-            if self.most_lost < 1 and (share := lost(updates, coefficients)) > self.most_lost + 1e-6:
-                raise LoraGANError(
-                    f"{type(self).__name__} needs more rank than the {updates[0].rank} of the adapters: {share:.0%} of "
-                    f"the norm of {name} would be lost; raise generator.lora.rank or most_lost"
-                )
-            child[name] = mix(updates, coefficients)
-        return child
+        return mix(parents, coefficients, self.most_lost)
 
 
 class MixUpdates(_Merge):

@@ -48,6 +48,7 @@ class WorkerSpec:
         """Settings of a worker for ``module``, computing on ``device``."""
         settings = {  # without adapters: tasks carry the weights
             **module.settings,
+            "backbone": module.backbone.settings,  # with the data type that this process found
             GENERATOR: replace(module.generator.settings, adapter=None),
             DISCRIMINATOR: replace(module.discriminator.settings, adapter=None),
         }

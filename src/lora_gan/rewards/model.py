@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_gan.context import model_context, tokenizer_context
 from lora_gan.errors import LoraGANError
+from lora_gan.number_formats import quantized, torch_dtype
 from lora_gan.rewards.base import Reward
 from lora_gan.types import PromptBatch, RewardContext
 
@@ -21,19 +22,27 @@ class Classifier:
     Args:
         model: Hub id or local folder.
         batch_size: Texts per forward pass.
+        dtype: Data type of its weights; None: that of its files.
+        quantization: "4bit" or "8bit", or None.
     """
 
-    def __init__(self, model: str, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: str, batch_size: int = 32, dtype: str | None = None, quantization: str | None = None
+    ) -> None:
         if batch_size < 1:
             raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
         self.name = model
         self.batch_size = batch_size
+        self.dtype = dtype
+        self.quantization = quantization
 
     @cached_property
     def model(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        model = self._load(AutoModelForSequenceClassification).eval().requires_grad_(False)
+        how = {} if self.dtype is None else {"dtype": torch_dtype(self.dtype)}
+        how |= quantized(self.quantization, self.dtype or "float32")
+        model = self._load(AutoModelForSequenceClassification, **how).eval().requires_grad_(False)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
@@ -47,9 +56,9 @@ class Classifier:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def _load(self, kind: Any) -> Any:
+    def _load(self, kind: Any, **how: Any) -> Any:
         try:
-            return kind.from_pretrained(self.name)
+            return kind.from_pretrained(self.name, **how)
         except Exception as error:  # its kind depends on what is missing or damaged
             raise LoraGANError(
                 f"cannot load {self.name!r} as a sequence-classification model ({error}); "
@@ -58,7 +67,8 @@ class Classifier:
 
     def logits(self, texts: Sequence[str], seconds: Sequence[str] | None, device: torch.device) -> Tensor:
         """Logits (n, labels) in float32 of n texts or n pairs of texts, truncated to the model's context."""
-        self.model.to(device)
+        if self.quantization is None:  # else it is on the GPU already
+            self.model.to(device)
         found = [torch.zeros(0, self.model.config.num_labels, device=device)]
         for start in range(0, len(texts), self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -114,6 +124,8 @@ class RewardModel(Reward):
         weight: Factor in the total reward.
         batch_size: Completions per forward pass.
         name: Name in the logs, ``reward/<name>``.
+        dtype: Data type of its weights: float32, bfloat16 or float16; by default that of its files.
+        quantization: "4bit" or "8bit" quantises its linear layers (bitsandbytes, on a CUDA GPU).
     """
 
     def __init__(
@@ -124,9 +136,11 @@ class RewardModel(Reward):
         weight: float = 1.0,
         batch_size: int = 32,
         name: str = "model",
+        dtype: str | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        self.classifier = Classifier(model, batch_size)
+        self.classifier = Classifier(model, batch_size, dtype, quantization)
         self.label = label
         self.shown = shown
 

@@ -43,8 +43,9 @@ K = 4
 class Log:
     """Stands in for the module: keeps what is logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, *clock: float) -> None:
         self.logged: list[dict[str, float]] = []
+        self.clock = iter(clock).__next__
 
     def log_dict(self, metrics: Mapping[str, float], **_: Any) -> None:
         self.logged.append(dict(metrics))
@@ -289,11 +290,9 @@ def test_a_policy_trained_to_repeat_is_reported(
 # throughput
 
 
-def test_throughput_by_hand(monkeypatch: pytest.MonkeyPatch, make_batch: Callable[..., PromptBatch]) -> None:
+def test_throughput_by_hand() -> None:
     """8 completions of 30 words in all, in 2 s, one of them for sampling; then 4 s without completions."""
-    clock = iter([10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    speed, log = Throughput(), Log()
+    speed, log = Throughput(), Log(10.0, 12.0, 20.0, 24.0)
     rollout = sampled(["a b c"] * 6 + ["a b"] * 2)  # with EOS: 6 · 4 + 2 · 3
     around(speed, log, output(rollout, {"sample": 1.0, "score": 0.5}))
     assert log.logged[0] == {
@@ -322,6 +321,23 @@ def test_throughput_of_a_real_run(tiny: PromptBatch, bases: dict[str, str], capl
     fit(bases["gpt2"], tiny, pays_for_repetition, 3, speed)
     assert speed.totals["steps"] == 3 and speed.totals["completions"] == 3 * 32
     assert any("3 steps in " in record.getMessage() for record in caplog.records)
+
+
+def test_the_clock_waits_for_a_gpu_where_throughput_is_measured(
+    tiny: PromptBatch, bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the borders of a step and of its four phases; the device of the run is a GPU by its name only."""
+    waits = list[torch.device]()
+    monkeypatch.setattr("torch.cuda.synchronize", waits.append)
+    module = fit(bases["gpt2"], tiny, pays_for_repetition, 1, Throughput()).lightning_module
+    assert not waits and not module.waits_for_device
+    monkeypatch.setattr(type(module), "device", torch.device("cuda"), raising=False)
+    module.clock()
+    assert not waits
+    Throughput().setup(SimpleNamespace(), module, "fit")  # type: ignore[arg-type]
+    with module._timed("sample"):
+        assert len(waits) == 1
+    assert len(waits) == 2
 
 
 # text metrics

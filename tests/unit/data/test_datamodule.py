@@ -197,7 +197,7 @@ def test_text_is_cleaned() -> None:
         ("field.jsonl", json.dumps({"prompt": "a"}), ["field.jsonl, line 1", "'instruction'", "found: prompt"]),
         ("type.json", json.dumps([{**ROW, "output": 4}]), ["type.json, row 1", "'output' is int, not text"]),
         ("null.json", json.dumps([{**ROW, "output": None}]), ["null.json, row 1", "'output' is null"]),
-        ("type.csv", "instruction,output\na,b\nc\n", ["type.csv, row 2", "'output' is null"]),
+        ("type.csv", "instruction,output\na,b\nc\n", ["type.csv, row 2 (1 of 2 cells)", "'output' is missing"]),
         ("wide.csv", "instruction,output\na,b\nc,d,e\n", ["wide.csv, row 2", "2 columns", "quotes"]),
         ("quote.csv", 'instruction,output\na,"b\n', ["quote.csv, line", "CSV"]),
         ("latin.json", b'[\n"caf\xe9"]', ["latin.json, line 2", "byte 6", "UTF-8"]),

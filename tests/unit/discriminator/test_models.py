@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,27 @@ def test_an_own_base_is_frozen_and_learns_its_lora_and_head(build: Build, batch:
     assert runner.global_step == 3
 
 
+def test_an_own_base_recomputes_its_layers(backbone: Backbone, disc_batch: DiscriminatorBatch, other_base: str) -> None:
+    """The gradient is the same to the bit, and less is kept for it."""
+    gradients, kept = [], list[int]()
+    for checkpointing in (False, True):
+        torch.manual_seed(6)
+        model = OwnBaseDiscriminator(other_base, gradient_checkpointing=checkpointing)
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(partial(note, sizes), lambda tensor: tensor):
+            loss = torch.cat(list(model(backbone, disc_batch).values())).square().sum()
+        gradients.append(torch.autograd.grad(loss, model.trainable(backbone)))
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True)) and kept[1] < 0.8 * kept[0]
+    with pytest.raises(LoraGANError, match=r"4bit needs (a CUDA GPU|bitsandbytes)"):
+        OwnBaseDiscriminator(other_base, quantization="4bit")
+
+
+def note(sizes: dict[int, int], tensor: Tensor) -> Tensor:
+    sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return tensor
+
+
 def test_an_own_base_has_a_context_of_its_own(
     backbone: Backbone, disc_batch: DiscriminatorBatch, other_base: str
 ) -> None:
@@ -331,6 +353,24 @@ def test_the_encoder_alone_learns_in_a_run(build: Build, batch: PromptBatch) -> 
 def test_the_encoders_shape_is_checked(settings: dict[str, int]) -> None:
     with pytest.raises(LoraGANError, match="multiple of heads"):
         HiddenStatesDiscriminator(**settings)
+
+
+@pytest.mark.parametrize("name", ["adapter", "own base", "hidden states"])
+def test_scores_are_in_float32_under_bf16_mixed(name: str, backbone: Backbone, disc_batch: DiscriminatorBatch) -> None:
+    """A head whose bias is a large score: completions that differ by less than a step of bfloat16 do not tie."""
+    model = {
+        "adapter": AdapterDiscriminator,
+        "own base": lambda: OwnBaseDiscriminator("builtin", LoraSettings(2, 4)),
+        "hidden states": HiddenStatesDiscriminator,
+    }[name]()
+    model.build(backbone)
+    head = model.head if isinstance(model, OwnBaseDiscriminator | HiddenStatesDiscriminator) else backbone.score_head
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.mode(backbone):
+        head.weight.mul_(0.01)
+        head.bias.fill_(8.0)
+        scores = torch.cat(list(model(backbone, disc_batch).values()))[:, 0]
+    assert scores.dtype == torch.float32
+    assert len(scores.bfloat16().unique()) < len(scores.unique())
 
 
 def test_only_the_adapter_can_be_differentiated_through() -> None:

@@ -98,6 +98,24 @@ def test_value_and_gradient_are_those_of_a_relaxed_pass_by_hand(
         assert expected.abs().max() > 1e-5
 
 
+def test_float16_loses_no_small_gradient(backbone: Backbone, batch: PromptBatch) -> None:
+    """The score depends so little on the states that its gradient there is below the smallest number of float16."""
+    reads, rollout, scale = READS["prompt and completion"], rollout_of(ANSWERS), 2.0**16  # as GradScaler's is at first
+    with torch.no_grad():
+        backbone.score_head.weight.mul_(1e-6)
+    wanted, found = (
+        torch.cat([(g / scale).flatten() for g in torch.autograd.grad(loss, backbone.parameters_of(GENERATOR))])
+        for loss in (coupled(backbone, reads, rollout, batch) * scale, in_half(backbone, reads, rollout, batch) * scale)
+    )
+    assert 0 < wanted.norm() < 1e-5
+    assert (found - wanted).norm() < 0.15 * wanted.norm()
+
+
+def in_half(backbone: Backbone, reads: InputFormat, rollout: Rollout, batch: PromptBatch) -> Tensor:
+    with torch.autocast("cpu", torch.float16):
+        return coupled(backbone, reads, rollout, batch)
+
+
 @pytest.mark.parametrize("reads", READS)
 def test_the_gradient_reaches_the_generator_only(reads: str, backbone: Backbone, batch: PromptBatch) -> None:
     with backbone.generator():

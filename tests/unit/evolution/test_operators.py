@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution.lowrank import Factors, Weights, inner, lost, mix, norm, singular
+from lora_gan.evolution.lowrank import Factors, Weights, inner, lost, mix, norm, singular, singulars, total
 from lora_gan.evolution.operators import (
     Crossover,
     ElementWise,
@@ -75,8 +76,8 @@ def test_mixing_is_exact_if_the_rank_suffices() -> None:
     x, y = random_factors(6, 9, rank=4), random_factors(6, 9, rank=4, seed=1)
     thin = [Factors(f.a * (torch.arange(4) < 2)[:, None], f.b, f.scale) for f in (x, y)]  # rank 2 each, capacity for 4
     wanted = 0.3 * thin[0].delta - 1.2 * thin[1].delta
-    torch.testing.assert_close(mix(thin, [0.3, -1.2]).delta, wanted, rtol=1e-4, atol=1e-5)
-    assert lost(thin, [0.3, -1.2]) < 1e-6
+    mixed = mix([{"m": f} for f in thin], [0.3, -1.2], most_lost=1e-6)["m"]
+    torch.testing.assert_close(mixed.delta, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_mixing_is_the_best_approximation_otherwise() -> None:
@@ -84,14 +85,30 @@ def test_mixing_is_the_best_approximation_otherwise() -> None:
     wanted = 0.5 * x.delta + 0.5 * y.delta
     u, s, vh = torch.linalg.svd(wanted)
     best = u[:, :2] * s[:2] @ vh[:2]
-    torch.testing.assert_close(mix([x, y], [0.5, 0.5]).delta, best, rtol=1e-4, atol=1e-4)
-    assert lost([x, y], [0.5, 0.5]) == pytest.approx(float((wanted - best).norm() / wanted.norm()), rel=1e-3)
+    torch.testing.assert_close(mix([{"m": x}, {"m": y}], [0.5, 0.5])["m"].delta, best, rtol=1e-4, atol=1e-4)
+    share = lost(singular(total([x, y], [0.5, 0.5])), 2)
+    assert float(share) == pytest.approx(float((wanted - best).norm() / wanted.norm()), rel=1e-3)
+
+
+def test_modules_of_one_shape_are_decomposed_together_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"a": (5, 7), "b": (6, 4), "c": (5, 7), "d": (7, 5), "e": (6, 4)}
+    weights = {name: random_factors(*shape, rank=3, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    weights["e"] = replace(weights["e"], scale=0.5)
+    alone = {name: singular(x) for name, x in weights.items()}
+    sizes = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr("torch.linalg.qr", lambda x: sizes.append(len(x)) or qr(x))
+    together = singulars(weights)
+    assert sizes == [2, 2, 2, 2, 1, 1] and list(together) == list(shapes)
+    for name, found in together.items():
+        for part, wanted in zip(vars(found).values(), vars(alone[name]).values(), strict=True):
+            torch.testing.assert_close(part, wanted, atol=1e-10, rtol=0)
 
 
 def test_a_mixture_of_zero_updates_can_still_learn() -> None:
     """If B is 0, as at initialisation, the factors of ΔW = 0 must not both be 0, or no gradient would flow."""
     x = Factors(torch.randn(2, 4, generator=rng()), torch.zeros(3, 2), 1.0)
-    mixed = mix([x, x], [0.5, 0.5])
+    mixed = mix([{"m": x}, {"m": x}], [0.5, 0.5])["m"]
     assert not mixed.b.any()
     torch.testing.assert_close(mixed.a @ mixed.a.T, torch.eye(2))
 
@@ -218,7 +235,8 @@ def test_merging_draws_coefficients_within_the_bound() -> None:
     factors = []
     for seed in range(40):
         child = MergeCoefficients(bound=1.5, parents=3)(parents, rng(seed))
-        factors.append(inner(child["one"], parents[0]["one"]) / inner(parents[0]["one"], parents[0]["one"]))
+        first = parents[0]["one"]
+        factors.append(float(inner(child["one"], first) / inner(first, first)))
     assert max(map(abs, factors)) <= 4.5 and min(factors) < 0 < max(factors)
 
 

@@ -35,7 +35,7 @@ from lora_gan.rewards import (
 )
 from lora_gan.rewards.base import check_names
 from lora_gan.rewards.overlap import ReferenceReward
-from lora_gan.sentence_encoder import MINILM, SentenceEncoder, bundled_minilm, sentence_encoder
+from lora_gan.sentence_encoder import MINILM, PassShape, SentenceEncoder, bundled_minilm, sentence_encoder
 from lora_gan.types import Example, PromptBatch, RewardContext
 
 
@@ -497,6 +497,17 @@ def test_embeddings_have_unit_length_and_any_script(encoder: SentenceEncoder) ->
     assert vectors.shape == (4, 384)
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(4))
     assert encoder.encode([]).numel() == 0
+
+
+def test_embeddings_are_the_same_in_the_passes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More and wider rows change them by rounding, and one text's do not depend on the others."""
+    encoder = SentenceEncoder()
+    texts = [f"{'word ' * (i % 40)}{i}" for i in range(40)]
+    wanted = encoder._vectors(texts)
+    monkeypatch.setattr("lora_gan.sentence_encoder.ON_CPU", PassShape(32, 32))
+    found = encoder._vectors(texts)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder._vectors(texts[7:9]), found[7:9], atol=0, rtol=0)
 
 
 def test_semantic_consistency(encoder: SentenceEncoder) -> None:

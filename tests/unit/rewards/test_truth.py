@@ -285,6 +285,23 @@ def test_a_reward_model_cut_off_by_a_broken_download_is_one_clear_error(tmp_path
 def test_a_missing_model_and_template_are_named(tmp_path: Path) -> None:
     with pytest.raises(LoraGANError, match=r"cannot load .*no-such-model.* as a sequence-classification model"):
         RewardModel(str(tmp_path / "no-such-model"))(["a"], prompts(EXAMPLES[0]), context(1))
+
+
+def test_a_reward_model_in_another_number_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the memory, nearly the same scores; quantised only where there is a GPU, to which it is loaded at once."""
+    folder = bert(tmp_path, ["reward"])
+    wanted, found = (RewardModel(folder, dtype=dtype) for dtype in (None, "bfloat16"))
+    given = (ANSWERS, prompts(*EXAMPLES), context(4, k=2))
+    scores = wanted(*given)
+    assert torch.allclose(found(*given), scores, atol=0.02)
+    assert [reward.classifier.model.dtype for reward in (wanted, found)] == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(LoraGANError, match="quantization: 4bit needs a CUDA GPU"):
+        RewardModel(folder, quantization="4bit")(*given)
+    monkeypatch.setattr("lora_gan.rewards.model.quantized", lambda *how: {})
+    quantised = RewardModel(folder, quantization="4bit")
+    monkeypatch.setattr(type(quantised.classifier.model), "to", None)
+    assert torch.equal(quantised(*given), scores)
     folder = bert(tmp_path, ["reward"])
     with pytest.raises(LoraGANError, match="has no chat template; set shown: pair"):
         RewardModel(folder, shown="chat")(["a"], prompts(EXAMPLES[0]), context(1))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import Literal
 
-from lora_gan.data.files import Row, clean, is_hub_id, read_rows, strings
+from lora_gan.data.files import Row, is_hub_id, read_rows, strings
 from lora_gan.data.source import OnBad, RowSource, normal
 from lora_gan.data.splits import SPLITS
 from lora_gan.data.templates import fill
@@ -139,7 +139,7 @@ def _question(row: Row) -> Question:
         labels = [str(i) for i in range(len(texts))] if isinstance(texts, list) else None
     elif asked is None:
         row.text("question")  # says which fields there are
-    return _checked(row, asked, strings(texts, "choices", row.where), strings(labels, "labels", row.where), key)
+    return _checked(row, asked, strings(texts, "choices", row), strings(labels, "labels", row), key)
 
 
 def _checked(row: Row, asked: object, texts: list[str], labels: list[str], key: object) -> Question:
@@ -154,4 +154,4 @@ def _checked(row: Row, asked: object, texts: list[str], labels: list[str], key: 
         raise DataError(
             f"{row.where}: the answerKey {key!r} is not one of the labels {', '.join(labels)}; fix or delete the row"
         )
-    return Question(clean(asked), tuple(texts), labels.index(str(key)))
+    return Question(row.clean(asked), tuple(texts), labels.index(str(key)))

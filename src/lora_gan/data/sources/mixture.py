@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from lora_gan.data.checks import checked
 from lora_gan.data.source import Source
 from lora_gan.data.splits import digest
 from lora_gan.errors import LoraGANError
@@ -63,7 +64,7 @@ class Mixture(Source):
 
     def rows(self) -> Iterator[Example]:
         self.forget_counts()
-        read = [list(source.rows()) for source in self.sources]
+        read = [list(checked(source.rows(), source.name)) for source in self.sources]
         for source, examples, wanted in zip(self.sources, read, self._wanted(read), strict=True):
             for count, total in ((self.dropped, source.dropped), (self.repaired, source.repaired)):
                 count.update({f"{source.name}/{reason}": number for reason, number in total.items()})

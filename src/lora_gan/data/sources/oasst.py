@@ -138,6 +138,7 @@ class OASST(Source):
             try:
                 for post in list(_posts(row)):
                     forest.add(post)
+                self.repaired.update(row.repaired)
             except DataError as error:
                 self.bad(error)
         return forest
@@ -200,6 +201,7 @@ class OASST(Source):
 
     def _example(self, path: list[Post], replies: list[Post]) -> Example:
         best = replies[0]
+        self.dropped["negative_same_as_target"] += any(post.text == best.text for post in replies[1:])
         turns = [self._turn(post, mark(post.text)) for post in path[:-1]]
         made = unmark("".join(turns) + self._turn(path[-1], mark(path[-1].text, cuttable=False)) + self.header)
         earlier = [Message(ROLES[post.role], post.text, ((0, len(post.text)),)) for post in path[:-1]]
@@ -263,7 +265,7 @@ def _posts(row: Row) -> Iterator[Post]:
     queue: deque[tuple[Mapping[str, object], str | None]] = deque([(root, None)])
     while queue:
         node, parent = queue.popleft()
-        post = _post(Row(node, row.where, row.split), parent, row.values.get("message_tree_id"))
+        post = _post(Row(node, row.where, row.split, row.repaired), parent, row.values.get("message_tree_id"))
         yield post
         replies = node.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):

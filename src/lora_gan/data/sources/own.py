@@ -73,6 +73,7 @@ class OwnFile(RowSource):
         negatives = row.texts(self.negatives) if self.negatives else []
         good = dict.fromkeys(filter(None, [target, *references]))
         wrong = [text for text in dict.fromkeys(negatives) if text and text not in good]
+        self.dropped["negative_same_as_target"] += any(text in good for text in negatives)
         return self.make(
             self.template,
             fields,

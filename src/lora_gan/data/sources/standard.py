@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_gan.data.dialogues import dialogue, is_dialogue
+from lora_gan.data.dialogues import dialogue, is_dialogue, is_transcript
 from lora_gan.data.files import Row, read_rows
 from lora_gan.data.formats import ALPACA, FORMATS, STANDARD, Format, format_of
 from lora_gan.data.source import OnBad, RowSource, normal
@@ -27,14 +27,15 @@ class StandardFormat(RowSource):
     These are messages (role, content); conversations (ShareGPT: from, value); prompt and completion (or response);
     prompt, chosen and rejected; and Alpaca's instruction, input and output. Prompts and completions are texts or lists
     of messages; a message's content is a text or a list of parts of type text; a field system is the system message.
+    Without a prompt, chosen and rejected may be whole dialogues as "\\n\\nHuman: …\\n\\nAssistant: …".
     The last reply of a dialogue is the target, all before it the prompt, and what is rejected a negative of kind
-    "rejected"; a completion with the label false (KTO) and a reply with the weight 0 are left out. Dialogues with the
-    same system message and first question are one group.
+    "rejected"; a completion with the label false (KTO) is left out, a reply with the weight 0 is no target. Dialogues
+    with the same system message and first question are one group.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         every_turn: bool = False,
         user_turn: str = PROMPT_TURN,
         assistant_turn: str = RESPONSE_TURN,
@@ -46,7 +47,8 @@ class StandardFormat(RowSource):
     ) -> None:
         """
         Args:
-            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub.
+            path: Local file (json, jsonl, csv, tsv, parquet; also .gz) or id of a data set on the Hugging Face Hub; by
+                default the path of the data module.
             every_turn: Make an example of each reply of a dialogue, not only of the last.
             user_turn: Template of a user turn, where the prompt is not written with a chat template.
             assistant_turn: Template of an assistant turn; the prompt ends where its {text} begins.
@@ -59,7 +61,7 @@ class StandardFormat(RowSource):
         Raises:
             LoraGANError: limit is below 1, or a template names an unknown field.
         """
-        super().__init__(path, limit, on_bad_row)
+        super().__init__(path or "", limit, on_bad_row)
         self.turns = {"user": user_turn, "assistant": assistant_turn, "system": system_turn}
         for template in self.turns.values():
             fill(template, text="")
@@ -67,7 +69,7 @@ class StandardFormat(RowSource):
         self.hub_config = hub_config
         self.hub_split = hub_split
         self.format: Format | None = None
-        self.alpaca = Alpaca(path)
+        self.alpaca = Alpaca(self.path)
         self.alpaca.dropped, self.alpaca.repaired = self.dropped, self.repaired
 
     @property
@@ -136,8 +138,9 @@ class StandardFormat(RowSource):
         replies = [i for i in range(1, len(turns)) if (turns[i - 1].role, turns[i].role) == ("user", "assistant")]
         if not replies:
             self.dropped["no_reply"] += 1
+        learned = [i for i in replies if turns[i].learned] or replies
         examples = []
-        for i in replies if self.every_turn else replies[-1:]:
+        for i in replies if self.every_turn else learned[-1:]:
             fault = _fault(row, turns[i - 1], turns[i])
             if fault:
                 self.dropped[fault] += 1
@@ -148,7 +151,8 @@ class StandardFormat(RowSource):
 
     def _rejected(self, row: Row, prompt: str | None, history: Sequence[Message]) -> list[str]:
         """The rejected replies to ``history``."""
-        if not is_dialogue(row.values["rejected"]):
+        value = row.values["rejected"]
+        if not is_dialogue(value) and (prompt or not is_transcript(value)):
             return row.texts("rejected")
         *before, last = dialogue(row, prompt, "rejected") or [Message("user", "")]
         if before == list(history) and last.role == "assistant":
@@ -160,6 +164,7 @@ class StandardFormat(RowSource):
         *earlier, asked = history
         written = [self._turn(turn, cuttable=turn.role != "system") for turn in earlier]
         made = unmark("".join(written) + self._turn(asked, cuttable=False) + before_text(self.turns["assistant"]))
+        self.dropped["negative_same_as_target"] += target in rejected
         return Example(
             made.text,
             target,

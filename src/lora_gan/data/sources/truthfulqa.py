@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from lora_gan.data.files import Row, clean, is_hub_id, read_rows
+from lora_gan.data.files import Row, is_hub_id, read_rows
 from lora_gan.data.source import OnBad, RowSource, normal
 from lora_gan.data.templates import fill
 from lora_gan.errors import DataError
@@ -121,7 +121,7 @@ def _labelled(row: Row, field: str) -> list[tuple[str, int]]:
         raise DataError(
             f"{row.where}: the field {field!r} is not {{answer: 0 or 1}} or two lists; fix or delete the row"
         )
-    return [(clean(str(text)), int(label == 1)) for text, label in pairs]
+    return [(row.clean(str(text)), int(label == 1)) for text, label in pairs]
 
 
 def _ends_empty(listed: object) -> bool:

@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation.logits_process import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from lora_gan import sampling
 from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.errors import LoraGANError, NonFiniteError
-from lora_gan.sampling import Sampling, choose, sample
+from lora_gan.sampling import Sampling, choice, decoder, eos_ids, prepare, sample, sampler
+from lora_gan.sampling.choice import Choice, choose
 from lora_gan.tree import grow
 from lora_gan.types import Rollout
 
@@ -134,18 +129,18 @@ def test_rows_that_end_leave_and_nothing_else_changes(
 ) -> None:
     backbone = make_backbone(architecture)
     backbone.causal_lm.generation_config.eos_token_id = [*range(0, 256, 6)]
-    sampling.prepare(backbone)  # takes steps of its own
+    prepare(backbone)  # takes steps of its own
     rollouts = {}
     sizes: dict[float, list[int]] = {0.0: [], 1.0: []}
-    step = sampling._Decoder.step
+    step = decoder.Decoder.step
     for density in sizes:
 
-        def counted(decoder: sampling._Decoder, token: Tensor, density: float = density) -> Tensor:
+        def counted(self: decoder.Decoder, token: Tensor, density: float = density) -> Tensor:
             sizes[density].append(len(token))
-            return step(decoder, token)
+            return step(self, token)
 
-        monkeypatch.setattr(sampling._Decoder, "step", counted)
-        monkeypatch.setattr(sampling, "DENSITY", density)
+        monkeypatch.setattr(decoder.Decoder, "step", counted)
+        monkeypatch.setattr(sampler, "DENSITY", density)
         torch.manual_seed(7)
         with backbone.generator():
             rollouts[density] = sample(backbone, prompts(backbone), 3, Sampling(max_new_tokens=8))
@@ -183,7 +178,7 @@ def test_several_ends_are_honoured(backbone: Backbone) -> None:
         backbone.causal_lm.generation_config.eos_token_id = [free[3], 255]
         rollout = sample(backbone, prompts(backbone)[:1], 1, Sampling(max_new_tokens=6, do_sample=False))
     assert completions(rollout) == [free[: first + 1]]
-    assert sampling.eos_ids(backbone) == sorted({free[3], 255, EOS})
+    assert eos_ids(backbone) == sorted({free[3], 255, EOS})
 
 
 def test_padding_rows_of_the_embedding_are_never_drawn(bases: dict[str, str], tmp_path: Path) -> None:
@@ -225,109 +220,23 @@ def test_generation_settings_of_the_model_do_not_leak_in(backbone: Backbone) -> 
     assert backbone.causal_lm.generation_config is settings
 
 
-# one token
-
-VOCABULARY = 20
-
-
-def logits_of(rows: int = 1) -> Tensor:
-    torch.manual_seed(9)
-    return (torch.randn(1, VOCABULARY) * 2).repeat(rows, 1)
-
-
-def warped(logits: Tensor, how: Sampling) -> Tensor:
-    """The distribution of transformers' own warpers, (V,)."""
-    nothing = torch.zeros(1, 0, dtype=torch.long)
-    if how.temperature != 1:
-        logits = TemperatureLogitsWarper(how.temperature)(nothing, logits)
-    if how.top_k:
-        logits = TopKLogitsWarper(how.top_k)(nothing, logits)
-    if how.top_p < 1:
-        logits = TopPLogitsWarper(how.top_p)(nothing, logits)
-    return logits.softmax(-1)[0]
-
-
-@pytest.mark.parametrize(
-    "how",
-    [Sampling(), Sampling(temperature=0.5), Sampling(temperature=2.0), Sampling(top_k=5), Sampling(top_k=99)],
-    ids=str,
-)
-def test_a_grid_of_numbers_gives_the_distribution_itself(how: Sampling) -> None:
-    """Every 1/n-th quantile once: a token is drawn p·n times but for the two ends of its interval."""
-    n = 20_000
-    grid = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
-    found = torch.bincount(choose(logits_of(n) / how.temperature, how, grid), minlength=VOCABULARY) / n
-    wanted = warped(logits_of(), how)
-    assert ((found > 0) == (wanted > 1 / n)).all()
-    assert (found - wanted).abs().max() <= 1 / n + 1e-6
-
-
-@pytest.mark.parametrize("tries", [1, 8])
-@pytest.mark.parametrize(
-    "how",
-    [
-        Sampling(top_p=0.9),
-        Sampling(top_p=0.5),
-        Sampling(top_p=0.01),
-        Sampling(top_p=0.8, temperature=0.6),
-        Sampling(top_p=0.7, top_k=4),
-    ],
-    ids=str,
-)
-def test_top_p_draws_from_the_nucleus(how: Sampling, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "TRIES", tries)
-    n = 100_000
-    torch.manual_seed(10)
-    uniform = torch.rand(n, tries + 1, dtype=torch.float64)
-    found = torch.bincount(choose(logits_of(n) / how.temperature, how, uniform), minlength=VOCABULARY) / n
-    wanted = warped(logits_of(), how)
-    assert ((found > 0) == (wanted > 0)).all(), "the support is exactly the nucleus"
-    assert (found - wanted).abs().max() < 4 * (0.25 / n) ** 0.5  # four standard errors
-
-
-def test_a_row_whose_tries_fail_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """p = ½, ¼, ⅛, ⅛ and top_p 0.7: the nucleus is {0, 1} with ⅔ and ⅓. The only try says token 3."""
-    monkeypatch.setattr(sampling, "TRIES", 1)
-    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log().repeat(4, 1)
-    uniform = torch.tensor([[0.95, 0.0], [0.95, 0.66], [0.95, 0.67], [0.95, 0.999]], dtype=torch.float64)
-    assert choose(logits, Sampling(top_p=0.7), uniform).tolist() == [0, 0, 1, 1]
-
-
-def test_the_sampler_keeps_a_fresh_number_for_the_sorted_row(
+def test_the_sampler_keeps_a_fresh_number_for_rows_that_reject_all(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A number that was rejected is no longer uniform, so it may not choose again."""
     seen = []
-    monkeypatch.setattr(
-        sampling, "choose", lambda logits, how, uniform: seen.append(uniform) or choose(logits, how, uniform)
-    )
+
+    def watched(logits: Tensor, how: Sampling, uniform: Tensor) -> Choice:
+        seen.append(uniform)
+        return choose(logits, how, uniform)
+
+    monkeypatch.setattr(sampler, "choose", watched)
     with backbone.generator():
         sample(backbone, prompts(backbone), 2, Sampling(max_new_tokens=2, top_p=0.3))
-    assert seen[0].shape == (6, sampling.TRIES + 1)
-
-
-def test_choosing_greedily() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
-    assert choose(logits, Sampling(do_sample=False), torch.zeros(2, 1)).tolist() == [1, 0]
+    assert seen[0].shape == (6, choice.TRIES + 1)
 
 
 # mistakes
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": 0.0}, "do_sample: false"),
-        ({"temperature": -1.0}, "temperature must be > 0"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.1}, "top_p"),
-        ({"top_k": -1}, "top_k"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-    ],
-)
-def test_settings_are_checked(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(LoraGANError, match=message):
-        Sampling(**settings)  # type: ignore[arg-type]
 
 
 def test_a_prompt_too_long_for_the_context_names_the_remedy(backbone: Backbone) -> None:

@@ -3,8 +3,8 @@
 Many architectures take a 4-D mask that says which token sees which, so a tree is one row. Its form differs: layers with
 sliding or chunked attention see the last positions only, some models want one mask for each type of layer, and few want
 a mask of bool instead of one that is *added* to the scores. Other architectures have layers that ignore a mask, such as
-state spaces, convolutions and linear attention, or place tokens by their column. There each branch is evaluated in a row of its own,
-after its prompt.
+state spaces, convolutions and linear attention, or place tokens by their column. There each branch is evaluated in a
+row of its own, after its prompt.
 
 Which of these is right is not looked up in a list of names but measured: before its first pass, a model runs on a small
 tree in every form, and the first one that equals the model's own forward on separate rows is used.
@@ -13,9 +13,10 @@ tree in every form, and the first one that equals the model's own forward on sep
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_gan.errors import LoraGANError
+from lora_gan.flex import FLEX, attention_by, attention_of, block_mask
 from lora_gan.tree import PADDING, PROMPT, PromptTree, grow
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # names of transformers
@@ -140,8 +142,16 @@ class TreeForward:
         self.model = model
         self.name = f"{type(model).__name__} ({model.name_or_path})"
         self._found: dict[tuple[torch.device, bool], Masks | None] = {}
+        self._blocks: dict[tuple[torch.device, bool], bool] = {}
 
-    def __call__(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> Pass:
+    def __call__(
+        self,
+        tree: PromptTree,
+        rows: Tensor,
+        columns: Tensor,
+        embedded: Tensor | None = None,
+        blocks: bool = False,
+    ) -> Pass:
         """Run the model on the trees once; the head is applied only at the n positions ``(rows, columns)``.
 
         Args:
@@ -149,7 +159,11 @@ class TreeForward:
             rows: (n,) tree of each selected position.
             columns: (n,) its column.
             embedded: (B, L, H) word embeddings to read instead of those of ``tree.ids``.
+            blocks: Use FlexAttention, which the model must take; layers that are recomputed in the backward pass need
+                ``flex.attention_by`` there.
         """
+        if blocks:
+            return self._in_blocks(tree, rows, columns, embedded)
         return self._run(self.masks(), tree, rows, columns, embedded)
 
     def masks(self) -> Masks | None:
@@ -162,6 +176,21 @@ class TreeForward:
             with torch.no_grad(), small_windows(self.model):
                 self._found[self._where] = self._measure()
         return self._found[self._where]
+
+    @torch.no_grad()
+    def takes_blocks(self) -> bool:
+        """Whether the model computes the same by FlexAttention. Measured at the first call on a device."""
+        if self._where not in self._blocks:
+            masks, sdpa = self.masks(), attention_of(self.model) == "sdpa"
+            self._blocks[self._where] = sdpa and masks is not None and masks.kind == ONE and self._equals_in_blocks()
+        return self._blocks[self._where]
+
+    def _equals_in_blocks(self) -> bool:
+        tree = _trial(self.model)
+        rows, columns = (tree.segments != PADDING).nonzero().T
+        found = self._tried(lambda: self._in_blocks(tree, rows, columns), "FlexAttention")
+        wanted = self._run(self.masks(), tree, rows, columns).logits
+        return found is not None and agree(found, wanted, is_coarse(self.model))
 
     @property
     def is_measured(self) -> bool:
@@ -177,14 +206,8 @@ class TreeForward:
         rows, columns = (tree.segments != PADDING).nonzero().T
         wanted = self._alone(tree)[rows, columns]
         for masks in (*_forms(self.model), None):
-            try:
-                found = self._run(masks, tree, rows, columns).logits
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever an architecture raises, it does not take this form
-                log.debug("%s does not take %s: %s", self.name, masks, error)
-                continue
-            if agree(found, wanted, is_coarse(self.model)):
+            found = self._tried(partial(self._run, masks, tree, rows, columns), masks)
+            if found is not None and agree(found, wanted, is_coarse(self.model)):
                 if masks is None:
                     log.warning("%s is evaluated in separate rows: slower, exact", self.name)
                 return masks
@@ -192,6 +215,16 @@ class TreeForward:
             f"{self.name} cannot be used: its predictions depend on later tokens, so it is not a causal language "
             "model; choose a base that was trained to predict the next token"
         )
+
+    def _tried(self, run: Callable[[], Pass], form: object) -> Tensor | None:
+        """The logits of a pass; None if the model does not take its form."""
+        try:
+            return run().logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an architecture raises
+            log.debug("%s does not take %s: %s", self.name, form, error)
+            return None
 
     def _alone(self, tree: PromptTree) -> Tensor:
         """(B, L, V) logits by the model's own forward on each branch alone, unpadded.
@@ -220,6 +253,13 @@ class TreeForward:
         if masks is None:
             return self._in_rows(tree, rows, columns, embedded)
         mask = masks(tree.attention_mask, tree.position_ids, tree.position_ids)
+        return self._masked(mask, tree, rows, columns, embedded)
+
+    def _in_blocks(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> Pass:
+        with attention_by(self.model, FLEX):
+            return self._masked(block_mask(tree), tree, rows, columns, embedded)
+
+    def _masked(self, mask: Any, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None) -> Pass:
         given = {"input_ids": tree.ids} if embedded is None else {"inputs_embeds": embedded}
         return self._pass(rows, columns, **given, attention_mask=mask, position_ids=tree.position_ids)
 

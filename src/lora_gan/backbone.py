@@ -37,6 +37,7 @@ from lora_gan.context import model_context
 from lora_gan.data.tokenizer import load_tokenizer
 from lora_gan.dropout import AdapterDropout
 from lora_gan.errors import LoraGANError
+from lora_gan.flex import attention_by, attention_of, is_long
 from lora_gan.lightning_compat import patched_forward, switch_adapter
 from lora_gan.number_formats import AUTO, default_device, quantized, resolved_dtype, torch_dtype
 from lora_gan.tensors import entropy, fingerprint, in_float32, token_logprobs
@@ -344,8 +345,13 @@ class Backbone(nn.Module):
     def _forward(self, tree: PromptTree, rows: Tensor, columns: Tensor, embedded: Tensor | None = None) -> Pass:
         """Run the model on the tree once; the head is applied only at the n positions ``(rows, columns)``."""
         self.masks()
+        blocks = is_long(tree) and self._takes_blocks()
         with self._recomputing(), self._dropout.active(torch.is_grad_enabled()):
-            return self._tree_forward(tree, rows, columns, embedded)
+            return self._tree_forward(tree, rows, columns, embedded, blocks)
+
+    def _takes_blocks(self) -> bool:
+        with self.reference():
+            return self._tree_forward.takes_blocks()
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -357,11 +363,11 @@ class Backbone(nn.Module):
             yield
 
     def _as_now(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self._again_in(self._active)
+        return nullcontext(), self._again_in(self._active, attention_of(self.causal_lm))
 
     @contextmanager
-    def _again_in(self, adapter: str | None) -> Iterator[None]:
-        with self._mode(adapter), self._dropout.active(True):
+    def _again_in(self, adapter: str | None, attention: str | None) -> Iterator[None]:
+        with self._mode(adapter), self._dropout.active(True), attention_by(self.causal_lm, attention):
             yield
 
     # weights

@@ -1,8 +1,8 @@
 """Private API of Lightning, torch, transformers and PEFT, each use behind a function named after what it does.
 
-Tested with lightning 2.6.6, torch 2.13.0, transformers 5.23.0 and peft 0.21.2. Each function checks that what it reads or replaces
-exists, so that an upgrade that moves it fails here, with a message, instead of silently. ``torch.ops.mkldnn`` is
-checked by its only user, :mod:`lora_gan.onednn`.
+Tested with lightning 2.6.6, torch 2.13.0, transformers 5.23.0 and peft 0.21.2. Each function checks that what it reads
+or replaces exists, so that an upgrade that moves it fails here, with a message, instead of silently.
+``torch.ops.mkldnn`` is checked by its only user, :mod:`lora_gan.onednn`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from tests.benchmarks.passes import Passes
 from .decode import dtype_of
 from .machine import Machine, relative
 from .rows import Check, Finding
-from .tree import computing_in
+from .tree import NEVER, computing_in, flex_from
 
 SHAPES = ((512, 64, 8), (64, 512, 8), (256, 256, 8))  # prompt, completion, completions per prompt
 PROMPTS = 2
@@ -32,13 +32,17 @@ def compared(machine: Machine, shape: tuple[int, int, int], faster: float) -> Fi
     with computing_in(machine, dtype_of(machine)):
         error = relative(side.tree(), side.rows())
         seconds = {"tree": machine.seconds(side.tree), "rows": machine.seconds(side.rows)}
+        if machine.is_cuda:
+            with flex_from(NEVER):
+                seconds["tree by SDPA"] = machine.seconds(side.tree)
         peaks = {"tree": machine.peak(side.tree), "rows": machine.peak(side.rows)} if machine.is_cuda else {}
     ratio = seconds["rows"] / seconds["tree"]
     parameters = sum(p.numel() for name, p in backbone.lm.named_parameters() if "embed" not in name)
     flops = 4 * parameters * PROMPTS * (prompt + k * completion) / seconds["tree"]  # weights have no gradient
     text = ", ".join(
         [
-            f"tree {1e3 * seconds['tree']:.0f} ms, rows {1e3 * seconds['rows']:.0f} ms: × {ratio:.2f}",
+            *(f"{name} {1e3 * spent:.0f} ms" for name, spent in seconds.items()),
+            f"× {ratio:.2f}",
             f"{flops / 1e12:.3g} TFLOP/s",
             *(f"{name} peak {peak / 1e9:.1f} GB" for name, peak in peaks.items()),
             f"gradients differ by {error:.1e}",

@@ -99,7 +99,7 @@ def row(name: str, make: Callable[[str], Any], precision: str, deterministic: bo
     run = partial(resumed, make=make, precision=precision, deterministic=deterministic, steps=steps)
     flag = "deterministic" if deterministic else "not deterministic"
     threshold = "bit for bit" if deterministic else "printed"
-    return Check("resume", f"{name}, {precision}, {flag}", threshold, run, 10)
+    return Check("resume", f"{name}, {precision}, {flag}", threshold, run, 7)
 
 
 CHECKS = [

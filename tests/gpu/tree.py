@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from lora_gan import flex
+from lora_gan.attention import TreeForward
 from lora_gan.backbone import Backbone
 from lora_gan.tensors import pad
 from lora_gan.tree import grow, grow_scored
@@ -187,6 +190,30 @@ def in_16_bits(machine: Machine, dtype: torch.dtype, long: bool) -> Finding:
     return Finding(text, passed, {"logp": logp, "noise": noise, "score": score, "cosine": cosine})
 
 
+def by_flex(machine: Machine, dtype: torch.dtype) -> Finding:
+    """The same long trees by FlexAttention and by SDPA."""
+    backbone = machine.backbone(machine.small, dtype)
+    case = case_of(machine, backbone, long=True)
+    with computing_in(machine, dtype):
+        with backbone.reference():
+            taken_by_model = TreeForward(backbone.causal_lm).takes_blocks()
+        with flex_from(0):
+            one = by_tree(backbone, case)
+        with flex_from(NEVER):
+            other = by_tree(backbone, case)
+    logp, score = float((one.logprobs - other.logprobs).abs().max()), float((one.scores - other.scores).abs().max())
+    gradient = max(relative(one.gradients[role], other.gradients[role]) for role in ROLES)
+    text = f"logp {logp:.1e}, score {score:.1e}, gradient {gradient:.1e}{'' if taken_by_model else ', NOT TAKEN'}"
+    limit = 1e-4 if dtype == torch.float32 else 5e-2
+    return Finding(text, taken_by_model and max(logp, score, gradient) <= limit, {"logp": logp, "gradient": gradient})
+
+
+def flex_from(columns: int) -> AbstractContextManager[object]:
+    """FlexAttention for trees with more columns than this, on a GPU."""
+    return patch.object(flex, "LONG", columns)
+
+
+NEVER = 1 << 40
 BITS = partial(in_16_bits, dtype=torch.bfloat16)
 ERROR = "error ≤ 2 × that of rows; gradient cosine ≥ 0.999"
 CHECKS = [
@@ -194,4 +221,15 @@ CHECKS = [
     Check("tree", "long trees against rows, float32", "each ≤ 1e-4", partial(in_float32, long=True), 15),
     Check("tree", "tree against rows, bfloat16", ERROR, partial(BITS, long=False), 10),
     Check("tree", "long trees against rows, bfloat16", ERROR, partial(BITS, long=True), 15),
+    Check(
+        "tree", "FlexAttention against SDPA, float32", "each ≤ 1e-4", partial(by_flex, dtype=torch.float32), 30, gpus=1
+    ),
+    Check(
+        "tree",
+        "FlexAttention against SDPA, bfloat16",
+        "each ≤ 0.05",
+        partial(by_flex, dtype=torch.bfloat16),
+        30,
+        gpus=1,
+    ),
 ]

@@ -106,4 +106,4 @@ def test_every_group_has_checks_of_its_name() -> None:
         checks = checks_of([group])
         assert checks and {c.group for c in checks} == {group}
         assert len({c.name for c in checks}) == len(checks)
-    assert sum(c.seconds for c in checks_of(GROUPS) if not c.large and c.gpus < 2) < 600, "under ten minutes on a GPU"
+    assert sum(c.seconds for c in checks_of(GROUPS) if not c.large and c.gpus < 2) < 600, "ten minutes on a GPU"

@@ -26,6 +26,7 @@ LAYERS = [
         "sentence_encoder",
     },
     {"data", "tree", "advantages", "losses", "coefficients", "onednn", "rewards"},
+    {"flex"},
     {"attention"},
     {"backbone", "multiple_choice", "optimization", "pretrain", "step_metrics"},
     {"sampling", "discriminator"},

@@ -345,6 +345,11 @@ def test_export_is_the_generator_and_training_continues(
     trained.fit(ROWS, steps=1)
 
 
+def test_a_system_message_without_chat_is_refused() -> None:
+    with pytest.raises(LoraGANError, match="is written by a chat template only: give chat=True"):
+        LoraGAN("builtin", system="Be brief.")
+
+
 def test_chat_writes_prompts_with_the_template(bases: dict[str, str]) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(bases["gpt2"]), AutoTokenizer.from_pretrained(bases["gpt2"])
     tokenizer.chat_template = CHAT_TEMPLATE

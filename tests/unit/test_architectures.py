@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lora_gan.attention import BY_LAYER, ONE, WINDOWED, separate, window_sizes
+from lora_gan.attention import BY_LAYER, ONE, WINDOWED, Masks, separate, window_sizes
 from lora_gan.backbone import GENERATOR, Backbone, BackboneSettings, LoraSettings
 from lora_gan.discriminator.models import OwnBaseDiscriminator
 from lora_gan.errors import LoraGANError
@@ -281,6 +282,34 @@ def test_a_router_that_returns_several_tensors_gets_no_adapter(make: Make) -> No
     backbone, _ = make("llama4_text")
     adapted = [name for name, _ in backbone.causal_lm.named_parameters() if "lora_" in name]
     assert adapted and not any("router" in name for name in adapted)
+
+
+def test_an_added_mask_is_in_the_data_type_of_autocast(make: Make) -> None:
+    backbone, model = make("llama")
+    prompts, completions = texts()
+    tree = grow_scored(prompts, {"x": completions})
+    masks = backbone.masks()
+    assert masks is not None and masks.additive == torch.float32
+    query, visible = tree.position_ids, tree.attention_mask
+    assert torch.equal(masks(visible, query, query) == 0, visible)
+    with backbone.reference(), torch.autocast("cpu", torch.bfloat16):
+        lower = backbone.masks()
+        assert lower is not None and lower(visible, query, query).dtype == torch.bfloat16
+        found, wanted = flat(backbone, tree), each_alone(model, prompts, completions)
+    torch.testing.assert_close(found, wanted, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_that_sees_nothing_gives_no_nan(dtype: torch.dtype) -> None:
+    visible = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    visible[:, :, 1] = False
+    added = Masks(LlamaConfig(), additive=dtype)(visible, torch.arange(3)[None], torch.arange(3)[None])
+    query, key, value = torch.randn(3, 1, 2, 3, 8).to(dtype)
+    key.requires_grad_()
+    found = scaled_dot_product_attention(query, key, value, attn_mask=added)
+    found.sum().backward()
+    assert key.grad is not None and found.isfinite().all() and key.grad.isfinite().all()
+    assert torch.equal(found[:, :, 0], value[:, :, 0])
 
 
 def test_small_windows_are_there_for_the_comparison_only(make: Make) -> None:

@@ -499,6 +499,14 @@ def test_fields_of_the_rows_are_not_overwritten(run: Make, tmp_path: Path, capsy
     assert row.items() >= gold.items() and row.keys() == {*gold, "mine", "mine_score"}
 
 
+@pytest.mark.parametrize("template", [[], ["--template={prompt}"]], ids=["run's", "own"])
+def test_half_of_a_character_in_a_prompt_loses_no_completions(run: Make, tmp_path: Path, template: list[str]) -> None:
+    (tmp_path / "in.jsonl").write_text(r'{"prompt": "é \ud800b"}' + "\n" + r'{"prompt": "é b"}')
+    half, whole = completed(run(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", *template)
+    assert (half["prompt"], whole["prompt"]) == ("é \ud800b", "é b")
+    assert half["completion"] == whole["completion"]
+
+
 def test_only_a_line_feed_ends_a_prompt(run: Make, tmp_path: Path) -> None:
     """Line separators of Unicode are text; a byte order mark and carriage returns are not."""
     path, prompts = run(), ["What is\u2028this?", "one\u0085prompt"]

@@ -34,6 +34,8 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:")
         lines = [line for line in message.splitlines() if not line.strip().startswith(noise)]
+        if "lora_gan.data.Source is abstract" in message:
+            lines.append("which source? name it before its settings: --data.source lora_gan.data.StandardFormat")
         self.exit(2, "error: " + "\n".join(lines) + "\nfit --help lists the settings; --print_config shows them all\n")
 
 

@@ -287,8 +287,10 @@ class PromptFormat:
 
     def replaces_system(self, example: Example) -> bool:
         """Whether :meth:`write` takes an own system message out of the example."""
+        if not self.chat or self.system is None:
+            return False
         own = [message.content for message in example.messages if message.role == "system"]
-        return self.chat and self.system is not None and own not in ([], [self.system])
+        return own not in ([], [self.system])
 
     def asked(self, question: str) -> Example:
         """One question as an example of the run.

@@ -27,7 +27,7 @@ from lora_gan.evolution.workers import CloseWorkers, InProcess, Workers
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.step_callback import OUTPUT
-from lora_gan.types import EvalOutput, PromptBatch, Rollout, StepOutput
+from lora_gan.types import EvalOutput, PromptBatch, Rollout, StepOutput, require_prompts
 
 
 class EvolutionModule(MemberModule):
@@ -141,6 +141,7 @@ class EvolutionModule(MemberModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One generation: evaluate, select, cross over, mutate and refine."""
+        require_prompts(batch)
         self.seed_step()
         with self.optimization.counted():
             with self._timed("evaluate"):

@@ -21,6 +21,7 @@ import torch
 
 from lora_gan.data import Alpaca, BuiltinWorld, InstructionDataModule, Source, cache
 from lora_gan.data.files import Row, clean, read_rows
+from lora_gan.data.report import report
 from lora_gan.data.sampler import BucketSampler, EpochPosition
 from lora_gan.data.splits import assign_splits, one_wording_each, split_of
 from lora_gan.data.tokenizer import encode, load_tokenizer
@@ -198,6 +199,7 @@ def test_text_is_cleaned() -> None:
         ("type.json", json.dumps([{**ROW, "output": 4}]), ["type.json, row 1", "'output' is int, not text"]),
         ("null.json", json.dumps([{**ROW, "output": None}]), ["null.json, row 1", "'output' is null"]),
         ("type.csv", "instruction,output\na,b\nc\n", ["type.csv, row 2 (1 of 2 cells)", "'output' is missing"]),
+        ("list.jsonl", json.dumps([ROW], indent=1), ["list.jsonl holds one JSON list", "rename the file to .json"]),
         ("wide.csv", "instruction,output\na,b\nc,d,e\n", ["wide.csv, row 2", "2 columns", "quotes"]),
         ("quote.csv", 'instruction,output\na,"b\n', ["quote.csv, line", "CSV"]),
         ("latin.json", b'[\n"caf\xe9"]', ["latin.json, line 2", "byte 6", "UTF-8"]),
@@ -620,6 +622,26 @@ def test_a_chat_template_replaces_the_plain_one(chat_folder: str, tmp_path: Path
     assert prompt(max_prompt_tokens=40) == "<|user|>Say hello.\n\nplease\n<|assistant|>"
     assert prompt(chat=True) == whole
     assert prompt(chat=False).startswith("### Prompt:\nSay hello.\nin French")
+
+
+def test_own_system_messages_that_are_replaced_are_counted(chat_folder: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "completion": "A", "system": said} for n, said in enumerate(["Own.", "Be brief.", ""])]
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    data = InstructionDataModule(path=path, tokenizer=chat_folder, validation=0, test=0, system="Be brief.")
+    counted = ["train:", "own_system_message_replaced", "1"]
+    assert counted in [line.split() for line in report(data).splitlines()]
+    prompts = [item.example.prompt for item in data.splits["train"].items]
+    assert prompts == [f"<|system|>Be brief.\n<|user|>{n}?\n<|assistant|>" for n in range(3)]
+
+
+@pytest.mark.parametrize("settings", [{"chat": False}, {"source": numbered(4)}], ids=["no chat", "no dialogues"])
+def test_a_system_message_that_nothing_writes_is_refused(chat_folder: str, settings: dict[str, Any]) -> None:
+    settings = {"source": Alpaca(str(FIXTURE)), **settings}
+    data = InstructionDataModule(**settings, tokenizer=chat_folder, system="Be brief.")
+    with pytest.raises(
+        LoraGANError, match=r"init_args\.system has no effect: prompts are written with the template of"
+    ):
+        data.setup()
 
 
 def test_a_data_set_without_dialogues_is_written_without_chat_template(chat_folder: str) -> None:

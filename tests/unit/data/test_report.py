@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_gan.cli import main
-from lora_gan.data import InstructionDataModule
+from lora_gan.data import InstructionDataModule, TruthfulQA
 from lora_gan.data.report import report
 from lora_gan.data.tokenizer import load_tokenizer
+from lora_gan.errors import DataError
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -61,6 +63,25 @@ def test_counts_are_printed_once(capsys: pytest.CaptureFixture[str], caplog: pyt
     assert "empty_output" not in caplog.text
 
 
+def test_a_split_that_fit_will_miss_is_named_in_the_words_of_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Q?", "completion": "A"}')
+    data = InstructionDataModule(path=str(path), seed=1)
+    printed = report(data)
+    warned = [line.removeprefix("warning: ") for line in printed.splitlines() if line.startswith("warning: ")]
+    data.setup("fit")
+    data.val_dataloader()
+    assert [line.split(":")[0] for line in warned] == ["no validation examples", "no test examples"]
+    assert warned[0] in caplog.messages
+
+    held_out = InstructionDataModule(TruthfulQA(str(FIXTURES / "truthfulqa.csv")))
+    assert "\nwarning: no train examples: fit ends with an error; give more rows" in report(held_out)
+    with pytest.raises(DataError, match="leaves no train examples; give more rows"):
+        held_out.train_dataloader()
+
+
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 PERSONA = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Ulla.<|im_end|>\n{% endif %}"
 
@@ -80,6 +101,23 @@ def test_what_the_chat_template_writes_by_itself_is_said(tmp_path: Path) -> None
     assert said in printed(PERSONA + CHATML)
     assert "it writes" not in printed(CHATML)
     assert "it writes" not in printed(PERSONA + CHATML, system="Be brief.")
+
+
+def test_every_turn_with_a_path_of_the_data_module(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "turns.yaml"
+    source = {"class_path": "lora_gan.data.StandardFormat", "init_args": {"every_turn": True}}
+    config.write_text(json.dumps({"data": {"init_args": {"source": source}}}))
+    run("--config", str(config), "--data.path", str(FIXTURES / "messages.jsonl"))
+    assert ["messages", "3", "1", "1", "5"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    for arguments, message in (
+        (["--config", str(config)], "no data file is named; set data.init_args.path"),
+        (["--data.path", ""], "no data file is named; set data.init_args.path"),
+        (["--data.source.init_args.every_turn", "true"], "--data.source lora_gan.data.StandardFormat"),
+        (["--data.system", "hello"], "data.init_args.system has no effect"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,10 @@ def test_real_synthetic_posts() -> None:
 # Today's usual formats
 
 
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def said(example: Example) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in example.messages]
 
@@ -464,6 +469,74 @@ def test_a_reply_with_the_weight_0_is_no_target(tmp_path: Path) -> None:
         read(StandardFormat(path))
 
 
+def test_the_last_reply_that_is_learned_is_the_target(tmp_path: Path) -> None:
+    said = [turn("user", "Q?"), turn("assistant", "First."), turn("user", "And?"), turn("assistant", "Second.")]
+    path = write(tmp_path / "rows.jsonl", [{"messages": [*said[:3], {**said[3], "weight": 0}]}])
+    source = StandardFormat(path)
+    (example,) = read(source)
+    assert ([message.content for message in example.messages], example.target) == (["Q?"], "First.")
+    assert source.dropped == Counter()
+
+
+def test_turns_before_the_first_question_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [turn("assistant", "Welcome!"), turn("user", "Q?"), turn("assistant", "A")]},
+        {"messages": [turn("system", "Be kind."), turn("user", "Q?"), turn("assistant", "A")]},
+    ]
+    source = StandardFormat(write(tmp_path / "rows.jsonl", rows))
+    assert [len(example.messages) for example in read(source)] == [1, 2]
+    assert source.repaired == Counter(turns_before_the_first_question=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "row"),
+    [
+        (StandardFormat, {"messages": [{"role": "user", "content": "a\ud800"}, {"role": "assistant", "content": "b"}]}),
+        (StandardFormat, {"instruction": "a", "output": "b\x00"}),
+        (Alpaca, {"instruction": "a\ud800", "output": "b\x00"}),
+        (partial(OwnFile, negatives="no"), {"prompt": "a", "response": "b", "no": ["c\x00", "d\x07"]}),
+        (ARC, {"question": "a", "choices": {"text": ["b", "c\x00"], "label": ["A", "B"]}, "answerKey": "A"}),
+    ],
+)
+def test_what_is_deleted_from_a_text_is_counted(
+    make: Callable[..., Source], row: dict[str, Any], tmp_path: Path
+) -> None:
+    clean = json.loads(json.dumps(row).replace("\\ud800", "").replace("\\u0000", "").replace("\\u0007", ""))
+    source = make(write(tmp_path / "rows.jsonl", [row, {**clean, "unread": "\x00"}]))
+    assert len({(example.prompt, example.target) for example in read(source)}) == 1
+    assert +source.repaired == Counter(control_characters_removed=1)
+
+
+def test_transcripts_of_human_and_assistant(tmp_path: Path) -> None:
+    def told(reply: str, question: str = "Why?") -> str:
+        return f"\n\nHuman: Hi: you\n\nHuman?\n\nAssistant: Hello.\n\nHuman: {question}\n\nAssistant: {reply}"
+
+    rows = [
+        {"chosen": told("Because."), "rejected": told("No.")},
+        {"chosen": told("Because."), "rejected": told("No.", "How?")},
+    ]
+    source = StandardFormat(write(tmp_path / "hh.jsonl", rows))
+    first, second = read(source)
+    roles = [("user", "Hi: you\n\nHuman?"), ("assistant", "Hello."), ("user", "Why?")]
+    assert (said(first), first.target, texts(first), texts(second)) == (roles, "Because.", ["No."], [])
+    assert source.dropped == Counter(rejected_reply_to_another_prompt=1)
+
+
+def test_a_negative_that_is_the_target_is_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "Q?", "chosen": "A", "rejected": "A", "response": "A"}])
+    for source in (StandardFormat(path), OwnFile(path, negatives="rejected")):
+        (example,) = source.rows()
+        assert example.negatives == ()
+        assert source.dropped == Counter(negative_same_as_target=1)
+
+
+def test_the_path_of_the_data_module_is_enough(tmp_path: Path) -> None:
+    source = StandardFormat(every_turn=True)
+    assert len(read(source.with_path(fixture("messages.jsonl")))) == 5
+    with pytest.raises(DataError, match="no data file is named; set data"):
+        read(source)
+
+
 def test_a_data_set_on_the_hub_by_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -521,7 +594,18 @@ def test_a_row_of_another_shape_is_refused_or_dropped(tmp_path: Path) -> None:
         ),
         ({"messages": [{"role": "user", "content": None}]}, "turn 1 of 'messages' holds null, not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "holds image_url, not text"),
-        ({"prompt": "a", "completion": 3}, "'completion' is int, not a list of messages"),
+        (
+            {"prompt": "a", "completion": 3},
+            "'completion' is int, not a list of messages or a text; put the number in q",
+        ),
+        (
+            {"chosen": "b", "rejected": "c"},
+            "'chosen' is str, not a list of messages, and there is no field 'prompt' that",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "turn 1 of 'messages' calls a tool and says nothing; tool calls cannot be learned",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' is int, not a list of texts"),
     ],
 )

@@ -327,6 +327,19 @@ def test_training_goes_on_as_rows_arrive(tmp_path: Path, build: Build) -> None:
     assert listener.seen == [str(i) for i in range(44)]
 
 
+def test_a_stream_that_validation_takes_whole_is_an_error(tmp_path: Path, build: Build) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(rows(1, 2, 3) + b'{"instruction": "?", "output": ""}\n')
+    for kept in (3, 64):
+        listener = Listener()
+        message = (
+            rf"ended after 3 usable rows \(dropped: empty_output 1\), and validation_rows: {kept} takes them all for"
+        )
+        with pytest.raises(DataError, match=f"{message} validation, .* lower data.init_args.validation_rows below 3"):
+            fit(listener, build(path, validation_rows=kept), tmp_path)
+        assert listener.seen == []
+
+
 def test_an_empty_stream_ends(tmp_path: Path, build: Build) -> None:
     path = tmp_path / "s.jsonl"
     path.write_bytes(b"")

@@ -22,7 +22,7 @@ from lora_gan.discriminator.objectives import (
     discriminator_metrics,
 )
 from lora_gan.errors import LoraGANError
-from lora_gan.types import DiscriminatorOutput, LossTerm
+from lora_gan.types import DiscriminatorBatch, DiscriminatorOutput, LossTerm
 
 LN3 = math.log(3)  # σ(ln 3) = ¾
 
@@ -386,3 +386,12 @@ def test_correlation_by_hand() -> None:
     flat = discriminator_metrics(target | {"sampled": output([1.0, 1.0], prompt=[0, 0], reward=[0.0, 1.0])})
     assert flat["discriminator/correlation"].item() == 0.0
     assert "discriminator/correlation" not in discriminator_metrics(target | {"sampled": output([1.0], reward=[1.0])})
+
+
+def test_which_completions_are_the_target_word_for_word() -> None:
+    """An empty one, which is EOS alone, never is, and neither is another prompt's target."""
+    eos, one, other = (torch.tensor(ids) for ids in ([0], [5, 6, 0], [5, 7, 0]))
+    rows = [[one, other, one[:2]], [], [eos, one]]
+    batch = DiscriminatorBatch((eos, eos, eos), (one, other, eos), {"sampled": rows, "none": [[], [], []]})
+    assert batch.are_targets("sampled") == [True, False, False, False, False]
+    assert batch.are_targets("none") == []

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lora_gan import LoraGAN
 from lora_gan.data import InstructionDataModule, Mixture, Source
+from lora_gan.data.sources.standard import Rows
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example, Message, Negative
 from tests.helpers.steps import Build
@@ -54,6 +55,12 @@ def test_an_example_of_an_own_source_that_cannot_be_used_is_named(given: Any, me
     for source in (Own(given), Mixture([Own(given)])):
         with pytest.raises(DataError, match=message):
             InstructionDataModule(source).setup()
+
+
+def test_rows_in_memory_that_are_no_dictionaries_are_named() -> None:
+    given: Any = ["Q?"]
+    with pytest.raises(DataError, match=r'row 1 is str, not a dictionary such as \{"prompt": "…", "completion": "…"\}'):
+        list(Rows(given).rows())
 
 
 def test_half_of_a_character_in_a_step_is_named() -> None:

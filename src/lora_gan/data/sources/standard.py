@@ -214,4 +214,9 @@ class Rows(StandardFormat):
 
     def read(self) -> Iterator[Row]:
         for number, values in enumerate(self.given, start=1):
+            if not isinstance(values, Mapping):
+                raise DataError(
+                    f"row {number} is {type(values).__name__}, not a dictionary such as "
+                    '{"prompt": "…", "completion": "…"}'
+                )
             yield Row(dict(values), f"row {number}")

@@ -6,9 +6,10 @@ A trainer runs inside: n steps do the same as a fit of n steps on the same batch
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,13 +26,15 @@ from lora_gan.checkpointing.files import read_checkpoint
 from lora_gan.checkpointing.state import CHECKPOINT_VERSION
 from lora_gan.coefficients import Coefficients
 from lora_gan.data import InstructionDataModule, Source, StandardFormat
+from lora_gan.data.dialogues import dialogue, is_dialogue
+from lora_gan.data.files import Row
 from lora_gan.data.sources.standard import Rows
 from lora_gan.data.templates import PromptFormat
 from lora_gan.data.tokenizer import encode_completions, prompt_ids
 from lora_gan.discriminator import AdapterDiscriminator, ClosenessBCE, CompletionAndTarget, DiscriminatorSettings
 from lora_gan.errors import LoraGANError
 from lora_gan.export import write_folder
-from lora_gan.module import LoraGANModule
+from lora_gan.module import SEEDS, LoraGANModule
 from lora_gan.number_formats import default_device
 from lora_gan.rewards import FunctionReward, SemanticReward
 from lora_gan.sampling import sample
@@ -74,6 +77,8 @@ class _SteppedModel:
         **settings: Any,
     ) -> None:
         if seed is not None:
+            if not isinstance(seed, Integral) or not 0 <= seed < SEEDS:
+                raise LoraGANError(f"seed must be a whole number from 0 to {SEEDS - 1}, got {seed!r}")
             L.seed_everything(seed, verbose=False)
         if system is not None and not chat:
             raise LoraGANError(
@@ -93,22 +98,27 @@ class _SteppedModel:
         self.trainer = self._stepper.trainer
 
     def fit(
-        self, data: str | Source | Sequence[Mapping[str, Any]], steps: int, batch_size: int = 8
+        self, data: str | Source | Sequence[Example] | Sequence[Mapping[str, Any]], steps: int, batch_size: int = 8
     ) -> list[dict[str, float]]:
         """Train on a data set, in a new random order in each epoch.
 
         Args:
-            data: A file or hub id, rows (a list of dictionaries, a ``datasets.Dataset``) in one of the formats of
-                :class:`~lora_gan.data.StandardFormat`, or a source.
+            data: A file or hub id, rows (a list of dictionaries, a ``datasets.Dataset``, a ``pandas.DataFrame``) in one
+                of the formats of :class:`~lora_gan.data.StandardFormat`, a source, or a list of examples, whose prompts
+                and targets are joined as they are.
             steps: Training steps.
             batch_size: Prompts in a step.
 
         Returns:
             The metrics of each step, by the names of the logs.
+
+        Raises:
+            LoraGANError: The data or the numbers cannot be used.
         """
-        source = data if isinstance(data, Source) else StandardFormat(data) if isinstance(data, str) else Rows(data)
+        if not isinstance(steps, Integral) or steps < 0:
+            raise LoraGANError(f"steps must be a whole number from 0, got {steps!r}")
         served = InstructionDataModule(
-            source,
+            _source(data),
             tokenizer=self.module.base,
             batch_size=batch_size,
             validation=0.0,
@@ -136,20 +146,43 @@ class _SteppedModel:
         write_folder(copy.deepcopy(self.module.backbone).cpu() if merge else self.module.backbone, folder, merge)
         return folder
 
-    def generate(self, prompt: Texts) -> Any:
-        """The generator's greedy completion of each prompt."""
-        prompts = _listed(prompt)
-        module = self.module
-        ids = self._batch(prompts, [""] * len(prompts)).to(module.device).prompt_ids
+    def generate(self, prompt: Texts | Sequence[Mapping[str, Any]]) -> Any:
+        """The generator's greedy completion of each prompt.
+
+        Args:
+            prompt: One prompt, a list of prompts, or the messages (role, content) of one dialogue up to a question.
+
+        Raises:
+            LoraGANError: It is something else, or the model has learned no dialogues.
+        """
+        module, asked = self.module, is_dialogue(prompt)
+        prompts = [] if asked else _listed(prompt, "prompt")
+        ids = [self._dialogue(prompt)] if asked else self._batch(prompts, [""] * len(prompts)).prompt_ids
         with module.backbone.generator():
-            texts = [text.strip() for text in sample(module.backbone, ids, 1, module.greedy).texts]
-        return texts[0] if isinstance(prompt, str) else texts
+            found = sample(module.backbone, [each.to(module.device) for each in ids], 1, module.greedy).texts
+        texts = [text.strip() for text in found]
+        return texts[0] if asked or isinstance(prompt, str) else texts
+
+    def _dialogue(self, given: Any) -> Tensor:
+        """Token ids (P,) of a dialogue."""
+        module, turns = self.module, dialogue(Row({"messages": given}, "prompt"), None, "messages")
+        if not module.prompts.keeps_dialogue:
+            raise LoraGANError("messages are written with a chat template: give chat=True to the model, or a text here")
+        if not turns or turns[-1].role != "user":
+            raise LoraGANError("the last message must be the user's: it is the one that is answered")
+        tokenizer = module.backbone.tokenizer
+        return torch.tensor(prompt_ids(tokenizer, [module.prompts.write(tokenizer, module.prompts.dialogue(turns))])[0])
 
     def save_checkpoint(self, step: int) -> Path:
         """Write ``checkpoints/step-<step>/{generator,discriminator}``: PEFT adapters with their optimizer states.
 
         ``state.pt`` beside them holds the rest: coefficients, replay buffer, callbacks, schedules and the seed.
+
+        Raises:
+            LoraGANError: ``step`` is no whole number from 0.
         """
+        if not isinstance(step, Integral) or step < 0:
+            raise LoraGANError(f"step must be a whole number from 0, got {step!r}")
         folder = self.checkpoints / f"step-{step}"
         write_roles(self.module, folder, dict(zip(ROLES, self.trainer.optimizers, strict=True)), self._state())
         return folder
@@ -292,7 +325,7 @@ class LoraGAN(_SteppedModel):
             for each prompt, their items are lists. A loss or a score that the step does not compute is None.
         """
         frozen = [role for role, learns in zip(ROLES, (train_gen, train_disc), strict=True) if not learns]
-        stepped = self._step(_listed(prompt), _listed(target_text), frozen)
+        stepped = self._step(_listed(prompt, "prompt"), _listed(target_text, "target_text"), frozen)
         single = isinstance(prompt, str)
         return {
             "prompt": prompt,
@@ -345,14 +378,14 @@ class GPT2Twin(_SteppedModel):
             loss_gen, loss_disc, gen_text (the prompt with its completion) and prob_close (from before the twin's
             update); the last two are lists for a list of prompts.
         """
-        prompts = _listed(prompt)
+        prompts = _listed(prompt, "prompt")
         if target_label is None:
-            stepped = self._step(prompts, _listed(target_text))
+            stepped = self._step(prompts, _listed(target_text, "target_text"))
         else:
             labels = list(target_label) if isinstance(target_label, Sequence) else [target_label] * len(prompts)
             if len(labels) != len(prompts) or not all(0 <= label <= 1 for label in labels):
                 raise LoraGANError(f"target_label must be from 0 to 1, one for each prompt; got {target_label}")
-            stepped = self._step(prompts, _listed(target_text), labels=[float(label) for label in labels])
+            stepped = self._step(prompts, _listed(target_text, "target_text"), labels=[float(label) for label in labels])
         single = isinstance(prompt, str)
         texts = [
             prompts[n // stepped.output.rollout.num_generations] + text
@@ -427,5 +460,42 @@ def _after(prompt: str, target: str) -> str:
     return target if not target or prompt[-1:].isspace() else f" {target.lstrip()}"
 
 
-def _listed(texts: Texts) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
+class _Examples(Source):
+    """Examples in memory."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        super().__init__()
+        self.examples = examples
+
+    def rows(self) -> list[Example]:
+        return [each if each.messages else replace(each, messages=(Message("user", each.prompt),)) for each in self.examples]
+
+
+def _source(data: Any) -> Source:
+    """The source of what a user gives.
+
+    Raises:
+        DataError: It is no data.
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | Path):
+        return StandardFormat(str(data))
+    if isinstance(data, list | tuple) and data and all(isinstance(each, Example) for each in data):
+        return _Examples(data)
+    return Rows(data)
+
+
+def _listed(texts: Any, name: str) -> list[str]:
+    """The texts of an argument.
+
+    Raises:
+        LoraGANError: It is no text, and no list of texts.
+    """
+    listed = [texts] if isinstance(texts, str) else texts
+    if isinstance(listed, Mapping) or not isinstance(listed, Iterable):
+        raise LoraGANError(f"{name} must be a text or a list of texts, got {type(texts).__name__}")
+    listed = list(listed)
+    if other := [type(text).__name__ for text in listed if not isinstance(text, str)]:
+        raise LoraGANError(f"{name} must be a text or a list of texts, got a list with {other[0]}")
+    return listed

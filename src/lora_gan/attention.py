@@ -20,7 +20,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_gan.errors import LoraGANError
@@ -33,6 +35,7 @@ ONE, WINDOWED, BY_LAYER = "one mask", "one mask with a window", "one mask for ea
 SMALL = 3  # size of the windows, in tokens, while the forms are tried
 TOLERANCE, COARSE = 1e-3, 5e-2  # of the logits' error in units of their standard deviation; COARSE: below 32 bits
 ALIGNED = 16  # on a GPU the rows of an added mask begin at multiples of it, as SDPA's kernels want; a CPU is slower so
+LARGE = 64.0  # by which hidden states are multiplied to find what is done to large logits
 log = logging.getLogger("lora_gan")
 
 Mask = Tensor | dict[str, Tensor]
@@ -142,6 +145,7 @@ class TreeForward:
         self.model = model
         self.name = f"{type(model).__name__} ({model.name_or_path})"
         self._found: dict[tuple[torch.device, bool], Masks | None] = {}
+        self._plain: dict[tuple[torch.device, bool], bool] = {}
         self._blocks: dict[tuple[torch.device, bool], bool] = {}
 
     def __call__(
@@ -175,7 +179,29 @@ class TreeForward:
         if not self.is_measured:
             with torch.no_grad(), small_windows(self.model):
                 self._found[self._where] = self._measure()
+                self._plain[self._where] = self._has_plain_head()
         return self._found[self._where]
+
+    @property
+    def plain_head(self) -> nn.Module | None:
+        """The head, where logits are its product with the hidden states and no more; :meth:`masks` measures it."""
+        return output_head(self.model) if self._plain[self._where] else None
+
+    def _has_plain_head(self) -> bool:
+        """Also with larger states, which show a limit on the logits."""
+        head = output_head(self.model)
+        return _is_frozen_matrix(head) and all(self._is_product(head, scale) for scale in (1.0, LARGE))
+
+    def _is_product(self, head: nn.Module, scale: float) -> bool:
+        tree = _trial(self.model)
+        rows, columns = (tree.segments != PADDING).nonzero().T
+        handle = head.register_forward_pre_hook(lambda _, inputs: (scale * inputs[0],))
+        try:
+            done = self._run(self._found[self._where], tree, rows, columns)
+        finally:
+            handle.remove()
+        found = linear(done.hidden[rows, columns], head.get_parameter("weight"), getattr(head, "bias", None))
+        return torch.equal(found.float(), done.logits.float())
 
     @torch.no_grad()
     def takes_blocks(self) -> bool:
@@ -296,6 +322,13 @@ def output_head(model: PreTrainedModel) -> nn.Module:
     if head is None:
         raise LoraGANError(f"{type(model).__name__} has no output embeddings, so it cannot be used as a base")
     return head
+
+
+def _is_frozen_matrix(head: nn.Module) -> bool:
+    """Whether a head has a weight that does not change: no adapter, not quantised, nothing that learns."""
+    weight = getattr(head, "weight", None)
+    plain = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+    return plain and not isinstance(head, BaseTunerLayer) and not any(p.requires_grad for p in head.parameters())
 
 
 def _forms(model: PreTrainedModel) -> Iterator[Masks]:

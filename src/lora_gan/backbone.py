@@ -38,9 +38,10 @@ from lora_gan.data.tokenizer import load_tokenizer
 from lora_gan.dropout import AdapterDropout
 from lora_gan.errors import LoraGANError
 from lora_gan.flex import attention_by, attention_of, is_long
+from lora_gan.head import Logits, Statistic, entropy, log_probability, statistics
 from lora_gan.lightning_compat import patched_forward, switch_adapter
 from lora_gan.number_formats import AUTO, default_device, quantized, resolved_dtype, torch_dtype
-from lora_gan.tensors import entropy, fingerprint, in_float32, token_logprobs
+from lora_gan.tensors import fingerprint, in_float32
 from lora_gan.tree import Branches, PromptTree
 
 GENERATOR, DISCRIMINATOR, SNAPSHOT = "generator", "discriminator", "snapshot"
@@ -74,6 +75,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise LoraGANError(f"LoRA rank must be at least 1, got {self.rank}")
+        if self.alpha < 1:
+            raise LoraGANError(f"lora.alpha must be at least 1, got {self.alpha}: at 0 the adapter would change nothing")
         if not self.targets:
             raise LoraGANError("lora.targets is empty; set it to all-linear or to a list of layer names")
         if not 0 <= self.dropout < 1:
@@ -116,7 +119,9 @@ class Predicted:
     """The model's predictions in its active mode for the tokens of all branches of one kind."""
 
     logprobs: Tensor  # (M, T) log-probability of each token, 0 where masked
-    logits: Tensor  # (n, V) their logits, for the n tokens that are not masked, row by row
+    entropy: Tensor | None  # (M, T) in nats, of the distribution from which each token was drawn; None if not asked for
+    logits: Logits  # of the n tokens that are not masked, row by row, at temperature 1
+    temperature: float  # of log-probabilities and entropies
     hidden: Tensor  # (B, L, H) last hidden states of the trees, as the head receives them
     branches: Branches
 
@@ -124,12 +129,6 @@ class Predicted:
     def states(self) -> Tensor:
         """(M, T, H) the hidden state from which each token was predicted."""
         return self.hidden[self.branches.row[:, None], self.branches.parents]
-
-    @property
-    def entropy(self) -> Tensor:
-        """(M, T) entropy in nats of the distribution from which each token was drawn, 0 where masked."""
-        mask = self.branches.mask
-        return self.logprobs.new_zeros(mask.shape).masked_scatter(mask, entropy(self.logits))
 
 
 class Backbone(nn.Module):
@@ -289,23 +288,49 @@ class Backbone(nn.Module):
             tree: The prompt tree.
             temperature: By kind, the divisor of the logits; 1 for missing kinds.
         """
-        return {kind: predicted.logprobs for kind, predicted in self.predict(tree, temperature).items()}
+        return self.logprobs_at(tree, temperature or {})[0]
 
-    def predict(self, tree: PromptTree, temperature: Mapping[str, float] | None = None) -> dict[str, Predicted]:
-        """:meth:`logprobs` together with logits and hidden states, from the same pass."""
+    def logprobs_at(self, tree: PromptTree, *temperatures: Mapping[str, float]) -> list[dict[str, Tensor]]:
+        """:meth:`logprobs` at several temperatures, from one pass."""
+        _, logits = self._logits(tree)
+        found: list[dict[str, Tensor]] = [{} for _ in temperatures]
+        for kind, branches in tree.branches.items():
+            at = [temperature.get(kind, 1.0) for temperature in temperatures]
+            distinct = list(dict.fromkeys(at))
+            values = _by_token(branches, logits[kind], [Statistic(log_probability, each) for each in distinct])
+            for place, each in enumerate(at):
+                found[place][kind] = values[distinct.index(each)]
+        return found
+
+    def predict(
+        self, tree: PromptTree, temperature: Mapping[str, float] | None = None, with_entropy: bool = False
+    ) -> dict[str, Predicted]:
+        """:meth:`logprobs` together with entropies, if wanted, logits and hidden states, from the same pass."""
+        hidden, logits = self._logits(tree)
+        result = {}
+        for kind, branches in tree.branches.items():
+            scale = (temperature or {}).get(kind, 1.0)
+            wanted = [Statistic(of, scale) for of in (log_probability, entropy)[: 1 + with_entropy]]
+            logprobs, *entropies = _by_token(branches, logits[kind], wanted)
+            result[kind] = Predicted(logprobs, next(iter(entropies), None), logits[kind], scale, hidden, branches)
+        return result
+
+    def _logits(self, tree: PromptTree) -> tuple[Tensor, dict[str, Logits]]:
+        """Hidden states (B, L, H) of the trees, and by kind the logits of the tokens that are not masked."""
         kinds = list(tree.branches.values())
         rows = torch.cat([b.row[:, None].expand_as(b.mask)[b.mask] for b in kinds])
-        done = self._forward(tree, rows, torch.cat([b.parents[b.mask] for b in kinds]))
-        parts = torch.split(done.logits, [int(b.mask.sum()) for b in kinds])
-        result = {}
-        for (kind, branches), part in zip(tree.branches.items(), parts, strict=True):
-            scale = (temperature or {}).get(kind, 1.0)
-            part = part[:, : self.vocabulary]
-            logits = part if scale == 1 else part / scale
-            values = token_logprobs(logits, branches.ids[branches.mask])
-            logprobs = values.new_zeros(branches.mask.shape).masked_scatter(branches.mask, values)
-            result[kind] = Predicted(logprobs, logits, done.hidden, branches)
-        return result
+        columns = torch.cat([b.parents[b.mask] for b in kinds])
+        self.masks()
+        head = self._tree_forward.plain_head
+        if head is None:
+            done = self._forward(tree, rows, columns)
+            hidden, source = done.hidden, done.logits
+        else:
+            hidden = self.hidden(tree)
+            source = hidden[rows, columns]
+        parts = torch.split(source, [int(b.mask.sum()) for b in kinds])
+        logits = (Logits(part, self.vocabulary, head) for part in parts)
+        return hidden, dict(zip(tree.branches, logits, strict=True))
 
     def score_branches(self, tree: PromptTree, embedded: Tensor | None = None) -> dict[str, Tensor]:
         """The discriminator's score and auxiliary prediction of every branch by kind, (M, 2), read at its last token.
@@ -325,12 +350,14 @@ class Backbone(nn.Module):
         nowhere = tree.ids.new_zeros(0)
         return self._forward(tree, nowhere, nowhere, embedded).hidden
 
-    def embed(self, weights: Tensor) -> Tensor:
-        """Mixtures of the word embeddings of the active mode: (n, V) weights → (n, H)."""
-        with torch.no_grad():  # the layer itself, which may scale, and may have an adapter
-            words = torch.arange(weights.shape[-1], device=weights.device)
-            table: Tensor = self.causal_lm.get_input_embeddings()(words)
-        return weights.to(table.dtype) @ table
+    @torch.no_grad()
+    def word_embeddings(self) -> Tensor:
+        """(V, H) of all words in the active mode."""
+        layer = self.causal_lm.get_input_embeddings()
+        if type(layer) is nn.Embedding:
+            return layer.weight[: self.vocabulary]
+        words: Tensor = layer(torch.arange(self.vocabulary, device=self.device))  # it may scale, or have an adapter
+        return words
 
     def masks(self) -> Masks | None:
         """The form in which the base takes its attention mask; None if trees are evaluated in separate rows.
@@ -378,6 +405,13 @@ class Backbone(nn.Module):
         return lora + (list(self.score_head.parameters()) if role == DISCRIMINATOR else [])
 
 
+def _by_token(branches: Branches, logits: Logits, wanted: Sequence[Statistic]) -> list[Tensor]:
+    """Numbers of the tokens of all branches, each (M, T), 0 where masked."""
+    mask = branches.mask
+    found = statistics(logits, branches.ids[mask], wanted)
+    return [values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found]
+
+
 def adapter_of(name: str) -> str | None:
     """The adapter that a parameter belongs to, by its name; None for parameters of the base.
 
@@ -385,6 +419,12 @@ def adapter_of(name: str) -> str | None:
     """
     found = _ADAPTER.search(name)
     return found[2] if found else None
+
+
+def has_learned(backbone: Backbone, role: str) -> bool:
+    """Whether a role's adapter changes the base: one of its two matrices is 0 until the first update."""
+    adapter = {n: p for n, p in backbone.lm.named_parameters() if adapter_of(n) == role}
+    return any(bool(p.any()) for name, p in adapter.items() if "lora_B" in name or "lora_embedding_A" in name)
 
 
 def load_base(base: str, dtype: str = "float32", quantization: str | None = None) -> PreTrainedModel:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from lora_gan.errors import LoraGANError
+
+AT_LEAST_0 = ("supervised", "policy", "coupled", "value", "discriminator_updates")
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,12 @@ class Coefficients:
     discriminator_updates: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("supervised", "policy", "coupled", "value", "discriminator_updates"):
-            if getattr(self, name) < 0:
-                raise LoraGANError(f"coefficients.{name} must be at least 0, got {getattr(self, name)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not math.isfinite(value):
+                raise LoraGANError(f"coefficients.{field.name} must be a finite number, got {value}")
+            if value < 0 and field.name in AT_LEAST_0:
+                raise LoraGANError(f"coefficients.{field.name} must be at least 0, got {value}")
 
 
 NAMES = tuple(field.name for field in fields(Coefficients))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +11,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_gan.backbone import GENERATOR
+from lora_gan.backbone import GENERATOR, has_learned
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.discriminator.objectives import TARGET
+from lora_gan.lightning_compat import is_fitting
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import masked_row_mean
 from lora_gan.tree import grow_scored
 from lora_gan.types import EvalOutput, PromptBatch, Rollout, Scores, require_prompts
 
+log = logging.getLogger("lora_gan")
 LOGITS = 2**26  # numbers in the logits of one pass over targets
 
 
@@ -31,6 +34,24 @@ class Evaluated(Checkpointed):
     @abstractmethod
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the completions, and of the targets where they are needed."""
+
+    def on_validation_start(self) -> None:
+        if not is_fitting(self):
+            self._say_if_untrained("validation")
+
+    def on_test_start(self) -> None:
+        self._say_if_untrained("test")
+
+    def on_predict_start(self) -> None:
+        self._say_if_untrained("prediction")
+
+    def _say_if_untrained(self, what: str) -> None:
+        if not has_learned(self.backbone, GENERATOR):
+            log.warning(
+                "%s of a generator that has learned nothing: it answers as its base does; give ckpt_path=… to the "
+                "trainer, or an adapter to the generator",
+                what,
+            )
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
         """Greedy completions of the generator, and its loss on the targets."""

@@ -51,6 +51,10 @@ class GeneratorSettings:
     scheduler: LRSchedulerCallable | None = None
     adapter: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.value_clip > 0:
+            raise LoraGANError(f"generator.value_clip must be > 0, got {self.value_clip}; a large one, 1e9, never clips")
+
 
 class Generator(nn.Module):
     """The policy's losses and updates; its LoRA matrices are the backbone's.
@@ -189,7 +193,8 @@ class Generator(nn.Module):
             branches[SAMPLED] = rollout.by_prompt(len(batch))
         if "supervised" in weights:
             branches[TARGET] = batch.targets_by_prompt
-        predicted = backbone.predict(grow_scored(batch.prompt_ids, branches), self.temperature)
+        tree = grow_scored(batch.prompt_ids, branches)
+        predicted = backbone.predict(tree, self.temperature, with_entropy="entropy" in weights)
         terms = {name: self._losses[name](predicted, minibatch) for name in weights if name != "coupled"}
         if "coupled" in weights:
             coupled = self.straight_through(backbone, model, predicted[SAMPLED], rollout, batch)
@@ -234,7 +239,9 @@ class Generator(nn.Module):
         return LossTerm(kl_loss(predicted[SAMPLED].logprobs, counted, minibatch.reference_logprobs), {})
 
     def _entropy_loss(self, predicted: Mapping[str, Predicted], minibatch: Minibatch) -> LossTerm:
-        return LossTerm(-masked_mean(predicted[SAMPLED].entropy, self._counted(minibatch.rollout).mask), {})
+        entropy = predicted[SAMPLED].entropy
+        assert entropy is not None
+        return LossTerm(-masked_mean(entropy, self._counted(minibatch.rollout).mask), {})
 
     def _value(self, states: Tensor) -> Tensor:
         """(N, T, H) → (N, T)."""

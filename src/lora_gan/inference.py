@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_gan.atomic import atomic_file, check_writable
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, adapter_of
+from lora_gan.atomic import atomic_file, check_file_writable
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, has_learned
 from lora_gan.checkpointing.files import intact_checkpoint, newest_run, read_checkpoint
 from lora_gan.checkpointing.state import CHECKPOINT_VERSION, vocabulary_of
 from lora_gan.data.dialogues import dialogue
@@ -31,6 +31,7 @@ from lora_gan.types import Example, Message
 
 log = logging.getLogger("lora_gan")
 
+STDOUT = ("-", "/dev/stdout")
 RUNS = "lightning_logs"  # where runs lie by default
 # the only discriminator that needs nothing but the backbone to score
 SCORED_BY = {
@@ -70,7 +71,7 @@ class Saved:
         if self.model != SCORED_BY:
             model = "{class} that reads {input_format}".format(**self.model)
             return f"the discriminator of this run is a {model}; use predict for completions with rewards"
-        return "" if _has_learned(self.backbone) else "the discriminator of this run has never been trained"
+        return "" if has_learned(self.backbone, DISCRIMINATOR) else "the discriminator of this run has never been trained"
 
     def settings(self, part: str) -> dict[str, Any]:
         """The arguments of the run's ``model`` or ``data``; empty if the configuration is missing."""
@@ -204,12 +205,6 @@ def _configuration_of(path: Path) -> dict[str, Any]:
     return found if ours else {}  # else it is another program's
 
 
-def _has_learned(backbone: Backbone) -> bool:
-    """Whether the discriminator's adapter changes the base: one of its two matrices is 0 until the first update."""
-    adapter = {n: p for n, p in backbone.lm.named_parameters() if adapter_of(n) == DISCRIMINATOR}
-    return any(bool(p.any()) for name, p in adapter.items() if "lora_B" in name or "lora_embedding_A" in name)
-
-
 # chat
 
 
@@ -234,15 +229,20 @@ def chat(
         template: Format of a prompt instead of that of the run; {prompt} stands for the question.
         compare: Show the completion of the base as well.
         max_new_tokens: Length limit of a completion.
-        temperature: Divides the logits when sampling.
+        temperature: Divides the logits when sampling; 0 takes the most likely tokens.
         do_sample: Sample tokens instead of taking the most likely ones.
         dequantize: Load a base that was quantised in training as it was before, as on a machine without a GPU.
     """
-    how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, do_sample=do_sample)
+    how = _how(temperature, do_sample, max_new_tokens=max_new_tokens)
     session = _Session(load_saved(ckpt_path, base, dequantize), how, template, compare)
     print(session.opening(), flush=True)
     while (line := _read()) and session.take(line):
         pass
+
+
+def _how(temperature: float, do_sample: bool, **settings: Any) -> Sampling:
+    """Settings of sampling, where a temperature of 0 is greedy decoding."""
+    return Sampling(temperature=temperature or 1.0, do_sample=do_sample and temperature != 0, **settings)
 
 
 class _Session:
@@ -390,13 +390,13 @@ def generate(
         input: Text file with a prompt on each line, or .jsonl, .json, .csv, .tsv or .parquet file whose rows have a
             "prompt", "messages", "conversations", "instruction" and "input", or the fields of the run's own template; a
             reply at the end of a dialogue is not read.
-        output: File to write.
+        output: File to write, or "-" for standard output.
         base: Folder or hub id of the base, if it has moved since the training.
         template: Format of a prompt instead of that of the run; "{prompt}" leaves the prompts unchanged.
         output_key: Field for the completion; the score is in "score", or in "<output_key>_score" for another field.
         batch_size: Prompts completed at once.
         max_new_tokens: Length limit of a completion.
-        temperature: Divides the logits when sampling.
+        temperature: Divides the logits when sampling; 0 takes the most likely tokens.
         top_p: Draw from the smallest set of tokens with at least this mass.
         do_sample: Sample tokens instead of taking the most likely ones.
         seed: Seed of the sampling.
@@ -404,24 +404,39 @@ def generate(
     """
     if batch_size < 1:
         raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
-    how = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, do_sample=do_sample)
+    if not output_key.strip():
+        raise LoraGANError("output_key is empty; it names the field for the completion, such as completion")
+    how = _how(temperature, do_sample, max_new_tokens=max_new_tokens, top_p=top_p)
     rows = _rows(Path(input))
     keys = (output_key, "score" if output_key == "completion" else f"{output_key}_score")
     _check_keys(rows, keys[:1])
-    _check_writable(Path(output))
+    if output not in STDOUT:
+        _check_writable(Path(output))
     saved = load_saved(ckpt_path, base, dequantize)
     _check_keys(rows, keys if saved.scores else keys[:1])
     prompts = [_row_prompt(saved, row, template) for row in rows]
     _check_lengths(saved.backbone, rows, prompts, how)
     torch.manual_seed(seed)
-    escaped = "backslashreplace"  # half of a character in a row is written as JSON does it, \ud800
-    with atomic_file(Path(output)) as draft, draft.open("w", encoding="utf-8", errors=escaped) as stream:
+    with _opened(output) as stream:
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
             for row, made in zip(rows[part], _completed(saved, prompts[part], how), strict=True):
                 named = dict(zip(keys, made, strict=False))
                 stream.write(json.dumps({**row.values, **named}, ensure_ascii=False, default=str) + "\n")
-    print(f"{len(rows)} completions written to {output}")
+    if output not in STDOUT:
+        print(f"{len(rows)} completions written to {output}")
+
+
+@contextmanager
+def _opened(output: str) -> Iterator[TextIO]:
+    """The output to write to; half of a character in a row is written as JSON does it, \\ud800."""
+    escaped = "backslashreplace"
+    if output in STDOUT:
+        with open(1, "w", encoding="utf-8", errors=escaped, closefd=False) as stream:
+            yield stream
+    else:
+        with atomic_file(Path(output)) as draft, draft.open("w", encoding="utf-8", errors=escaped) as stream:
+            yield stream
 
 
 def _completed(saved: Saved, prompts: Sequence[Tensor], how: Sampling) -> list[tuple[str, float] | tuple[str]]:
@@ -494,11 +509,9 @@ def _check_keys(rows: Sequence[Row], keys: Sequence[str]) -> None:
 def _check_writable(output: Path) -> None:
     """Make the folder of the output, and check that a file can be written there."""
     try:
-        check_writable(output.parent)
-        if output.is_dir():
-            raise IsADirectoryError("it is a folder")
+        check_file_writable(output)
     except OSError as error:
-        raise LoraGANError(f"cannot write {output}: {error}; choose another file with --output") from error
+        raise LoraGANError(f"cannot write {output}: {error.strerror}; choose another file with --output") from error
 
 
 def _check_lengths(backbone: Backbone, rows: Sequence[Row], prompts: Sequence[Tensor], how: Sampling) -> None:

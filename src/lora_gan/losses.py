@@ -44,7 +44,7 @@ class Reinforce(PolicyLoss):
     """
 
     def __init__(self, ratio_cap: float | None = None) -> None:
-        if ratio_cap is not None and ratio_cap <= 0:
+        if ratio_cap is not None and not ratio_cap > 0:
             raise LoraGANError(f"ratio_cap must be > 0 or null, got {ratio_cap}")
         self.ratio_cap = ratio_cap
 
@@ -78,13 +78,13 @@ class ClippedPPO(PolicyLoss):
         num_minibatches: int = 1,
         target_kl: float | None = None,
     ) -> None:
-        if not 0 < epsilon < 1 or (epsilon_high is not None and epsilon_high <= 0):
+        if not 0 < epsilon < 1 or (epsilon_high is not None and not epsilon_high > 0):
             raise LoraGANError(f"epsilon must be in (0, 1) and epsilon_high > 0, got {epsilon} and {epsilon_high}")
         if num_iterations < 1 or num_minibatches < 1:
             raise LoraGANError(
                 f"num_iterations and num_minibatches must be at least 1, got {num_iterations} and {num_minibatches}"
             )
-        if target_kl is not None and target_kl <= 0:
+        if target_kl is not None and not target_kl > 0:
             raise LoraGANError(f"target_kl must be > 0 or null, got {target_kl}")
         self.low, self.high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
         self.num_iterations = num_iterations
@@ -132,22 +132,22 @@ def value_loss(values: Tensor, rollout: Rollout, advantages: Advantages, epsilon
     return 0.5 * masked_mean(errors, rollout.mask)
 
 
-def straight_through(logits: Tensor, ids: Tensor, temperature: float, uniform: Tensor) -> Tensor:
-    """One-hot rows of ``ids`` (n,) in value, with the gradient of a Gumbel-softmax over ``logits`` (n, V) → (n, V).
+def straight_through(logits: Tensor, ids: Tensor, temperature: float, uniform: Tensor, slope: Tensor) -> Tensor:
+    """Gradient at ``logits`` (n, V) through one-hot samples, which is passed on as a Gumbel-softmax's → (n, V).
 
     The noise is drawn conditional on the sampled token, so that the relaxation belongs to the completion that was
     sampled (estimator of arXiv 1611.01144).
 
     Args:
-        logits: With gradient.
-        ids: The sampled tokens.
+        logits: In float32.
+        ids: (n,) the sampled tokens.
         temperature: Temperature of the softmax; a lower one is closer to the discrete choice and noisier.
         uniform: (n, V) numbers in (0, 1).
+        slope: (n, V) gradient at the samples.
     """
-    logp = logits.float().log_softmax(-1)
-    soft = ((logp + gumbel_noise(logp.detach(), ids, uniform)) / temperature).softmax(-1)
-    hard = torch.zeros_like(soft).scatter(1, ids[:, None], 1.0)
-    return hard + (soft - soft.detach())
+    logp = logits.log_softmax(-1)
+    soft = ((logp + gumbel_noise(logp, ids, uniform)) / temperature).softmax(-1)
+    return soft * (slope - (soft * slope).sum(-1, keepdim=True)) / temperature
 
 
 def gumbel_noise(logp: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:

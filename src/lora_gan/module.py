@@ -6,6 +6,7 @@ reads them. A new variant is a new class behind a seam (reward, objective, advan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,6 +60,7 @@ from lora_gan.types import (
     require_prompts,
 )
 
+SEEDS = 2**32  # how many there are, of torch, numpy and python alike
 REFERENCES = ("base", "snapshot")
 ADVERSARIAL = "adversarial"  # the discriminator's part among the rewards
 
@@ -107,6 +109,8 @@ class LoraGANModule(Evaluated):
         super().__init__()
         if num_generations < 1:
             raise LoraGANError(f"num_generations must be at least 1, got {num_generations}")
+        if not math.isfinite(truncated_penalty):
+            raise LoraGANError(f"truncated_penalty must be a finite number, got {truncated_penalty}")
         if kl_reference not in REFERENCES:
             raise LoraGANError(f"kl_reference must be one of {', '.join(REFERENCES)}, got {kl_reference!r}")
         self.automatic_optimization = False

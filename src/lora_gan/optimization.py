@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import lightning as L
 import torch
@@ -23,6 +23,7 @@ from lora_gan.errors import LoraGANError, NonFiniteError
 from lora_gan.lightning_compat import count_one_step, last_of_sequence, scales_gradients, unscales_itself
 
 log = logging.getLogger("lora_gan")
+Made = TypeVar("Made")
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> AdamW:
@@ -56,7 +57,7 @@ class OptimizationSettings:
     micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_grad_norm <= 0:
+        if not self.max_grad_norm > 0:
             raise LoraGANError(f"max_grad_norm must be > 0, got {self.max_grad_norm}; a large one, 1e9, never clips")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise LoraGANError(
@@ -188,9 +189,16 @@ class Optimization:
     def configure(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> tuple[list[Optimizer], list[Any]]:
         """The optimizers and the schedules, for ``configure_optimizers``."""
         self._stepped = set()
-        optimizers = {role: settings.optimizer(parameters[role]) for role, settings in self.roles.items()}
+        optimizers = {
+            role: made_by(f"{role}.optimizer", settings.optimizer, parameters[role])
+            for role, settings in self.roles.items()
+        }
         self._check_scaled(optimizers)
-        schedulers = [s.scheduler(optimizers[role]) for role, s in self.roles.items() if s.scheduler is not None]
+        schedulers = [
+            made_by(f"{role}.scheduler", settings.scheduler, optimizers[role])
+            for role, settings in self.roles.items()
+            if settings.scheduler is not None
+        ]
         return list(optimizers.values()), schedulers
 
     def _check_scaled(self, optimizers: Mapping[str, Optimizer]) -> None:
@@ -285,12 +293,18 @@ class Optimization:
     # the run
 
     def check_trainer(self) -> None:
-        """Refuse the trainer's settings of automatic optimization.
+        """Refuse the trainer's settings of automatic optimization, and those that fail in the middle of a run.
 
         Raises:
             LoraGANError: One is set; the message names the setting that takes its place.
         """
         trainer = self.module.trainer
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            given = getattr(trainer, name)
+            if isinstance(given, int | float) and not given > 0:
+                raise LoraGANError(
+                    f"trainer.{name} must be more than 0, got {given}; without validation set limit_val_batches: 0"
+                )
         if trainer.accumulate_grad_batches != 1:
             raise LoraGANError(
                 f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches} has no effect here: set "
@@ -386,6 +400,23 @@ class Optimization:
             f"{what} in step {trainer.global_step}; the optimizer step was not taken. "
             f"Lower the learning rate or check the rewards; last good checkpoint: {best or 'none yet'}"
         )
+
+
+def made_by(name: str, make: Callable[[Any], Made], of: Any) -> Made:
+    """An optimizer or a schedule.
+
+    Raises:
+        LoraGANError: It refuses its settings, or one of them is not a number.
+    """
+    try:
+        made = make(of)
+    except (ValueError, ZeroDivisionError) as error:
+        raise error if isinstance(error, LoraGANError) else LoraGANError(f"{name} cannot be made: {error}") from error
+    for setting, value in getattr(made, "defaults", {}).items():
+        given = value if isinstance(value, tuple | list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in given):
+            raise LoraGANError(f"{name}: {setting} must be finite, got {value}")
+    return made
 
 
 def last_step(scheduler: LRScheduler) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR
 from lora_gan.callbacks.best_checkpoint import BestCheckpoint
-from lora_gan.callbacks.last_checkpoint import last_checkpoint, resume_command, run_folder
+from lora_gan.callbacks.last_checkpoint import Interrupted, last_checkpoint, resume_command, run_folder
 from lora_gan.checkpointing.adapters import ROLES, save_role
 from lora_gan.checkpointing.files import read_checkpoint
 from lora_gan.module import LoraGANModule
 from lora_gan.program import command
+
+log = logging.getLogger("lora_gan")
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,16 @@ def end_run(trainer: L.Trainer, model: LoraGANModule, datamodule: L.LightningDat
     if trainer.is_global_zero:
         for role in roles:
             save_role(model, role, folder / "adapters" / role)
-    lines = closing_lines(trainer, model, best, roles)
+    lines, again = closing_lines(trainer, model, best, roles), test_command(trainer, best)
     show_best(trainer, best)
     try:
         if test and is_overridden("test_dataloader", datamodule):
             trainer.test(model, datamodule=datamodule, ckpt_path=best.path if best else None, verbose=False)
+    except SystemExit as stopped:  # after Ctrl-C it is Lightning's, with status 1
+        number = signal.SIGTERM if isinstance(stopped, Interrupted) else signal.SIGINT
+        if trainer.is_global_zero:
+            log.warning("%s: the test was stopped and has no results; the run is complete. Test it: %s", number.name, again)
+        raise Interrupted(128 + number) from None
     finally:
         if trainer.is_global_zero:
             print(lines)
@@ -109,6 +118,13 @@ def closing_lines(trainer: L.Trainer, model: LoraGANModule, best: Best | None, r
         lines += [f"chat         {command('chat', '--ckpt_path', which)}"]
         lines += [f"export       {command('export', '--ckpt_path', which, *merged)}"]
     return "\n".join(lines)
+
+
+def test_command(trainer: L.Trainer, best: Best | None) -> str:
+    """Command line that tests what a run has made."""
+    checkpoint = last_checkpoint(trainer) if best is None else best.path
+    config = run_folder(trainer) / "config.yaml"
+    return command("test", "--config", _relative(config), "--ckpt_path", _relative(checkpoint))
 
 
 def _relative(path: Path) -> str:

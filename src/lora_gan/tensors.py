@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,81 +39,6 @@ def group_normalise(x: Tensor, k: int, epsilon: float) -> Tensor:
     groups = x.view(-1, k)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + epsilon)).flatten()
-
-
-def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of ``labels`` (n,) under ``logits`` (n, V) → (n,), in float32."""
-    result: Tensor = _TokenLogprobs.apply(logits, labels)  # type: ignore[no-untyped-call]
-    return result
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits) (n, V) → (n,), in float32.
-
-    The backward pass recomputes the gradient from the logits, a few rows at a time, so that no other tensor of the size
-    of the logits is kept.
-    """
-    result: Tensor = _Entropy.apply(logits)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Entropy(torch.autograd.Function):
-    """H = −Σ p·log p, dH/dz = −p·(log p + H)."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        parts = []
-        for rows in _rows(logits, _few(logits)):
-            logp = rows.float().log_softmax(-1)
-            parts.append(-(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1))
-        result = torch.cat(parts)
-        ctx.save_for_backward(logits, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        logits, found = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        few = _few(logits)
-        for out, z, h, grad in zip(*(_rows(x, few) for x in (result, logits, found, grads[0])), strict=True):
-            logp = z.float().log_softmax(-1)
-            out.copy_(-grad[:, None] * logp.exp() * (logp.masked_fill(logp == -torch.inf, 0) + h[:, None]))
-        return result
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[label], a few rows at a time: its gradient is the only tensor of the logits' size.
-
-    ``cross_entropy`` makes three such tensors, of 150 MB each for 768 tokens of GPT-2's vocabulary.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        normaliser = torch.cat([rows.float().logsumexp(-1) for rows in _rows(logits, _few(logits))])
-        ctx.save_for_backward(logits, labels, normaliser)
-        return logits.gather(-1, labels[:, None]).squeeze(-1).float() - normaliser
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, labels, normaliser = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        few = _few(logits)
-        for out, *rows in zip(*(_rows(x, few) for x in (result, logits, normaliser, grads[0], labels)), strict=True):
-            z, log_sum, grad, label = rows
-            part = (z.float() - log_sum[:, None]).exp_().mul_(-grad[:, None])
-            part[torch.arange(len(label), device=label.device), label] += grad
-            out.copy_(part)
-        return result, None
-
-
-def _rows(x: Tensor, few: int) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = x.split(few)  # type: ignore[no-untyped-call]
-    return parts
-
-
-def _few(logits: Tensor) -> int:
-    """Number of rows of ``logits`` (n, V) that hold a million numbers: 4 MB, which fit into a processor's cache."""
-    return max(1, (1 << 20) // logits.shape[-1])
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:

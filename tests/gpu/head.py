@@ -37,7 +37,9 @@ def head(machine: Machine) -> Finding:
 
     def work() -> None:
         with in_use(machine, backbone):
-            predicted = backbone.predict(grow_scored(case.prompts, {KIND: case.completions}))[KIND]
+            tree = grow_scored(case.prompts, {KIND: case.completions})
+            predicted = backbone.predict(tree, with_entropy=True)[KIND]
+            assert predicted.entropy is not None
             (weighted(predicted.logprobs.flatten()) + weighted(predicted.entropy.flatten())).backward()
             taken(backbone, "generator")
 

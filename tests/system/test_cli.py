@@ -205,6 +205,24 @@ def test_predict_writes_its_file_without_a_writer_in_the_configuration(
         assert record["reward"] == pytest.approx(share_of_a(record["completion"], ""))
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_the_untrained_are_not_called_trained(command: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a checkpoint the results were those of adapters at their start."""
+    with torch_state(), pytest.raises(SystemExit) as stopped:
+        main([command, *run.settings])
+    assert stopped.value.code == 2
+    assert f"{command} needs a checkpoint" in (said := capsys.readouterr().err) and "--ckpt_path last" in said
+
+
+def test_an_adapter_is_tested_without_a_checkpoint(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    more = [f"--model.generator.adapter={run.folder}/adapters/generator", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    with torch_state():
+        main(["test", *run.settings, *more])
+    assert "| start |" in capsys.readouterr().out and "learned nothing" not in caplog.text
+
+
 def test_a_prediction_looks_for_no_best(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It said that the best was not in its folder, and that it would be looked for."""
     more = [f"--ckpt_path={run.last}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
@@ -342,6 +360,11 @@ def test_what_lightning_refuses_is_one_error(
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
+        ("--seed_everything=-1", "--seed_everything must be from 0 to 4294967295, got -1"),
+        ("--model.init_args.coefficients.policy=.nan", "model.coefficients.policy must be a number, got nan"),
+        ("--model.init_args.generator.optimizer.init_args.lr=-1", "generator.optimizer cannot be made: Invalid learn"),
+        ("--model.init_args.generator.lora.alpha=0", "lora.alpha must be at least 1, got 0"),
+        ("--trainer.val_check_interval=0", "trainer.val_check_interval must be more than 0, got 0"),
         ("--model.init_args.num_generations=0", "num_generations must be at least 1, got 0"),
         ("--model.init_args.sampling.temperature=0", "for greedy decoding set do_sample: false"),
         ("--model.init_args.generator.lora.rank=0", "rank must be at least 1"),
@@ -514,6 +537,12 @@ QUICK = [
     (["fit", "--help", "nothing"], "no help on nothing; --help takes model, data, trainer, or a class"),
     (["data", "--help"], "--data.max_validation"),
     (["chat", "--help"], " chat [--config CONFIG]"),
+    (["help", "fit"], " fit --config FILE"),
+    (["help", "chat"], " chat [--config CONFIG]"),
+    (["help", "fit", "data"], "--data.max_validation"),
+    (["schema", "--help"], " schema > schema.json"),
+    (["schema", "--foo"], "got --foo; usage: "),
+    (["completion", "bash", "more"], "got bash more; usage: "),
     (["chat"], "ckpt_path"),
     (["fti"], "no command fti; "),
     (["fti"], "did you mean fit?"),
@@ -562,7 +591,9 @@ print(json.dumps([answers, sorted({{"torch", "lightning", "transformers", "peft"
     for (arguments, wanted), (printed, status) in zip(QUICK, answers, strict=True):
         assert wanted in printed, arguments
         assert "Traceback" not in printed
-        asked = not arguments or ({"--help", "--version", "schema"} & set(arguments) and "nothing" not in arguments)
+        asked = not arguments or (
+            {"help", "--help", "--version", "schema"} & set(arguments) and not {"nothing", "--foo"} & set(arguments)
+        )
         assert status == (0 if asked else 2), arguments
         assert asked or printed.count("error: ") == 1, printed
 

@@ -18,6 +18,7 @@ LAYERS = [
         "tensors",
         "bases",
         "dropout",
+        "head",
         "results",
         "distributed",
         "lightning_compat",

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import shlex
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -205,3 +209,43 @@ def test_a_moved_run_is_resumed_where_it_is(sft: Run, bases: dict[str, str], tmp
     assert run.closing["best"].startswith("step 4, by validation/loss ")
     assert run.closing["best"].endswith("moved/sft/version_0/checkpoints/best-4.ckpt")
     assert run.closing["last"].startswith("step 5: ")
+
+
+def test_the_documented_resume_of_a_finished_run_tests_it_and_ends_well(sft: Run, tmp_path: Path) -> None:
+    """The training was over, and then the configuration of the run itself was said to be in the way."""
+    folder = tmp_path / "sft" / "version_0"
+    shutil.copytree(sft.folder, folder)
+    (folder / "results.json").unlink()
+    before = (folder / "config.yaml").read_text(encoding="utf-8")
+    last, here = folder / "checkpoints" / "last.ckpt", f"--trainer.logger.init_args.save_dir={tmp_path}"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), torch_state():
+        main(["fit", f"--config={folder / 'config.yaml'}", f"--ckpt_path={last}", here])
+    assert read_results(folder)[0].step == 4 and read_results(folder)[0].table in printed.getvalue()
+    assert Run(folder, printed.getvalue()).closing["last"].startswith("step 4: ")
+    assert (folder / "config.yaml").read_text(encoding="utf-8") == before
+
+
+class Terminates(L.Callback):
+    """Sends SIGTERM in the first batch of a test."""
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_in_the_final_test_says_how_to_run_it(
+    bases: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended with status 0, without a table and without a word; its resume was refused."""
+    with pytest.raises(SystemExit) as stopped:
+        fit(bases["gpt2"], tmp_path, 40, f"--trainer.callbacks+={__name__}.Terminates", steps=1)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    _, _, command = caplog.text.partition("the test was stopped and has no results; the run is complete. Test it: ")
+    arguments = shlex.split(command.splitlines()[0])
+    (folder,) = tmp_path.glob("sft/version_*")
+    with torch_state():
+        main([*arguments[arguments.index("test") :], "--trainer.callbacks=null"])
+    assert len(read_results(folder)) == 0  # without TextMetrics there is no table
+    with pytest.raises(SystemExit) as again, torch_state():
+        main(arguments[arguments.index("test") :])
+    assert again.value.code == 128 + signal.SIGTERM and caplog.text.rstrip().endswith("SIGTERM: stopped")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from peft import PeftModel
@@ -27,6 +28,7 @@ from lora_gan.generator import GeneratorSettings
 from lora_gan.optimization import OptimizationSettings
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
+from lora_gan.types import Example
 from tests.helpers.steps import Recorder, half, moved, share_of_a, state, trainer
 
 SMALL: dict[str, Any] = {
@@ -358,3 +360,50 @@ def test_chat_writes_prompts_with_the_template(bases: dict[str, str]) -> None:
     assert tokenizer.decode(batch.prompt_ids[0]) == "[system]Be brief.<|endoftext|>[user]Hi<|endoftext|>[assistant]"
     assert tokenizer.decode(batch.target_ids[0]) == "a<|endoftext|>"
     assert isinstance(gan.step("Hi", "a")["response"], str)
+    said = gan.generate([{"role": "user", "content": "Hi"}])
+    assert said == gan.generate("Hi") and isinstance(said, str)
+    with pytest.raises(LoraGANError, match="the last message must be the user's"):
+        gan.generate([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}])
+
+
+def test_fit_takes_examples_and_a_table_of_pandas(gan: Callable[..., LoraGAN]) -> None:
+    on_rows, on_table, on_examples = gan(), gan(), gan()
+    on_rows.fit(ROWS, steps=2, batch_size=3)
+    on_table.fit(pandas.DataFrame([*ROWS, {"prompt": "Say g"}])[: len(ROWS)], steps=2, batch_size=3)  # type: ignore[arg-type]
+    assert not moved(state(on_rows.module), state(on_table.module))
+    (metrics,) = on_examples.fit([Example("Say a", " a"), Example("Say b", " b")], steps=1)
+    assert "loss/supervised" in metrics
+    with pytest.raises(LoraGANError, match="row 2: the field 'completion' is null"):
+        gan().fit(pandas.DataFrame([*ROWS[:1], {"prompt": "Say g"}]), steps=1)  # type: ignore[arg-type]
+
+
+TEXTS = "must be a text or a list of texts, got"
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda gan: gan.fit(["a", "b"], 1), "row 1 is str, not a dictionary"),
+        (lambda gan: gan.fit({"prompt": ["a"], "completion": ["b"]}, 1), "rows of columns by datasets.Dataset.from_dict"),
+        (lambda gan: gan.fit(None, 1), "rows are a list of dictionaries, got NoneType"),
+        (lambda gan: gan.fit(ROWS, -1), "steps must be a whole number from 0, got -1"),
+        (lambda gan: gan.fit(ROWS, 1.5), "steps must be a whole number from 0, got 1.5"),
+        (lambda gan: gan.step("hello", None), f"target_text {TEXTS} NoneType"),
+        (lambda gan: gan.step(["hello"], [None]), f"target_text {TEXTS} a list with NoneType"),
+        (lambda gan: gan.step(3, "x"), f"prompt {TEXTS} int"),
+        (lambda gan: gan.generate(None), f"prompt {TEXTS} NoneType"),
+        (lambda gan: gan.generate({"role": "user", "content": "hi"}), f"prompt {TEXTS} dict"),
+        (lambda gan: gan.generate([{"role": "user", "content": "hi"}]), "give chat=True to the model, or a text"),
+        (lambda gan: gan.generate([{"role": "user"}]), "holds null, not text"),
+        (lambda gan: gan.save_checkpoint(-1), "step must be a whole number from 0, got -1"),
+    ],
+)
+def test_mistakes_of_a_caller_are_named(use: Callable[[Any], Any], message: str, gan: Callable[..., LoraGAN]) -> None:
+    with pytest.raises(LoraGANError, match=message):
+        use(gan())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5])
+def test_a_seed_that_numpy_does_not_take_is_refused(seed: Any) -> None:
+    with pytest.raises(LoraGANError, match="seed must be a whole number from 0 to 4294967295, got"):
+        LoraGAN("builtin", seed=seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lora_gan import evaluation
 from lora_gan.backbone import GENERATOR
@@ -19,7 +20,7 @@ from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward, NormalizeThenSum
 from lora_gan.types import PromptBatch
 from tests.conftest import randomise
-from tests.helpers.steps import Build, fit, share_of_a
+from tests.helpers.steps import Build, fit, share_of_a, trainer
 
 
 def by_rows(module: LoraGANModule, batch: PromptBatch) -> list[float]:
@@ -134,3 +135,23 @@ def test_a_checkpoint_counts_the_updates_of_each_role(build: Build, batch: Promp
     learns = build(discriminator_updates=2)
     fit(learns, [replace(batch)], 2)
     assert learns.optimization.updates == {"generator": 2, "discriminator": 4}
+
+
+def test_a_generator_that_has_learned_nothing_is_tested_with_a_warning(
+    build: Build, batch: PromptBatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its results were called trained; in a fit, where the validation shows the start, nothing is said."""
+    module, data = build(), DataLoader([batch], batch_size=None)
+    runner = trainer(1)
+    runner.test(module, data, verbose=False)
+    runner.predict(module, data)
+    runner.validate(module, data, verbose=False)
+    assert [line.split(" of a generator that has learned nothing")[0] for line in caplog.messages if "nothing" in line] == [
+        "test",
+        "prediction",
+        "validation",
+    ]
+    caplog.clear()
+    runner.fit(module, data, data)
+    runner.test(module, data, verbose=False)
+    assert "learned nothing" not in caplog.text

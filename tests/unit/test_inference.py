@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
+import threading
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -134,7 +136,7 @@ def test_tokens_are_shown_as_they_come(run: Make, capsys: pytest.CaptureFixture[
     [
         (["--template=x"], "does not contain {prompt}; write {prompt}"),
         (["--max_new_tokens=999"], "more than the model's context of 256"),
-        (["--temperature=0"], "for greedy decoding set do_sample: false"),
+        (["--temperature=nan"], "temperature must be > 0 and finite, got nan"),
     ],
 )
 def test_mistakes_in_chat(
@@ -322,6 +324,18 @@ def test_chat_keeps_the_conversation(
     ]
     assert prompts[2] == "<|user|>And?\n<|assistant|>" and len(prompts) == 4
     assert greedy(path, prompts[2], "base")[0] in "\n".join(lines)
+
+
+def test_a_temperature_of_0_is_greedy_everywhere_and_nan_is_none(
+    run: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """chat refused --temperature 0 and took /temperature 0; /temperature nan was accepted, and inf."""
+    path = run()
+    ask(monkeypatch, "one", "/temperature nan", "/temperature inf", "/temperature 0", "one")
+    main(["chat", f"--ckpt_path={path}", "--max_new_tokens=5", "--temperature=0", "--do_sample=true"])
+    printed = capsys.readouterr().out
+    assert printed.count(greedy(path, "one")[0]) == 2
+    assert printed.count("/temperature takes a number from 0, such as") == 2
 
 
 def test_the_oldest_turns_are_forgotten_where_the_context_ends(
@@ -543,6 +557,17 @@ def test_mistakes_in_the_file(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "message"), [("--output_key=", "output_key is empty"), ("--temperature=nan", "finite, got nan")]
+)
+def test_mistakes_in_the_settings(
+    given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        completed("nowhere.ckpt", tmp_path / "in.txt", tmp_path / "out.jsonl", given)
+    assert message in capsys.readouterr().err
+
+
 def test_where_nothing_can_be_written_is_said_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -551,3 +576,32 @@ def test_where_nothing_can_be_written_is_said_before_the_model_is_loaded(
         with pytest.raises(SystemExit):
             completed("nowhere.ckpt", tmp_path / "in.txt", output)
         assert f"cannot write {output}" in capsys.readouterr().err
+
+
+def test_a_pipe_is_written_to_and_not_replaced(run: Make, tmp_path: Path) -> None:
+    """The output of ``--output /dev/null`` was a new file in its place."""
+    path, pipe, lines = run(), tmp_path / "pipe", list[str]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: lines.extend(pipe.read_text(encoding="utf-8").splitlines()))
+    reader.start()
+    input = written(tmp_path / "in.jsonl", {"prompt": "one"}, {"prompt": "two"})
+    main(["generate", f"--ckpt_path={path}", f"--input={input}", f"--output={pipe}", "--max_new_tokens=2"])
+    reader.join(timeout=60)
+    assert pipe.is_fifo() and [json.loads(line)["prompt"] for line in lines] == ["one", "two"]
+
+
+def test_what_a_link_points_to_is_replaced(run: Make, tmp_path: Path) -> None:
+    path, link = run(), tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "elsewhere" / "out.jsonl")
+    for prompt in ("one", "two"):  # there is no such file yet, and there is one
+        (row,) = completed(path, written(tmp_path / "in.jsonl", {"prompt": prompt}), link)
+        assert row["prompt"] == prompt and link.is_symlink()
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["out.jsonl"]
+
+
+def test_a_dash_is_the_standard_output(run: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, input = run(), written(tmp_path / "in.jsonl", {"prompt": "é"})
+    capfd.readouterr()
+    main(["generate", f"--ckpt_path={path}", f"--input={input}", "--output", "-", "--max_new_tokens=2"])
+    assert json.loads(capfd.readouterr().out)["prompt"] == "é"  # and nothing else
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "run"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CosineAnnealingWarmRestarts,
@@ -204,6 +204,15 @@ def test_the_trainers_own_accumulation_and_clipping_are_refused(
 ) -> None:
     with pytest.raises(LoraGANError, match=message):
         fit(build(), [batch], 1, **settings)
+
+
+@pytest.mark.parametrize("setting", ["val_check_interval", "check_val_every_n_epoch"])
+def test_a_validation_after_every_0_steps_is_refused_before_training(
+    setting: str, build: Build, batch: PromptBatch
+) -> None:
+    """It was a division by zero after the first step."""
+    with pytest.raises(LoraGANError, match=rf"{setting} must be more than 0, got 0; .*limit_val_batches: 0"):
+        fit(build(), [batch], 1, **{setting: 0})
 
 
 def test_the_rate_and_the_norm_of_the_gradient_are_logged(build: Build, batch: PromptBatch) -> None:
@@ -470,3 +479,28 @@ def test_plateaus_without_a_metric_are_refused_by_name(build: Build, batch: Prom
         validated(build(discriminator_scheduler=PlateauOfTorch), batch, 4)
     with pytest.raises(LoraGANError, match="follows a metric of the validation, and this run has none"):
         fit(build(generator_scheduler=plateau("text/own")), [batch], 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, r"^discriminator\.optimizer cannot be made: Invalid learning rate: -1\.0$"),
+        ({"lr": float("nan")}, r"^discriminator\.optimizer cannot be made: Invalid learning rate: nan$"),
+        ({"lr": float("inf")}, r"^discriminator\.optimizer: lr must be finite, got inf$"),
+        ({"betas": (2.0, 3.0)}, r"^discriminator\.optimizer cannot be made: Invalid beta parameter"),
+        ({"betas": (0.9, float("nan"))}, r"^discriminator\.optimizer cannot be made: Invalid beta parameter"),
+        ({"weight_decay": -1.0}, r"^discriminator\.optimizer cannot be made: Invalid weight_decay value: -1\.0$"),
+    ],
+)
+def test_values_that_an_optimizer_refuses_are_one_error_with_the_role(
+    settings: dict[str, Any], message: str, build: Build, batch: PromptBatch
+) -> None:
+    module = build("gpt2", discriminator_optimizer=lambda parameters: AdamW(parameters, **settings))
+    with pytest.raises(LoraGANError, match=message):
+        fit(module, [batch], 1)
+
+
+def test_values_that_a_schedule_refuses_are_one_error_with_the_role(build: Build, batch: PromptBatch) -> None:
+    module = build("gpt2", generator_scheduler=lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=-1))
+    with pytest.raises(LoraGANError, match=r"^generator\.scheduler cannot be made: "):
+        fit(module, [batch], 1)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lora_gan.tensors import (
-    entropy,
     group_normalise,
     in_float32,
     kl_k3,
@@ -17,7 +16,6 @@ from lora_gan.tensors import (
     masked_row_mean,
     pad,
     scaled_gradient,
-    token_logprobs,
     whiten,
 )
 
@@ -42,23 +40,6 @@ def test_masked_values_get_no_gradient() -> None:
     assert torch.equal(x.grad, MASK / 3)
 
 
-def test_token_logprobs_by_hand() -> None:
-    logits = torch.tensor([[math.log(1), math.log(3)], [math.log(4), math.log(1)]])
-    found = token_logprobs(logits, torch.tensor([1, 1]))
-    torch.testing.assert_close(found, torch.tensor([math.log(3 / 4), math.log(1 / 5)]))
-    assert token_logprobs(logits.bfloat16(), torch.tensor([1, 1])).dtype == torch.float32
-
-
-def test_token_logprobs_has_the_gradient_of_cross_entropy() -> None:
-    """d log p / d logits = onehot − softmax; 5 rows of half a million are worked on two at a time."""
-    logits = torch.randn(5, 1 << 19, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    labels, weights = torch.tensor([0, 3, 1000, 7, (1 << 19) - 1]), torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
-    (gradient,) = torch.autograd.grad((token_logprobs(logits, labels) * weights).sum(), logits)
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    (expected,) = torch.autograd.grad((-loss * weights).sum(), logits)
-    torch.testing.assert_close(gradient, expected, atol=1e-8, rtol=1e-4)
-
-
 def test_k3_by_hand() -> None:
     """π = ½ and reference = ¼ at the token: r = −ln 2, k3 = ½ + ln 2 − 1."""
     found = kl_k3(torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.25]).log())
@@ -79,40 +60,6 @@ def test_pad_and_its_mask() -> None:
     assert pad(rows).tolist() == [[1, 2, 3], [4, 0, 0]]
     assert pad(rows, -1).tolist() == [[1, 2, 3], [4, -1, -1]]
     assert lengths_mask(torch.tensor([3, 1, 0]), 3).tolist() == [[True] * 3, [True, False, False], [False] * 3]
-
-
-def test_entropy_by_hand() -> None:
-    """Uniform over four: ln 4. (½, ¼, ¼): ½·ln 2 + ½·ln 4 = 1.5·ln 2. A sure thing, and one with a token ruled out."""
-    inf = float("inf")
-    logits = torch.tensor([[7.0, 7, 7, 7], [math.log(2), 0, 0, -inf], [900.0, 0, 0, 0], [1.0, 1, -inf, -inf]])
-    wanted = torch.tensor([math.log(4), 1.5 * math.log(2), 0.0, math.log(2)])
-    torch.testing.assert_close(entropy(logits), wanted)
-    assert entropy(logits.bfloat16()).dtype == torch.float32
-    assert entropy(torch.zeros(0, 5)).shape == (0,)
-
-
-def test_entropy_gradient_by_hand() -> None:
-    """dH/dz = −p·(log p + H). For p = (¾, ¼): ln p₀ − ln p₁ = ln 3, so dH/dz₀ = −¾·¼·ln 3."""
-    logits = torch.tensor([[math.log(3), 0.0]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(entropy(logits).sum(), logits)
-    torch.testing.assert_close(gradient, torch.tensor([[-1.0, 1.0]]) * 3 / 16 * math.log(3))
-
-
-def test_entropy_has_the_gradient_of_autograd() -> None:
-    """5 rows of half a million are worked on two at a time; the rows have different weights in the loss."""
-    logits = torch.randn(5, 1 << 19, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
-    (gradient,) = torch.autograd.grad((entropy(logits) * weights).sum(), logits)
-    logp = logits.log_softmax(-1)
-    (expected,) = torch.autograd.grad((-(logp.exp() * logp).sum(-1) * weights).sum(), logits)
-    torch.testing.assert_close(gradient, expected, atol=1e-8, rtol=1e-3)
-    assert expected.abs().max() > 1e-5
-
-
-def test_entropy_gives_no_gradient_to_a_token_that_is_ruled_out() -> None:
-    logits = torch.tensor([[1.0, 0.0, -float("inf")]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(entropy(logits).sum(), logits)
-    assert gradient.isfinite().all() and gradient[0, 2] == 0 and gradient[0, 0] != 0
 
 
 def test_whiten_by_hand() -> None:

@@ -23,7 +23,7 @@ class KLSchedule(StepCallback):
     """
 
     def __init__(self, first: float, last: float, start: int, end: int, coefficient: str = "kl") -> None:
-        if min(first, last) < 0 or not 0 <= start < end:
+        if not (first >= 0 and last >= 0) or not 0 <= start < end:
             raise LoraGANError(
                 f"need coefficients >= 0 and 0 <= start < end; got {first} and {last}, steps {start} to {end}"
             )
@@ -50,7 +50,7 @@ class AdaptiveKL(StepCallback):
     """
 
     def __init__(self, target: float = 6.0, horizon: int = 10_000, coefficient: str = "kl") -> None:
-        if target <= 0 or horizon < 1:
+        if not target > 0 or horizon < 1:
             raise LoraGANError(f"target must be > 0 and horizon at least 1, got {target} and {horizon}")
         self.target = target
         self.horizon = horizon
@@ -77,7 +77,7 @@ class AdaptiveEntropy(StepCallback):
     """
 
     def __init__(self, target: float, rate: float = 0.01, largest: float = 1.0) -> None:
-        if target < 0 or rate <= 0 or largest <= 0:
+        if not (target >= 0 and rate > 0 and largest > 0):
             raise LoraGANError(f"need target >= 0, rate > 0, largest > 0; got {target}, {rate}, {largest}")
         self.target = target
         self.rate = rate

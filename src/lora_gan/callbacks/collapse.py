@@ -79,7 +79,7 @@ class CollapseMonitor(StepCallback):
     ) -> None:
         if every_n_steps < 1:
             raise LoraGANError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        if length <= 1:
+        if not length > 1:
             raise LoraGANError(f"length must be > 1, because it is a factor; got {length}")
         self.every_n_steps = every_n_steps
         self.stop = stop

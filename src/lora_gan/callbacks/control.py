@@ -68,7 +68,7 @@ class DiscriminatorControl(_WatchesAccuracy):
         self.every_n_steps = every_n_steps
         self.freeze_above = 1.1 if freeze_above is None else freeze_above
         self.train_below = self.freeze_above if train_below is None else train_below
-        if self.train_below > self.freeze_above:
+        if not self.train_below <= self.freeze_above:
             raise LoraGANError(f"train_below {train_below} must not be above freeze_above {freeze_above}")
         self.frozen = False
 
@@ -100,7 +100,7 @@ class ConfidenceGate(_WatchesAccuracy):
         super().__init__(decay)
         self.close_above = close_above
         self.open_below = close_above if open_below is None else open_below
-        if self.open_below > close_above:
+        if not self.open_below <= close_above:
             raise LoraGANError(f"open_below {open_below} must not be above close_above {close_above}")
 
     def react(self, module: StepModule, accuracy: float) -> None:

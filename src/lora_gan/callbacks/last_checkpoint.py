@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +28,27 @@ log = logging.getLogger("lora_gan")
 
 class Interrupted(SystemExit):
     """A signal ended the run after the step was finished and saved; the exit status is 128 + its number."""
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what runs within it at once, with status 143, unless a callback finishes its step first.
+
+    Lightning would go on with the batch, then end without a word and with status 0.
+    """
+
+    def stop(received: int, frame: FrameType | None) -> None:
+        log.warning("SIGTERM: stopped")
+        raise Interrupted(128 + received)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LastCheckpoint(Checkpoint):

@@ -26,6 +26,7 @@ from lora_gan.program import __version__, program_name
 
 logger = logging.getLogger("lora_gan")
 
+HELP = ("--help", "-h", "help")
 CLOSED = 128 + 13  # exit status of a program that ends by SIGPIPE
 SHORT = {"--gens": "--trainer.max_steps", "--pop": "--model.init_args.population"}  # of evolution
 ADVICE = (  # of the libraries, which does not apply here
@@ -58,7 +59,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     name, *rest = arguments or ["--help"]
-    if name in ("--help", "-h", "help"):
+    if name in HELP and rest[:1] and rest[0] not in HELP:  # help fit
+        name, rest = rest[0], ["--help", *rest[1:]]
+    if name in HELP:
         print(help.overview())
     elif name == "--version":
         print(f"lora-gan {__version__}")
@@ -68,14 +71,19 @@ def _run(arguments: list[str]) -> None:
         raise LoraGANError(f"no command {name}; the commands are {', '.join(help.COMMANDS)}{also}")
     elif name in help.FUNCTIONS:
         _call(name, rest)
-    elif name == "schema":
-        print(json.dumps(SchemaWriter().write(), indent=1))
-    elif name == "completion":
-        print(completion(*rest[:1] or [""]))
-    elif rest[:1] in (["--help"], ["-h"]):
+    elif rest and rest[0] in HELP:
         print(help.of_command(name, *rest[1:2]))
+    elif name in help.PRINTED:
+        print(_printed(name, rest))
     else:
         _train(name, rest)
+
+
+def _printed(name: str, arguments: list[str]) -> str:
+    """The schema or the completion script."""
+    if len(arguments) > (name == "completion"):
+        raise LoraGANError(f"got {' '.join(arguments)}; usage: {program_name()} {name} {help.PRINTED[name]}")
+    return json.dumps(SchemaWriter().write(), indent=1) if name == "schema" else completion(*arguments or [""])
 
 
 def _call(name: str, arguments: list[str]) -> None:

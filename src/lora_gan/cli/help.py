@@ -27,6 +27,7 @@ FUNCTIONS = {  # commands that are one function
     "export": "lora_gan.export.export",
     "generate": "lora_gan.inference.generate",
 }
+PRINTED = {"schema": "> schema.json", "completion": "SHELL"}  # commands that print a file, and how they are used
 TOPICS = {
     "model": "lora_gan.module.LoraGANModule",
     "data": "lora_gan.data.InstructionDataModule",
@@ -58,14 +59,16 @@ more:     {name} COMMAND --help, {name} --version"""
 
 
 def of_command(command: str, topic: str = "") -> str:
-    """Help of fit, validate, test, predict or data; of a topic or a class where one is named."""
+    """Help of a command that is no function; of a topic or a class where one is named."""
     if topic:
         return of_class(topic)
     name = f"{program_name()} {command}"
+    if command in PRINTED:
+        return f"usage: {name} {PRINTED[command]}\n\n{_sentence(COMMANDS[command])}"
     options = {key: text for key, text in OPTIONS.items() if command != "data" or key == "--config FILE"}
     parts = [
         f"usage: {name} --config FILE [--config FILE …] [--SETTING VALUE …]",
-        f"{COMMANDS[command].capitalize()}.",
+        _sentence(COMMANDS[command]),
         f"examples:\n  {name} --config configs/gan.yaml\n"
         f"  {name} --config configs/gpt2_alpaca.yaml --model.base my-model --data.path my.jsonl",
         f"options:\n{_columns(options)}",
@@ -75,6 +78,10 @@ def of_command(command: str, topic: str = "") -> str:
     parts.append(_main_settings("data", "of the data (--help data explains each of them)"))
     parts.append(f"more:\n{_columns(_more(name, command))}")
     return "\n\n".join(parts)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def of_class(topic: str) -> str:

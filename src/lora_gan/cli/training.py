@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lora_gan.callbacks.last_checkpoint import stopped_by_sigterm
 from lora_gan.checkpointing.files import CheckpointFiles, intact_checkpoint, newest_run
 from lora_gan.cli.configuration import content, last_of_each_kind, pairs
 from lora_gan.cli.hyperparameters import hyperparameters
@@ -45,14 +47,17 @@ class SavedConfiguration(SaveConfigCallback):
     The settings are also logged as hyperparameters: TensorBoardLogger and CSVLogger write them to hparams.yaml.
     """
 
+    seen = False  # whether a first stage was set up; the test at the end of a fit is its second
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not self.already_saved:
+        if not self.seen:
+            self.seen = True
             self.config = self.config.clone()
             resumed, self.config["ckpt_path"] = self.config.get("ckpt_path"), None
             self.overwrite = stage == "fit" and _lies_in(resumed, trainer.log_dir)
             self._refuse_to_replace(trainer)
-        if not self.overwrite:
-            super().setup(trainer, pl_module, stage)
+            if not self.overwrite:
+                super().setup(trainer, pl_module, stage)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -108,6 +113,11 @@ class CLI(LightningCLI):
         self._subcommand_parsers["test"].set_defaults({"verbose": False})
 
     @overrides(LightningCLI)
+    def _run_subcommand(self, subcommand: str) -> None:
+        with stopped_by_sigterm():
+            super()._run_subcommand(subcommand)
+
+    @overrides(LightningCLI)
     def _parse_ckpt_path(self) -> None:
         """Find a checkpoint that is whole; Lightning would let settings that it holds override those given here."""
         settings = self.config[self.config["subcommand"]]
@@ -118,6 +128,13 @@ class CLI(LightningCLI):
                 logger.warning("no run to resume in %s yet: a new one starts", runs_folder(settings))
             elif given is None:
                 raise LoraGANError(f"no run with a checkpoint in {runs_folder(settings)}; give the checkpoint's path")
+        if given is None and self.config["subcommand"] != "fit" and _starts_untrained(settings):
+            command = self.config["subcommand"]
+            raise LoraGANError(
+                f"{command} needs a checkpoint, or its results would be those of adapters that have learned nothing: "
+                "--ckpt_path last is that of the newest run of this configuration; an adapter alone is "
+                "--model.generator.adapter FOLDER"
+            )
         if given == "best":
             raise LoraGANError(
                 "--ckpt_path best is known to Lightning in the process of a fit only; give the file's path"
@@ -127,10 +144,20 @@ class CLI(LightningCLI):
             logger.info("checkpoint: %s", given)
         settings["ckpt_path"] = given
 
+    @overrides(LightningCLI)
+    def _set_seed(self) -> None:
+        from lora_gan.module import SEEDS
+
+        seed = subcommand_setting(self, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= (seed or 0) < SEEDS:
+            raise LoraGANError(f"--seed_everything must be from 0 to {SEEDS - 1}, got {seed}")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Settle the configuration that the run uses and saves: complete, and each kind of callback once."""
         settings = self.config[self.config["subcommand"]]
         settings["extends"] = None
+        refuse_nan(settings, "")
         settle_formats(settings)
         if isinstance(settings.get("trainer.callbacks"), list):
             settings["trainer.callbacks"] = last_of_each_kind(settings["trainer.callbacks"])
@@ -202,6 +229,32 @@ def settle_formats(settings: jsonargparse.Namespace) -> None:
     if dtype := settings.get("model.init_args.backbone.dtype"):
         precision = settings.get("trainer.precision")
         settings["model.init_args.backbone.dtype"] = resolved_dtype(dtype, device, precision)
+
+
+def refuse_nan(given: Any, name: str) -> None:
+    """Refuse settings that are not a number, wherever they are: comparisons with them are false, so checks may pass.
+
+    Args:
+        given: A setting, or all of them.
+        name: Its name.
+
+    Raises:
+        LoraGANError: One is not a number.
+    """
+    if isinstance(given, jsonargparse.Namespace | dict):
+        for inner, value in given.items():
+            refuse_nan(value, f"{name}.{inner}" if name else str(inner))
+    elif isinstance(given, list | tuple):
+        for number, value in enumerate(given):
+            refuse_nan(value, f"{name}[{number}]")
+    elif isinstance(given, float) and math.isnan(given):
+        raise LoraGANError(f"{name.replace('.init_args', '')} must be a number, got nan")
+
+
+def _starts_untrained(settings: jsonargparse.Namespace) -> bool:
+    """Whether the generator of a configuration begins as the base."""
+    generator = settings.get("model.init_args.generator")
+    return generator is not None and not generator.get("adapter")
 
 
 def _is_first_process() -> bool:

@@ -57,9 +57,9 @@ class StreamDataModule(TextDataModule):
             shared: The settings of :class:`TextDataModule`.
         """
         super().__init__(**shared)
-        if poll_seconds <= 0:
+        if not poll_seconds > 0:
             raise LoraGANError(f"poll_seconds must be > 0, got {poll_seconds}; set data.init_args.poll_seconds")
-        if stop_after_seconds is not None and stop_after_seconds < 0:
+        if stop_after_seconds is not None and not stop_after_seconds >= 0:
             raise LoraGANError(f"stop_after_seconds must be >= 0, got {stop_after_seconds}; leave it out to wait")
         if validation_rows < 0 or (validation_rows and validation_path):
             raise LoraGANError(

@@ -10,6 +10,7 @@ from lora_gan.backbone import Backbone, Predicted
 from lora_gan.discriminator.models import DiscriminatorModel
 from lora_gan.discriminator.objectives import SAMPLED
 from lora_gan.errors import LoraGANError
+from lora_gan.head import in_use, product
 from lora_gan.losses import straight_through
 from lora_gan.tensors import scaled_gradient
 from lora_gan.types import DiscriminatorBatch, PromptBatch, Rollout
@@ -26,7 +27,7 @@ class StraightThrough:
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
-        if temperature <= 0:
+        if not temperature > 0:
             raise LoraGANError(f"temperature of the straight-through samples must be > 0, got {temperature}")
         self.temperature = temperature
 
@@ -45,8 +46,6 @@ class StraightThrough:
         completions = {SAMPLED: rollout.ended(len(batch), backbone.tokenizer.eos_token_id)}
         tree = model.tree(backbone, DiscriminatorBatch(batch.prompt_ids, batch.target_ids, completions))
         ids = rollout.ids[rollout.mask]
-        uniform = torch.rand(predicted.logits.shape, device=ids.device).clamp(1e-9, 1 - 1e-7)
-        weights = straight_through(predicted.logits, ids, self.temperature, uniform)
         is_word = rollout.mask.clone()
         last = rollout.mask.sum(-1) - 1
         is_word[torch.arange(len(last)), last] = rollout.truncated  # EOS is not differentiated
@@ -55,10 +54,29 @@ class StraightThrough:
         columns = branches.columns[:, : is_word.shape[1]][is_word]
 
         with model.mode(backbone):
-            words = backbone.embed(weights)
+            table = in_use(backbone.word_embeddings())
             embedded = backbone.causal_lm.get_input_embeddings()(tree.ids).detach().requires_grad_()
             loss = -logsigmoid(model.score_embedded(backbone, tree, embedded)[SAMPLED][:, 0]).mean()
             gradient = scaled_gradient(loss, embedded)
-        passed_on = (words[is_word[rollout.mask]] * gradient[rows, columns]).sum()
+        slope = gradient.new_zeros(len(ids), gradient.shape[-1])
+        slope[is_word[rollout.mask]] = gradient[rows, columns]
+        passed_on = (predicted.logits.source * self._at_source(predicted, ids, slope, table)).sum()
         result: Tensor = loss.detach() + passed_on - passed_on.detach()
         return result
+
+    def _at_source(self, predicted: Predicted, ids: Tensor, slope: Tensor, table: Tensor) -> Tensor:
+        """The gradient at the source of the logits, a few tokens at a time: of each there are numbers for all words.
+
+        Args:
+            predicted: Of n tokens.
+            ids: (n,) the tokens.
+            slope: (n, H) gradient at their embeddings.
+            table: (V, H) all embeddings.
+        """
+        parts = []
+        for chunk in predicted.logits.chunks():
+            uniform = torch.rand(chunk.logits.shape, device=ids.device).clamp_(1e-9, 1 - 1e-7)
+            logits, at_words = chunk.logits / predicted.temperature, product(slope[chunk.rows], table.T).float()
+            found = straight_through(logits, ids[chunk.rows], self.temperature, uniform, at_words)
+            parts.append(chunk.at_source(found) / predicted.temperature)
+        return torch.cat(parts)

@@ -46,7 +46,7 @@ class ScaledMutation(Mutation):
     """
 
     def __init__(self, rms: float = 0.001, decay: float = 1.0, anchor: float = 0.0) -> None:
-        if rms < 0 or not 0 < decay <= 1 or not 0 <= anchor <= 1:
+        if not 0 <= rms < math.inf or not 0 < decay <= 1 or not 0 <= anchor <= 1:
             raise LoraGANError(
                 f"need rms >= 0, decay in (0, 1] and anchor in [0, 1], got {rms}, {decay} and {anchor}; "
                 "rms: 0 does not mutate"
@@ -230,7 +230,7 @@ class MergeCoefficients(_Merge):
 
     def __init__(self, bound: float = 1.5, parents: int = 2, most_lost: float = 1.0) -> None:
         super().__init__(most_lost)
-        if bound <= 0 or parents < 2:
+        if not 0 < bound < math.inf or parents < 2:
             raise LoraGANError(f"need bound > 0 and at least 2 parents, got {bound} and {parents}")
         self.bound = bound
         self.parents = parents

@@ -45,7 +45,7 @@ class RayWorkers(Workers):
     def __init__(
         self, workers: int = 2, address: str | None = None, gpus_per_worker: float = 0.0, retries: int = 3
     ) -> None:
-        if workers < 1 or gpus_per_worker < 0 or retries < 0:
+        if workers < 1 or not gpus_per_worker >= 0 or retries < 0:
             raise LoraGANError(
                 "need workers >= 1, gpus_per_worker >= 0 and retries >= 0, got "
                 f"{workers}, {gpus_per_worker} and {retries}"

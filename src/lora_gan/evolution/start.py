@@ -17,6 +17,7 @@ from lora_gan.discriminator.objectives import TARGET
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.population import read_weights, write_weights
+from lora_gan.optimization import made_by
 from lora_gan.tensors import masked_mean
 from lora_gan.tree import grow_scored
 from lora_gan.types import PromptBatch
@@ -96,6 +97,8 @@ class SupervisedStart(Start):
     ) -> None:
         if trunk < 0 or branch < 0 or prompts < 1:
             raise LoraGANError(f"need trunk >= 0, branch >= 0 and prompts >= 1, got {trunk}, {branch} and {prompts}")
+        if not max_grad_norm > 0:
+            raise LoraGANError(f"max_grad_norm must be > 0, got {max_grad_norm}; a large one, 1e9, never clips")
         self.trunk = trunk
         self.branch = branch
         self.prompts = prompts
@@ -119,7 +122,7 @@ class SupervisedStart(Start):
     def _train(self, backbone: Backbone, batches: Iterator[PromptBatch], steps: int, factor: float) -> float:
         """Train on the targets for some steps; returns the mean loss."""
         parameters = backbone.parameters_of(GENERATOR)
-        optimizer = self.optimizer(parameters)
+        optimizer = made_by("the optimizer of SupervisedStart", self.optimizer, parameters)
         for group in optimizer.param_groups:
             group["lr"] *= factor
         losses = []

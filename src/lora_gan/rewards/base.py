@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,6 +26,8 @@ class Reward(ABC):
     needs_target: bool = False  # True: does not apply to prompts without a target
 
     def __init__(self, weight: float, name: str) -> None:
+        if not math.isfinite(weight):
+            raise LoraGANError(f"the weight of the reward {name} must be a finite number, got {weight}")
         self.weight = weight
         self.name = name
 
@@ -146,7 +149,7 @@ class NormalizeThenSum(RewardAggregation):
     needs_group = True
 
     def __init__(self, clip: float = 5.0, epsilon: float = 1e-4) -> None:
-        if clip <= 0:
+        if not clip > 0:
             raise LoraGANError(f"clip must be > 0, got {clip}; a large value such as 1e9 never clips")
         self.clip = clip
         self.epsilon = epsilon

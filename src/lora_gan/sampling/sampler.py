@@ -307,7 +307,7 @@ def _is_right(backbone: Backbone, way: _Way) -> bool:
         log.debug("%s: %s", way.__name__, error)
         return False
     tree = grow_scored(prompts, {"trial": [list(tokens[:k]), list(tokens[k:])]})
-    wanted = backbone.predict(tree)["trial"].logits
+    wanted = backbone.predict(tree)["trial"].logits.whole()
     return agree(recorded.logits.flatten(0, 1), wanted, is_coarse(backbone.causal_lm))
 
 

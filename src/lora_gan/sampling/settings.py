@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lora_gan.errors import LoraGANError
@@ -46,9 +47,9 @@ class Sampling:
             raise LoraGANError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.num_beams < 1:
             raise LoraGANError(f"num_beams must be at least 1 (1 is no beam search), got {self.num_beams}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise LoraGANError(
-                f"temperature must be > 0, got {self.temperature}; for greedy decoding set do_sample: false"
+                f"temperature must be > 0 and finite, got {self.temperature}; for greedy decoding set do_sample: false"
             )
         if not 0 < self.top_p <= 1:
             raise LoraGANError(f"top_p must be in (0, 1], got {self.top_p}")

@@ -21,7 +21,7 @@ from lora_gan.discriminator import (
 )
 from lora_gan.discriminator.straight_through import StraightThrough
 from lora_gan.errors import LoraGANError
-from lora_gan.losses import straight_through
+from lora_gan.losses import gumbel_noise
 from lora_gan.tensors import lengths_mask, pad
 from lora_gan.tree import PromptTree, grow_scored
 from lora_gan.types import DiscriminatorBatch, PromptBatch, Rollout
@@ -55,6 +55,14 @@ def coupled(backbone: Backbone, reads: InputFormat, rollout: Rollout, batch: Pro
         return StraightThrough(RELAXATION)(backbone, AdapterDiscriminator(reads), predicted, rollout, batch)
 
 
+def relaxed(logits: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
+    """One-hot rows in value, with the gradient of a Gumbel-softmax given the sampled tokens."""
+    logp = logits.log_softmax(-1)
+    soft = ((logp + gumbel_noise(logp.detach(), ids, uniform)) / RELAXATION).softmax(-1)
+    hard = torch.nn.functional.one_hot(ids, logits.shape[-1])
+    return hard + soft - soft.detach()
+
+
 def by_hand(backbone: Backbone, reads: str, rollout: Rollout, batch: PromptBatch) -> Tensor:
     """Every completion in rows of its own, in one graph: G's logits → relaxed words → D's embeddings → −log
     σ(score).
@@ -70,7 +78,7 @@ def by_hand(backbone: Backbone, reads: str, rollout: Rollout, batch: PromptBatch
                 model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
             )
         noise = torch.stack([next(uniform) for _ in completion])
-        words = straight_through(logits, completion, RELAXATION, noise) @ table
+        words = relaxed(logits, completion, noise) @ table
         words = words if rollout.truncated[n] else words[:-1]
         before, after = (torch.tensor(backbone.tokenizer.encode(text)) for text in ("GEN: ", " || TAR: "))
         rows = [table[prompt], words, table[EOS][None]]

@@ -205,12 +205,24 @@ class Rows(StandardFormat):
     """Rows in memory, in one of the formats of :class:`StandardFormat`.
 
     Args:
-        rows: A list of dictionaries, or a ``datasets.Dataset``.
+        rows: A list of dictionaries, a ``datasets.Dataset`` or a ``pandas.DataFrame``.
+
+    Raises:
+        DataError: They are something else.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, rows: Any) -> None:
         super().__init__("rows in memory")
-        self.given = rows
+        if hasattr(rows, "iterrows"):  # of pandas, where a missing value is nan
+            rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+        if isinstance(rows, Mapping):
+            raise DataError(
+                f"got a {type(rows).__name__} of {', '.join(map(str, rows)) or 'nothing'}, not rows: give one split of "
+                "several, and make rows of columns by datasets.Dataset.from_dict(columns)"
+            )
+        if isinstance(rows, str) or not isinstance(rows, Iterable):
+            raise DataError(f"rows are a list of dictionaries, got {type(rows).__name__}")
+        self.given: Iterable[Mapping[str, Any]] = rows
 
     def read(self) -> Iterator[Row]:
         for number, values in enumerate(self.given, start=1):

@@ -385,7 +385,9 @@ class GPT2Twin(_SteppedModel):
             labels = list(target_label) if isinstance(target_label, Sequence) else [target_label] * len(prompts)
             if len(labels) != len(prompts) or not all(0 <= label <= 1 for label in labels):
                 raise LoraGANError(f"target_label must be from 0 to 1, one for each prompt; got {target_label}")
-            stepped = self._step(prompts, _listed(target_text, "target_text"), labels=[float(label) for label in labels])
+            stepped = self._step(
+                prompts, _listed(target_text, "target_text"), labels=[float(label) for label in labels]
+            )
         single = isinstance(prompt, str)
         texts = [
             prompts[n // stepped.output.rollout.num_generations] + text
@@ -468,7 +470,9 @@ class _Examples(Source):
         self.examples = examples
 
     def rows(self) -> list[Example]:
-        return [each if each.messages else replace(each, messages=(Message("user", each.prompt),)) for each in self.examples]
+        return [
+            each if each.messages else replace(each, messages=(Message("user", each.prompt),)) for each in self.examples
+        ]
 
 
 def _source(data: Any) -> Source:

@@ -76,7 +76,9 @@ class LoraSettings:
         if self.rank < 1:
             raise LoraGANError(f"LoRA rank must be at least 1, got {self.rank}")
         if self.alpha < 1:
-            raise LoraGANError(f"lora.alpha must be at least 1, got {self.alpha}: at 0 the adapter would change nothing")
+            raise LoraGANError(
+                f"lora.alpha must be at least 1, got {self.alpha}: at 0 the adapter would change nothing"
+            )
         if not self.targets:
             raise LoraGANError("lora.targets is empty; set it to all-linear or to a list of layer names")
         if not 0 <= self.dropout < 1:

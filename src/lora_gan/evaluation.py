@@ -67,7 +67,9 @@ class Evaluated(Checkpointed):
                 outputs["start"] = self.complete(batch, self.greedy)
         with self.backbone.generator():
             outputs["trained"] = self.complete(batch, self.greedy)
-            outputs["sampled"] = self.complete(batch, replace(self.sampling, base=None), outputs["trained"].target_logprob)
+            outputs["sampled"] = self.complete(
+                batch, replace(self.sampling, base=None), outputs["trained"].target_logprob
+            )
         return outputs
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float]]:

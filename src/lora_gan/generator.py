@@ -53,7 +53,9 @@ class GeneratorSettings:
 
     def __post_init__(self) -> None:
         if not self.value_clip > 0:
-            raise LoraGANError(f"generator.value_clip must be > 0, got {self.value_clip}; a large one, 1e9, never clips")
+            raise LoraGANError(
+                f"generator.value_clip must be > 0, got {self.value_clip}; a large one, 1e9, never clips"
+            )
 
 
 class Generator(nn.Module):

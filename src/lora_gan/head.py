@@ -1,7 +1,7 @@
 """Output head: log-probabilities and entropies of tokens, a few tokens at a time.
 
-The logits of a pass, one number for each token and word of the vocabulary, would be its largest tensor: 600 MB for 1,000
-tokens and 150,000 words. Where they are the product of hidden states and a frozen head, the head is part of the loss:
+The logits of a pass, one number for each token and word of the vocabulary, would be its largest tensor: 600 MB for
+1,000 tokens and 150,000 words. Where they are the product of hidden states and a frozen head, the head is part of the loss:
 for a few tokens at a time logits are made, the numbers that are wanted, and their gradient at the hidden states, which
 alone is kept.
 """
@@ -162,11 +162,11 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         per_token = [grad[:, None] / one.temperature for grad, one in zip(grads[0], ctx.wanted, strict=True)]
-        if len(ctx.saved_tensors) == 1:
-            parts = (slope * grad for slope, grad in zip(ctx.saved_tensors[0], per_token, strict=True))
-            result = sum(parts, torch.zeros(()))
+        first, *labels = ctx.saved_tensors  # the gradients at the states, or logits and labels
+        if labels:
+            result = _at_logits(first, labels[0], ctx.vocabulary, ctx.wanted, per_token)
         else:
-            result = _at_logits(*ctx.saved_tensors, ctx.vocabulary, ctx.wanted, per_token)
+            result = sum((slope * grad for slope, grad in zip(first, per_token, strict=True)), torch.zeros(()))
         return result.to(ctx.dtype), None, None, None, None, None
 
 

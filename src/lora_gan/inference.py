@@ -71,7 +71,9 @@ class Saved:
         if self.model != SCORED_BY:
             model = "{class} that reads {input_format}".format(**self.model)
             return f"the discriminator of this run is a {model}; use predict for completions with rewards"
-        return "" if has_learned(self.backbone, DISCRIMINATOR) else "the discriminator of this run has never been trained"
+        return (
+            "" if has_learned(self.backbone, DISCRIMINATOR) else "the discriminator of this run has never been trained"
+        )
 
     def settings(self, part: str) -> dict[str, Any]:
         """The arguments of the run's ``model`` or ``data``; empty if the configuration is missing."""

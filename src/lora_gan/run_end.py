@@ -60,7 +60,9 @@ def end_run(trainer: L.Trainer, model: LoraGANModule, datamodule: L.LightningDat
     except SystemExit as stopped:  # after Ctrl-C it is Lightning's, with status 1
         number = signal.SIGTERM if isinstance(stopped, Interrupted) else signal.SIGINT
         if trainer.is_global_zero:
-            log.warning("%s: the test was stopped and has no results; the run is complete. Test it: %s", number.name, again)
+            log.warning(
+                "%s: the test was stopped and has no results; the run is complete. Test it: %s", number.name, again
+            )
         raise Interrupted(128 + number) from None
     finally:
         if trainer.is_global_zero:

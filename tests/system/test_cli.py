@@ -217,7 +217,10 @@ def test_the_untrained_are_not_called_trained(command: str, run: Run, capsys: py
 def test_an_adapter_is_tested_without_a_checkpoint(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    more = [f"--model.generator.adapter={run.folder}/adapters/generator", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    more = [
+        f"--model.generator.adapter={run.folder}/adapters/generator",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    ]
     with torch_state():
         main(["test", *run.settings, *more])
     assert "| start |" in capsys.readouterr().out and "learned nothing" not in caplog.text

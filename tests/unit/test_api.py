@@ -384,7 +384,10 @@ TEXTS = "must be a text or a list of texts, got"
     ("use", "message"),
     [
         (lambda gan: gan.fit(["a", "b"], 1), "row 1 is str, not a dictionary"),
-        (lambda gan: gan.fit({"prompt": ["a"], "completion": ["b"]}, 1), "rows of columns by datasets.Dataset.from_dict"),
+        (
+            lambda gan: gan.fit({"prompt": ["a"], "completion": ["b"]}, 1),
+            "rows of columns by datasets.Dataset.from_dict",
+        ),
         (lambda gan: gan.fit(None, 1), "rows are a list of dictionaries, got NoneType"),
         (lambda gan: gan.fit(ROWS, -1), "steps must be a whole number from 0, got -1"),
         (lambda gan: gan.fit(ROWS, 1.5), "steps must be a whole number from 0, got 1.5"),

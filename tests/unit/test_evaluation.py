@@ -146,7 +146,9 @@ def test_a_generator_that_has_learned_nothing_is_tested_with_a_warning(
     runner.test(module, data, verbose=False)
     runner.predict(module, data)
     runner.validate(module, data, verbose=False)
-    assert [line.split(" of a generator that has learned nothing")[0] for line in caplog.messages if "nothing" in line] == [
+    assert [
+        line.split(" of a generator that has learned nothing")[0] for line in caplog.messages if "nothing" in line
+    ] == [
         "test",
         "prediction",
         "validation",

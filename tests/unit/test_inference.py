@@ -6,8 +6,8 @@ import copy
 import io
 import json
 import os
-import threading
 import shutil
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -560,9 +560,7 @@ def test_mistakes_in_the_file(
 @pytest.mark.parametrize(
     ("given", "message"), [("--output_key=", "output_key is empty"), ("--temperature=nan", "finite, got nan")]
 )
-def test_mistakes_in_the_settings(
-    given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_in_the_settings(given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         completed("nowhere.ckpt", tmp_path / "in.txt", tmp_path / "out.jsonl", given)
     assert message in capsys.readouterr().err

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_gan.sampling.settings import Sampling
 from lora_gan.head import token_logprobs
+from lora_gan.sampling.settings import Sampling
 
 BLOCK = 256  # tokens; about the root of a vocabulary's size
 TRIES = 8  # draws for each token under top-p, which may reject some; one more number is kept for rows that reject all

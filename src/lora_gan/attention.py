@@ -184,8 +184,12 @@ class TreeForward:
 
     @property
     def plain_head(self) -> nn.Module | None:
-        """The head, where logits are its product with the hidden states and no more; :meth:`masks` measures it."""
-        return output_head(self.model) if self._plain[self._where] else None
+        """The head, where logits are its product with the hidden states and no more; :meth:`masks` measures it.
+
+        None while another forward, such as one of 8 bits, takes the place of the head's own.
+        """
+        head = output_head(self.model)
+        return head if self._plain[self._where] and "forward" not in vars(head) else None
 
     def _has_plain_head(self) -> bool:
         """Also with larger states, which show a limit on the logits."""

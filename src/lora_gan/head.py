@@ -1,9 +1,9 @@
 """Output head: log-probabilities and entropies of tokens, a few tokens at a time.
 
 The logits of a pass, one number for each token and word of the vocabulary, would be its largest tensor: 600 MB for
-1,000 tokens and 150,000 words. Where they are the product of hidden states and a frozen head, the head is part of the loss:
-for a few tokens at a time logits are made, the numbers that are wanted, and their gradient at the hidden states, which
-alone is kept.
+1,000 tokens and 150,000 words. Where they are the product of hidden states and a frozen head, the head is part of the
+loss: for a few tokens at a time logits are made, the numbers that are wanted, and their gradient at the hidden states,
+which alone is kept.
 """
 
 from __future__ import annotations

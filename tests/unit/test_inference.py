@@ -136,7 +136,7 @@ def test_tokens_are_shown_as_they_come(run: Make, capsys: pytest.CaptureFixture[
     [
         (["--template=x"], "does not contain {prompt}; write {prompt}"),
         (["--max_new_tokens=999"], "more than the model's context of 256"),
-        (["--temperature=nan"], "temperature must be > 0 and finite, got nan"),
+        (["--temperature=.nan"], "temperature must be > 0 and finite, got nan"),
     ],
 )
 def test_mistakes_in_chat(
@@ -332,7 +332,16 @@ def test_a_temperature_of_0_is_greedy_everywhere_and_nan_is_none(
     """chat refused --temperature 0 and took /temperature 0; /temperature nan was accepted, and inf."""
     path = run()
     ask(monkeypatch, "one", "/temperature nan", "/temperature inf", "/temperature 0", "one")
-    main(["chat", f"--ckpt_path={path}", "--max_new_tokens=5", "--temperature=0", "--do_sample=true"])
+    main(
+        [
+            "chat",
+            f"--ckpt_path={path}",
+            "--max_new_tokens=5",
+            "--temperature=0",
+            "--do_sample=true",
+            "--template={prompt}",
+        ]
+    )
     printed = capsys.readouterr().out
     assert printed.count(greedy(path, "one")[0]) == 2
     assert printed.count("/temperature takes a number from 0, such as") == 2
@@ -558,7 +567,7 @@ def test_mistakes_in_the_file(
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [("--output_key=", "output_key is empty"), ("--temperature=nan", "finite, got nan")]
+    ("given", "message"), [("--output_key=", "output_key is empty"), ("--temperature=.nan", "finite, got nan")]
 )
 def test_mistakes_in_the_settings(given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -41,7 +41,7 @@ from lora_gan.flex import attention_by, attention_of, is_long
 from lora_gan.head import Logits, Statistic, entropy, log_probability, statistics
 from lora_gan.lightning_compat import patched_forward, switch_adapter
 from lora_gan.number_formats import AUTO, default_device, quantized, resolved_dtype, torch_dtype
-from lora_gan.tensors import fingerprint, in_float32
+from lora_gan.tensors import fingerprint, in_float32, join
 from lora_gan.tree import Branches, PromptTree
 
 GENERATOR, DISCRIMINATOR, SNAPSHOT = "generator", "discriminator", "snapshot"
@@ -290,10 +290,16 @@ class Backbone(nn.Module):
             tree: The prompt tree.
             temperature: By kind, the divisor of the logits; 1 for missing kinds.
         """
-        return self.logprobs_at(tree, temperature or {})[0]
+        return self.logprobs_at([tree], temperature or {})[0]
 
-    def logprobs_at(self, tree: PromptTree, *temperatures: Mapping[str, float]) -> list[dict[str, Tensor]]:
-        """:meth:`logprobs` at several temperatures, from one pass."""
+    def logprobs_at(self, trees: Sequence[PromptTree], *temperatures: Mapping[str, float]) -> list[dict[str, Tensor]]:
+        """:meth:`logprobs` at each temperature, of the branches of all trees, with one pass for each tree."""
+        found = [self._logprobs_at(tree, temperatures) for tree in trees]
+        return [{kind: join([part[kind] for part in parts]) for kind in parts[0]} for parts in zip(*found, strict=True)]
+
+    def _logprobs_at(self, tree: PromptTree, temperatures: Sequence[Mapping[str, float]]) -> list[dict[str, Tensor]]:
+        if not any(len(branches.row) for branches in tree.branches.values()):
+            return [{kind: b.mask.float() for kind, b in tree.branches.items()} for _ in temperatures]
         _, logits = self._logits(tree)
         found: list[dict[str, Tensor]] = [{} for _ in temperatures]
         for kind, branches in tree.branches.items():

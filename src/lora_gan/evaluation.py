@@ -15,13 +15,13 @@ from lora_gan.backbone import GENERATOR, has_learned
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.discriminator.objectives import TARGET
 from lora_gan.lightning_compat import is_fitting
+from lora_gan.optimization import Optimization
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import masked_row_mean
-from lora_gan.tree import grow_scored
+from lora_gan.tree import grow_parts
 from lora_gan.types import EvalOutput, PromptBatch, Rollout, Scores, require_prompts
 
 log = logging.getLogger("lora_gan")
-LOGITS = 2**26  # numbers in the logits of one pass over targets
 
 
 class Evaluated(Checkpointed):
@@ -29,6 +29,7 @@ class Evaluated(Checkpointed):
 
     sampling: Sampling
     greedy: Sampling
+    optimization: Optimization
     starting_adapter: list[Tensor]  # of the generator, at the start of the run; empty if it was a new one
 
     @abstractmethod
@@ -102,13 +103,10 @@ class Evaluated(Checkpointed):
     @torch.no_grad()
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
         """(B,) log-probability of each target, EOS included, in the active mode; 0 where there is none."""
-        total, wanted = torch.zeros(len(batch), device=self.device), batch.with_target
-        longest = max((len(batch.target_ids[b]) for b in wanted), default=1)
-        size = max(LOGITS // (longest * len(self.backbone.tokenizer)), 1)
-        for prompts in (wanted[i : i + size] for i in range(0, len(wanted), size)):
-            part = batch.of(prompts)
-            tree = grow_scored(part.prompt_ids, {TARGET: part.targets_by_prompt})
-            total[prompts] = self.backbone.logprobs(tree)[TARGET].sum(-1)
+        parts = self.optimization.parts(len(batch))
+        trees = grow_parts(batch.prompt_ids, {TARGET: batch.targets_by_prompt}, parts)
+        total = torch.zeros(len(batch), device=self.device)
+        total[batch.with_target] = self.backbone.logprobs_at(trees, {})[0][TARGET].sum(-1)
         return total
 
     @contextmanager

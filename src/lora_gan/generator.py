@@ -18,8 +18,8 @@ from lora_gan.distributed import any_of, shares
 from lora_gan.errors import LoraGANError
 from lora_gan.losses import PolicyLoss, Reinforce, approx_kl, kl_loss, value_loss
 from lora_gan.optimization import Optimization, adamw
-from lora_gan.tensors import in_float32, masked_mean
-from lora_gan.tree import grow_scored
+from lora_gan.tensors import in_float32, join, masked_mean
+from lora_gan.tree import PromptTree, grow_parts, grow_scored
 from lora_gan.types import LossTerm, Minibatch, PromptBatch, Rollout
 
 APPROX_KL = "policy/approx_kl"
@@ -104,14 +104,19 @@ class Generator(nn.Module):
         return backbone.parameters_of(GENERATOR) + list(self.value_head.parameters() if self.value_head else ())
 
     @torch.no_grad()
-    def values(self, backbone: Backbone, rollout: Rollout, batch: PromptBatch) -> Tensor | None:
-        """(N, T) of the value head before the update; None where there is none."""
+    def values(
+        self, backbone: Backbone, rollout: Rollout, batch: PromptBatch, optimization: Optimization
+    ) -> Tensor | None:
+        """(N, T) of the value head before the update, 0 where nothing was sampled; None where there is no such head."""
         if self.value_head is None or len(rollout) == 0:
             return None
-        tree = grow_scored(batch.prompt_ids, {SAMPLED: rollout.by_prompt(len(batch))})
-        branches = tree.branches[SAMPLED]
+        branches, parts = {SAMPLED: rollout.by_prompt(len(batch))}, optimization.parts(len(batch))
         with backbone.generator():
-            return self._value(backbone.hidden(tree)[branches.row[:, None], branches.parents])
+            return join([self._values(backbone, tree) for tree in grow_parts(batch.prompt_ids, branches, parts)])
+
+    def _values(self, backbone: Backbone, tree: PromptTree) -> Tensor:
+        branches = tree.branches[SAMPLED]
+        return self._value(backbone.hidden(tree)[branches.row[:, None], branches.parents])
 
     def update(
         self,

@@ -45,7 +45,8 @@ from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.step_callback import OUTPUT, StepCallback
 from lora_gan.step_metrics import adversarial_metrics, step_metrics
-from lora_gan.tree import grow_scored
+from lora_gan.tensors import join
+from lora_gan.tree import grow_parts
 from lora_gan.types import (
     REWARD,
     Advantages,
@@ -226,15 +227,15 @@ class LoraGANModule(Evaluated):
         """Rewards of the completions and, if wanted, of the targets; the reference pass happens here."""
         targets = batch.of(batch.with_target) if with_targets else PromptBatch.empty()
         wanted = batch.targets_by_prompt if with_targets else [[] for _ in range(len(batch))]
-        tree = grow_scored(batch.prompt_ids, {SAMPLED: rollout.by_prompt(len(batch)), TARGET: wanted})
+        branches = {SAMPLED: rollout.by_prompt(len(batch)), TARGET: wanted}
+        trees = grow_parts(batch.prompt_ids, branches, self.optimization.parts(len(batch)))
         temperature = {SAMPLED: self.sampling.temperature}
         with self.backbone.reference():
-            base = self.backbone.logprobs(tree)
-            reference = base if self.sampling.temperature == 1 else self.backbone.logprobs(tree, temperature)
+            base, reference = self.backbone.logprobs_at(trees, {}, temperature)
         if self.kl_reference == "snapshot":
             with self.backbone.snapshot():
-                reference = self.backbone.logprobs(tree, temperature)
-        mask = {kind: branches.mask for kind, branches in tree.branches.items()}
+                (reference,) = self.backbone.logprobs_at(trees, temperature)
+        mask = {kind: join([tree.branches[kind].mask for tree in trees]) for kind in branches}
         context = RewardContext(rollout.num_generations, base[SAMPLED], mask[SAMPLED])
         sampled = weighted_sum(self.rewards, rollout.texts, batch, context)
         target = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, base[TARGET], mask[TARGET]))
@@ -272,7 +273,7 @@ class LoraGANModule(Evaluated):
         if now.kl_penalty:
             rewards = rewards - now.kl_penalty * (rollout.logprobs - scores.reference_logprobs) * rollout.mask
         predicted = None if disc_scores is None else disc_scores.sampled
-        values = self.generator.values(self.backbone, rollout, batch)
+        values = self.generator.values(self.backbone, rollout, batch, self.optimization)
         return TokenRewards(rewards, predicted, now.baseline, values, adversarial)
 
     def _total(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], scores: Scores, k: int) -> Tensor:

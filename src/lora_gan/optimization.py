@@ -49,8 +49,8 @@ class OptimizationSettings:
 
     Args:
         max_grad_norm: Largest norm of a role's gradient; larger ones are scaled down to it.
-        micro_batch_size: Most prompts in one forward and backward pass; null: all of the batch. An optimizer step is
-            that of the whole batch, but takes less memory.
+        micro_batch_size: Most prompts in one pass of the model, in training and for the loss in validation; null: all
+            of the batch. An optimizer step is that of the whole batch, but takes less memory.
     """
 
     max_grad_norm: float = 1.0
@@ -227,9 +227,14 @@ class Optimization:
 
         Every process has equally many passes, because they wait for each other; one of them may be empty.
         """
-        size = self.settings.micro_batch_size
-        passes = 1 if size is None else max(gathered(math.ceil(prompts / size)))
-        return [part.tolist() for part in torch.arange(prompts).tensor_split(passes)]
+        return _split(prompts, max(gathered(self._passes(prompts))))
+
+    def parts(self, prompts: int) -> list[list[int]]:
+        """Which of the prompts are in each pass without gradient, for which no process waits."""
+        return _split(prompts, self._passes(prompts))
+
+    def _passes(self, prompts: int) -> int:
+        return max(1, math.ceil(prompts / (self.settings.micro_batch_size or math.inf)))
 
     def backward(self, role: str, terms: Mapping[str, Tensor]) -> Tensor:
         """Add the gradient of the sum of the terms, none or several, to the role's; returns the sum, without gradient.
@@ -417,6 +422,10 @@ def made_by(name: str, make: Callable[[Any], Made], of: Any) -> Made:
         if any(isinstance(number, float) and not math.isfinite(number) for number in given):
             raise LoraGANError(f"{name}: {setting} must be finite, got {value}")
     return made
+
+
+def _split(prompts: int, passes: int) -> list[list[int]]:
+    return [part.tolist() for part in torch.arange(prompts).tensor_split(passes)]
 
 
 def last_step(scheduler: LRScheduler) -> float:

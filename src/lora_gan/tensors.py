@@ -55,6 +55,12 @@ def pad(rows: Sequence[Tensor], value: int = 0) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of tensors (m, T) of unequal width → (Σ m, longest), filled with 0 on the right."""
+    rows = [row for part in parts for row in part]
+    return pad(rows) if len(parts) > 1 and rows else parts[0]
+
+
 def fingerprint(tensors: Mapping[str, Tensor], probes: int = 16) -> str:
     """A hash of the names, the shapes and up to ``probes`` values of each tensor."""
     digest = sha256()

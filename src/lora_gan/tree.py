@@ -13,7 +13,7 @@ the only one after the prompt: logits, losses and gradients equal those of separ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -89,6 +89,16 @@ def grow_scored(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Se
         ids = pad(whole) if whole else short.ids
         branches[kind] = replace(short, ids=ids, mask=mask, parents=torch.where(mask, parents, 0))
     return replace(tree, branches=branches)
+
+
+def grow_parts(
+    prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[Tensor]]], parts: Iterable[Sequence[int]]
+) -> list[PromptTree]:
+    """:func:`grow_scored` for each part of the prompts, given by their indices."""
+    return [
+        grow_scored([prompts[b] for b in part], {kind: [rows[b] for b in part] for kind, rows in completions.items()})
+        for part in parts
+    ]
 
 
 def _check(prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[Tensor]]]) -> None:

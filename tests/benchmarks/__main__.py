@@ -16,12 +16,13 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from .memory import print_memory
 from .passes import compare_passes
 from .population import compare_population
 from .setting import SIZES, Size, save_model
 from .timing import HEADER, Comparison
 
-CASES = ("tree", "sampler", "population", "step")
+SPEED = ("tree", "sampler", "population", "step")
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         prog="python -m tests.benchmarks", description="Speed against the usual alternatives."
     )
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["gpt2", "builtin"])
-    parser.add_argument("--only", choices=CASES, nargs="+", default=CASES)
+    parser.add_argument("--only", choices=(*SPEED, "memory"), nargs="+", default=SPEED)
     parser.add_argument("--repeats", type=int, default=5, help="pairs that count, after one to warm up")
     parser.add_argument("--threads", type=int, default=2, help="with 1, CPU time is measured instead of wall time")
     parser.add_argument("--json", type=Path, help="also write all seconds to this file")
@@ -42,14 +43,20 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     be_quiet()
     print(f"{platform.machine()}, torch {torch.__version__}, {chosen.threads} thread(s)", end=", ")
-    print(f"load average at the start {os.getloadavg()[0]:.1f}\n\n{HEADER}", flush=True)
-    done: list[Comparison] = []
+    print(f"load average at the start {os.getloadavg()[0]:.1f}\n", flush=True)
+    if "memory" in chosen.only:
+        print_memory(chosen.repeats)
+    done = list(_speed(chosen)) if set(chosen.only) & set(SPEED) else []
+    if chosen.json:
+        chosen.json.write_text(json.dumps([comparison.record() for comparison in done], indent=2) + "\n")
+
+
+def _speed(chosen: argparse.Namespace) -> Iterator[Comparison]:
+    print(HEADER, flush=True)
     for name in chosen.size:
         for comparison in _measure(SIZES[name], chosen.only, chosen.repeats):
             print(comparison.row(), flush=True)
-            done.append(comparison)
-    if chosen.json:
-        chosen.json.write_text(json.dumps([comparison.record() for comparison in done], indent=2) + "\n")
+            yield comparison
 
 
 def _measure(size: Size, wanted: Sequence[str], repeats: int) -> Iterator[Comparison]:

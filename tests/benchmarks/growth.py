@@ -92,14 +92,15 @@ def measure(point: Point, repeats: int) -> dict[str, Cost]:
     with TemporaryDirectory() as name:
         folder = save_model(point.size, Path(name))
         passes = Passes(point.size, folder)
-        return {side: _cost(work, repeats) for side, work in _works(point.size, folder, passes).items()}
+        return {side: cost_of(work, repeats) for side, work in _works(point.size, folder, passes).items()}
 
 
 def _works(size: Size, folder: Path, passes: Passes) -> dict[str, Callable[[], Any]]:
     return {"step": Step(size, folder), "tree": passes.tree, "rows": passes.rows}
 
 
-def _cost(work: Callable[[], Any], repeats: int) -> Cost:
+def cost_of(work: Callable[[], Any], repeats: int) -> Cost:
+    """Peak of the second run and median time of as many more."""
     megabytes = [peak_megabytes(work) for _ in range(2)][-1]  # the first warms up
     return Cost(median(timed(work) for _ in range(repeats)), megabytes)
 

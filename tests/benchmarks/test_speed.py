@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from .growth import SIDES, Point, measure, plot, points, table
+from .memory import CASES, OURS, SHAPES, USUAL, Head, row
+from .memory import measure as measure_memory
 from .passes import Passes
 from .peak import peak_megabytes
 from .population import PopulationSides
@@ -78,3 +80,22 @@ def test_the_peak_is_that_of_the_work_alone() -> None:
     held = torch.ones(50_000_000)  # 200 MB
     assert 100 < peak_megabytes(lambda: torch.ones(25_000_000).add(1)) < 300, "two tensors of 100 MB"
     del held
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_both_sides_of_the_memory_give_the_same_gradient(with_entropy: bool) -> None:
+    sides = Head(SHAPES["tiny"], with_entropy)
+    ours, usual = sides.ours(), sides.usual()
+    assert usual.norm() > 0
+    torch.testing.assert_close(ours, usual, rtol=1e-4, atol=1e-6 * usual.norm().item())
+
+
+def test_memory_is_measured_of_heads_and_steps() -> None:
+    threads = torch.get_num_threads()
+    try:
+        costs = [measure_memory(f"tiny {what}", side, 1) for what in ("both", "coupled") for side in (USUAL, OURS)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(cost.seconds > 0 for cost in costs)
+    assert {case.split()[1] for case in CASES} == {"logprobs", "both", "step", "coupled"}
+    assert row("a step", *costs[:2]).count("|") == 8

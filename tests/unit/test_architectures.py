@@ -202,6 +202,24 @@ def test_checkpointing_of_separate_rows_keeps_the_gradients(make: Make, tmp_path
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings", "plain"),
+    [
+        ("gemma2", {"final_logit_softcapping": 1000.0}, False),
+        ("cohere", {}, False),  # a scale
+        ("granite", {"logits_scaling": 2.0}, False),
+        ("gemma3_text", {}, True),
+        ("lfm2", {}, True),
+    ],
+)
+def test_whether_the_head_is_a_product_is_measured(
+    architecture: str, settings: dict[str, Any], plain: bool, make: Make
+) -> None:
+    backbone, _ = make(architecture, **settings)
+    backbone.masks()
+    assert (backbone._tree_forward.plain_head is not None) == plain
+
+
 @pytest.mark.parametrize("architecture", ["gemma3_text", "lfm2"])
 def test_scores_are_read_at_the_end_of_each_branch_also_from_embeddings(architecture: str, make: Make) -> None:
     backbone, model = make(architecture)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from lora_gan.attention import TreeForward
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, adapter_of, load_base
 from lora_gan.checkpointing.adapters import save_adapter
 from lora_gan.discriminator import OwnBaseDiscriminator
@@ -509,6 +510,43 @@ def test_targets_that_are_no_layers_are_refused_by_name(targets: str | list[str]
 def test_no_targets_are_refused() -> None:
     with pytest.raises(LoraGANError, match=r"lora\.targets is empty"):
         LoraSettings(targets=[])
+
+
+def test_a_plain_head_is_part_of_the_loss(
+    architecture: str, make_backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers and gradients as from the model's own logits."""
+    backbone = make_backbone(architecture)
+    results = []
+    for plain in (True, False):
+        if not plain:
+            monkeypatch.setattr(TreeForward, "plain_head", None)
+        with backbone.generator():
+            predicted = backbone.predict(TREE, {"target": 0.7}, with_entropy=True)
+            assert (predicted["target"].logits.head is not None) == plain
+            values = [x for p in predicted.values() for x in (p.logprobs, p.entropy, p.hidden.sum(-1)) if x is not None]
+            loss = torch.stack([(x * x).sum() for x in values]).sum()
+            results.append([*values, *torch.autograd.grad(loss, backbone.parameters_of(GENERATOR))])
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_a_head_that_may_change_is_none_of_the_loss(bases: dict[str, str]) -> None:
+    adapted = with_lora(bases["llama"], LoraSettings(4, 8, ["q_proj", "lm_head"]))
+    learning = with_lora(bases["llama"], LoraSettings(4, 8, ["q_proj"]))
+    learning.causal_lm.lm_head.requires_grad_(True)
+    for backbone in (adapted, learning):
+        learn(backbone)
+        with backbone.generator():
+            found = backbone.predict(TREE)["target"]
+            wanted = logits_of_target(backbone)
+        assert found.logits.head is None
+        torch.testing.assert_close(found.logits.whole(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def logits_of_target(backbone: Backbone) -> Tensor:
+    """By the model's own forward."""
+    return backbone.causal_lm(input_ids=torch.tensor([[72, 105, 33, 10, 256]])).logits[0, 1:-1]
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 from lora_gan.advantages import LeaveOneOut, MovingAverage, PredictedReward, ValueGAE
+from lora_gan.attention import TreeForward
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, LoraSettings
 from lora_gan.callbacks import Curriculum, MovingAverageBaseline, Phase
 from lora_gan.discriminator.negatives import HardNegatives
@@ -28,11 +29,12 @@ from lora_gan.generator import easiest
 from lora_gan.losses import ClippedPPO, PolicyLoss
 from lora_gan.module import LoraGANModule
 from lora_gan.number_formats import default_device, resolved_dtype
+from lora_gan.optimization import OptimizationSettings
 from lora_gan.rewards import FunctionReward, LengthReward, NormalizeThenSum
 from lora_gan.rewards.adversarial import WinRate
 from lora_gan.sampling import Sampling
 from lora_gan.step_callback import OUTPUT, StepCallback, StepModule
-from lora_gan.tree import grow
+from lora_gan.tree import PromptTree, grow
 from lora_gan.types import (
     Advantages,
     DiscriminatorOutput,
@@ -787,6 +789,55 @@ def test_the_reference_may_be_a_snapshot(temperature: float, build: Build, batch
     assert distances[0] < 1e-4 < 0.1 < distances[1]
 
 
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompts in each pass of the model over trees."""
+    seen: list[int] = []
+    forward = TreeForward.__call__
+
+    def counted(self: TreeForward, tree: PromptTree, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(tree.ids))
+        return forward(self, tree, *args, **kwargs)
+
+    monkeypatch.setattr(TreeForward, "__call__", counted)
+    return seen
+
+
+def test_one_reference_pass_gives_both_temperatures(build: Build, batch: PromptBatch, passes: list[int]) -> None:
+    module = build(sampling=Sampling(max_new_tokens=5, temperature=0.7))
+    randomise(module.backbone)
+    rollout = module.sample_rollout(batch)
+    passes.clear()
+    scores = module.score(rollout, batch, with_targets=True)
+    assert passes == [3]
+    tree = grow(batch.prompt_ids, {"sampled": rollout.by_prompt(3)})
+    for temperature, found in ((1.0, scores.base_logprobs), (0.7, scores.reference_logprobs)):
+        with module.backbone.reference():
+            wanted = module.backbone.logprobs(tree, {"sampled": temperature})["sampled"]
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-6)
+
+
+def test_a_step_without_completions_has_no_reference_pass(build: Build, batch: PromptBatch, passes: list[int]) -> None:
+    fit(build(policy=0.0, discriminator_updates=0), [batch], 1)
+    assert passes == [3], "the generator's own"
+
+
+def test_passes_without_gradient_are_split_as_others(build: Build, batch: PromptBatch, passes: list[int]) -> None:
+    module = build(advantage=ValueGAE(), sampling=Sampling(max_new_tokens=9))
+    randomise(module.backbone)
+    rollout = module.sample_rollout(batch)
+    results = []
+    for size in (None, 2):
+        module.optimization.settings = OptimizationSettings(micro_batch_size=size)
+        passes.clear()
+        scores = module.score(rollout, batch, with_targets=True)
+        values = module.generator.values(module.backbone, rollout, batch, module.optimization)
+        results.append([scores.base_logprobs, scores.total, scores.target_total, values, module.target_logprobs(batch)])
+    assert passes == [2, 1] * 3
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-6)
+
+
 def test_the_kl_to_a_snapshot_begins_anew_when_one_is_taken(build: Build, batch: PromptBatch) -> None:
     rate: dict[str, Any] = {"generator_optimizer": lambda p: AdamW(p, lr=1e-2, weight_decay=0.0)}
     recorder, _ = fit(build(kl_reference="snapshot", **rate), [batch], 7, Curriculum([Phase(5, take_snapshot=True)]))
@@ -901,7 +952,7 @@ def test_the_values_of_a_step_are_those_before_each_token_was_drawn(build: Build
     module = build(advantage=ValueGAE())
     randomise(module.backbone)
     rollout = module.sample_rollout(batch)
-    found = module.generator.values(module.backbone, rollout, batch)
+    found = module.generator.values(module.backbone, rollout, batch, module.optimization)
     assert found is not None and not found.requires_grad and module.generator.value_head is not None
     for n, completion in enumerate(rollout.completion_ids):
         prompt = batch.prompt_ids[n // 2]

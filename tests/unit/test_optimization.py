@@ -159,10 +159,11 @@ def test_the_discriminators_gradient_is_exact_for_every_objective(
 def test_processes_have_equally_many_passes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five prompts at most two in each; beside a process that needs more passes, one is empty."""
     of = build(micro_batch_size=2).optimization
-    assert of.micro_batches(5) == [[0, 1], [2, 3], [4]]
+    assert of.micro_batches(5) == of.parts(5) == [[0, 1], [2, 3], [4]]
     assert build().optimization.micro_batches(5) == [[0, 1, 2, 3, 4]]
     monkeypatch.setattr("lora_gan.optimization.gathered", lambda passes: [passes, 4])
     assert of.micro_batches(3) == [[0], [1], [2], []]
+    assert of.parts(3) == [[0, 1], [2]], "nothing waits for a pass without gradient"
 
 
 @pytest.mark.parametrize("size", [1, 2])

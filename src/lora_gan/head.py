@@ -50,18 +50,18 @@ class Logits:
     head: nn.Module | None = None
 
     def whole(self) -> Tensor:
-        """All at once, with gradient."""
-        weight, bias = self._head()
-        return self.source[:, : self.vocabulary] if weight is None else linear(self.source, weight, bias)
+        """All at once, in float32, with gradient."""
+        return self._made(self.source, *self._head())
 
     @torch.no_grad()
     def chunks(self) -> Iterator[Chunk]:
         """A few tokens at a time, in order."""
         weight, bias = self._head()
         for rows in self._slices():
-            part = self.source[rows]
-            logits = part[:, : self.vocabulary] if weight is None else linear(part, weight, bias)
-            yield Chunk(rows, logits.float(), weight)
+            yield Chunk(rows, self._made(self.source[rows], weight, bias), weight)
+
+    def _made(self, part: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return (part[:, : self.vocabulary] if weight is None else linear(part, weight, bias)).float()
 
     def _head(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias; autocast would cast them anew for each chunk."""
@@ -155,6 +155,8 @@ class _Statistics(torch.autograd.Function):
                 values[place, chunk.rows] = value
                 if slopes is not None and slope is not None:
                     slopes[place, chunk.rows] = chunk.at_source(slope)
+                del value, slope
+            del chunk  # before the next one is made
         ctx.save_for_backward(*([slopes] if slopes is not None else [source, labels] if keep else []))
         ctx.wanted, ctx.vocabulary, ctx.dtype = wanted, vocabulary, source.dtype
         return values

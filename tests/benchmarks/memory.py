@@ -1,8 +1,8 @@
 """Peak memory of log-probabilities, entropies and whole steps, against logits that are all there at once.
 
 Each side of a comparison runs in a process of its own, with one thread: peak resident memory above that of its inputs
-(Linux), and CPU seconds, the median of the repeats. The usual way is written with torch's functions. For a whole step
-it is the logits that the model's own head makes.
+(Linux), and CPU seconds, the median of the repeats, or one step. The usual way is written with torch's functions. For a
+whole step it is the logits that the model's own head makes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,17 +93,16 @@ def measure(case: str, side: str, repeats: int) -> Cost:
     if what in ("logprobs", "both"):
         return cost_of(Head(SHAPES[name], what == "both").side(side), repeats)
     with TemporaryDirectory() as folder:
-        return _cost_of_step(SIZES[name], Path(folder), side, repeats, COUPLED if what == "coupled" else None)
+        return _cost_of_step(SIZES[name], Path(folder), side, COUPLED if what == "coupled" else None)
 
 
-def _cost_of_step(size: Size, folder: Path, side: str, repeats: int, coefficients: Coefficients | None) -> Cost:
+def _cost_of_step(size: Size, folder: Path, side: str, coefficients: Coefficients | None) -> Cost:
     step = Step(size, save_model(size, folder))
     if coefficients:
         step.stepper.module.coefficients.set(**asdict(coefficients))
-    if side == OURS:
-        return cost_of(step, repeats)
-    with mock.patch.object(TreeForward, "plain_head", None):
-        return cost_of(step, repeats)
+    plain = nullcontext() if side == OURS else mock.patch.object(TreeForward, "plain_head", None)
+    with plain:
+        return cost_of(step, 1)
 
 
 class Head:

@@ -10,7 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_gan.backbone import Backbone
+from lora_gan.backbone import GENERATOR, Backbone, LoraSettings
+from lora_gan.checkpointing.adapters import save_adapter
 from lora_gan.cli import main
 from lora_gan.data import ARC, InstructionDataModule, TruthfulQA
 from lora_gan.data.datamodule import collate
@@ -147,12 +148,15 @@ def test_the_test_of_a_run_measures_choices(
 ) -> None:
     """Untrained, so base and generator are one and the same model, whose choices are scored here row by row."""
     source = ARC(path=str(FIXTURES / file)) if name == "arc" else TruthfulQA(path=str(FIXTURES / file))
+    untrained = Backbone(bases["gpt2"], LoraSettings(), LoraSettings())
+    save_adapter(untrained, GENERATOR, tmp_path / "adapter")
     main(
         [
             "test",
             f"--config={CONFIGS / 'gan.yaml'}",
             f"--config={CONFIGS / 'data' / f'{name}.yaml'}",
             f"--model.init_args.base={bases['gpt2']}",
+            f"--model.init_args.generator.adapter={tmp_path / 'adapter'}",
             "--model.init_args.sampling.max_new_tokens=4",
             f"--data.init_args.path={FIXTURES / file}",
             "--data.init_args.validation=0.0",

@@ -120,6 +120,7 @@ class Step:
             discriminator=DiscriminatorSettings(lora=LORA),
         )
         self.batch = collate(make_items(size, module.backbone.tokenizer))  # type: ignore[arg-type]
+        self.module = module
         self.stepper = Stepper(module, torch.device("cpu"))
 
     def __call__(self) -> None:

@@ -24,10 +24,11 @@ from torch import nn
 from lora_gan.attention import TreeForward
 from lora_gan.coefficients import Coefficients
 from lora_gan.head import Logits, Statistic, entropy, log_probability, statistics
+from lora_gan.optimization import OptimizationSettings
 
 from .growth import Cost, Step, cost_of
 from .peak import environment
-from .setting import SIZES, Size, save_model
+from .setting import SIZES, save_model
 
 OURS, USUAL = "ours", "all logits"
 HEADER = f"""\
@@ -55,6 +56,7 @@ CASES = {
     **{f"{name} logprobs": f"{SHAPES[name].name}, log-probabilities, forward + backward" for name in ("gpt2", "qwen")},
     **{f"{name} both": f"{SHAPES[name].name}, the same with entropies" for name in ("gpt2", "qwen")},
     "gpt2 step": "GPT-2 124M, a training step",
+    "gpt2 apart": "GPT-2 124M, a step with micro_batch_size: 1",
     "gpt2 coupled": "GPT-2 124M, a step with entropy and the coupled loss",
 }
 
@@ -93,16 +95,13 @@ def measure(case: str, side: str, repeats: int) -> Cost:
     if what in ("logprobs", "both"):
         return cost_of(Head(SHAPES[name], what == "both").side(side), repeats)
     with TemporaryDirectory() as folder:
-        return _cost_of_step(SIZES[name], Path(folder), side, COUPLED if what == "coupled" else None)
-
-
-def _cost_of_step(size: Size, folder: Path, side: str, coefficients: Coefficients | None) -> Cost:
-    step = Step(size, save_model(size, folder))
-    if coefficients:
-        step.stepper.module.coefficients.set(**asdict(coefficients))
-    plain = nullcontext() if side == OURS else mock.patch.object(TreeForward, "plain_head", None)
-    with plain:
-        return cost_of(step, 1)
+        step = Step(SIZES[name], save_model(SIZES[name], Path(folder)))
+        if what == "coupled":
+            step.module.coefficients.set(**asdict(COUPLED))
+        if what == "apart":
+            step.module.optimization.settings = OptimizationSettings(micro_batch_size=1)
+        with nullcontext() if side == OURS else mock.patch.object(TreeForward, "plain_head", None):
+            return cost_of(step, 1)
 
 
 class Head:

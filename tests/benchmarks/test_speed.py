@@ -93,9 +93,11 @@ def test_both_sides_of_the_memory_give_the_same_gradient(with_entropy: bool) -> 
 def test_memory_is_measured_of_heads_and_steps() -> None:
     threads = torch.get_num_threads()
     try:
-        costs = [measure_memory(f"tiny {what}", side, 1) for what in ("both", "coupled") for side in (USUAL, OURS)]
+        costs = [
+            measure_memory(f"tiny {what}", side, 1) for what in ("both", "apart", "coupled") for side in (USUAL, OURS)
+        ]
     finally:
         torch.set_num_threads(threads)
     assert all(cost.seconds > 0 for cost in costs)
-    assert {case.split()[1] for case in CASES} == {"logprobs", "both", "step", "coupled"}
+    assert {case.split()[1] for case in CASES} == {"logprobs", "both", "step", "apart", "coupled"}
     assert row("a step", *costs[:2]).count("|") == 8

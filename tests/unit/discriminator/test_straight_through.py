@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from lora_gan import head as heads
 from lora_gan.backbone import GENERATOR, Backbone
 from lora_gan.discriminator import (
     AdapterDiscriminator,
@@ -90,11 +91,17 @@ def by_hand(backbone: Backbone, reads: str, rollout: Rollout, batch: PromptBatch
     return torch.stack(losses).mean()
 
 
+@pytest.mark.parametrize("rows", [2, 1000])
 @pytest.mark.parametrize("reads", READS)
 def test_value_and_gradient_are_those_of_a_relaxed_pass_by_hand(
-    reads: str, backbone: Backbone, batch: PromptBatch
+    reads: str, rows: int, backbone: Backbone, batch: PromptBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One truncated completion among finished ones, one that is EOS alone, at temperatures other than 1."""
+    """One truncated completion among finished ones, one that is EOS alone, at temperatures other than 1.
+
+    The random numbers are the same for two tokens at a time as for all at once.
+    """
+    monkeypatch.setattr(heads, "NUMBERS", rows * backbone.vocabulary)
+    monkeypatch.setattr(heads, "ROWS", 1)
     rollout = rollout_of(ANSWERS)
     generator = backbone.parameters_of(GENERATOR)
     loss, wanted = coupled(backbone, READS[reads], rollout, batch), by_hand(backbone, reads, rollout, batch)

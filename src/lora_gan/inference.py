@@ -216,8 +216,7 @@ def chat(
     template: str | None = None,
     compare: bool = False,
     max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    do_sample: bool = False,
+    temperature: float = 0.0,
     dequantize: bool = False,
 ) -> None:
     """Chat with the generator; an empty line ends it. The discriminator's score follows each completion.
@@ -231,20 +230,21 @@ def chat(
         template: Format of a prompt instead of that of the run; {prompt} stands for the question.
         compare: Show the completion of the base as well.
         max_new_tokens: Length limit of a completion.
-        temperature: Divides the logits when sampling; 0 takes the most likely tokens.
-        do_sample: Sample tokens instead of taking the most likely ones.
+        temperature: Samples at this temperature, 1 as in training; 0 takes the most likely token each time.
         dequantize: Load a base that was quantised in training as it was before, as on a machine without a GPU.
     """
-    how = _how(temperature, do_sample, max_new_tokens=max_new_tokens)
+    how = _how(temperature, max_new_tokens=max_new_tokens)
     session = _Session(load_saved(ckpt_path, base, dequantize), how, template, compare)
     print(session.opening(), flush=True)
     while (line := _read()) and session.take(line):
         pass
 
 
-def _how(temperature: float, do_sample: bool, **settings: Any) -> Sampling:
+def _how(temperature: float, max_new_tokens: int, top_p: float = 1.0) -> Sampling:
     """Settings of sampling, where a temperature of 0 is greedy decoding."""
-    return Sampling(temperature=temperature or 1.0, do_sample=do_sample and temperature != 0, **settings)
+    if top_p < 1 and not temperature:
+        raise LoraGANError(f"top_p {top_p} has no effect at temperature 0, the default; set a temperature, such as 1")
+    return Sampling(max_new_tokens, temperature=temperature or 1.0, top_p=top_p, do_sample=temperature != 0)
 
 
 class _Session:
@@ -377,9 +377,8 @@ def generate(
     output_key: str = "completion",
     batch_size: int = 16,
     max_new_tokens: int = 64,
-    temperature: float = 1.0,
+    temperature: float = 0.0,
     top_p: float = 1.0,
-    do_sample: bool = False,
     seed: int = 0,
     dequantize: bool = False,
 ) -> None:
@@ -398,9 +397,8 @@ def generate(
         output_key: Field for the completion; the score is in "score", or in "<output_key>_score" for another field.
         batch_size: Prompts completed at once.
         max_new_tokens: Length limit of a completion.
-        temperature: Divides the logits when sampling; 0 takes the most likely tokens.
+        temperature: Samples at this temperature, 1 as in training; 0 takes the most likely token each time.
         top_p: Draw from the smallest set of tokens with at least this mass.
-        do_sample: Sample tokens instead of taking the most likely ones.
         seed: Seed of the sampling.
         dequantize: Load a base that was quantised in training as it was before, as on a machine without a GPU.
     """
@@ -408,7 +406,7 @@ def generate(
         raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
     if not output_key.strip():
         raise LoraGANError("output_key is empty; it names the field for the completion, such as completion")
-    how = _how(temperature, do_sample, max_new_tokens=max_new_tokens, top_p=top_p)
+    how = _how(temperature, max_new_tokens=max_new_tokens, top_p=top_p)
     rows = _rows(Path(input))
     keys = (output_key, "score" if output_key == "completion" else f"{output_key}_score")
     _check_keys(rows, keys[:1])

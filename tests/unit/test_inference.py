@@ -338,13 +338,15 @@ def test_a_temperature_of_0_is_greedy_everywhere_and_nan_is_none(
             f"--ckpt_path={path}",
             "--max_new_tokens=5",
             "--temperature=0",
-            "--do_sample=true",
             "--template={prompt}",
         ]
     )
     printed = capsys.readouterr().out
     assert printed.count(greedy(path, "one")[0]) == 2
     assert printed.count("/temperature takes a number from 0, such as") == 2
+    ask(monkeypatch, "one")
+    main(["chat", f"--ckpt_path={path}", "--max_new_tokens=5", "--temperature=9", "--template={prompt}"])
+    assert greedy(path, "one")[0] not in capsys.readouterr().out
 
 
 def test_the_oldest_turns_are_forgotten_where_the_context_ends(
@@ -567,7 +569,12 @@ def test_mistakes_in_the_file(
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [("--output_key=", "output_key is empty"), ("--temperature=.nan", "finite, got nan")]
+    ("given", "message"),
+    [
+        ("--output_key=", "output_key is empty"),
+        ("--temperature=.nan", "finite, got nan"),
+        ("--top_p=0.9", "no effect at temperature 0"),
+    ],
 )
 def test_mistakes_in_the_settings(given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

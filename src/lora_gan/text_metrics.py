@@ -7,14 +7,16 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}"  # no spaces: each character is a word
 WORD = rf"[{UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}_]--[{UNSPACED}]]+|\p{{So}}"
@@ -40,6 +42,8 @@ def pieces(text: str) -> list[str]:
 @cache
 def rouge_scorer(*kinds: str) -> RougeScorer:
     """rouge-score's scorer of the given kinds, such as "rouge_1", over words of any script."""
+    from rouge_score.rouge_scorer import RougeScorer  # here, because it imports nltk, which takes a second
+
     return RougeScorer([ROUGE[kind] for kind in kinds], tokenizer=_Words())
 
 

@@ -33,9 +33,11 @@ from lora_gan.coefficients import Coefficients
 from lora_gan.data.datamodule import collate
 from lora_gan.discriminator import DiscriminatorSettings
 from lora_gan.generator import GeneratorSettings
+from lora_gan.losses import Reinforce
 from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling
+from lora_gan.sampling.settings import INT8
 from lora_gan.stepper import Stepper
 from lora_gan.types import StepOutput
 
@@ -79,6 +81,7 @@ class Ours:
         device: Where it runs.
         precision: Of the trainer.
         backbone: How the base is loaded.
+        int8: Whether completions are sampled with the base in 8 bits.
     """
 
     def __init__(
@@ -88,16 +91,17 @@ class Ours:
         device: torch.device = torch.device("cpu"),
         precision: str = "32-true",
         backbone: BackboneSettings = BackboneSettings("float32"),
+        int8: bool = False,
     ) -> None:
         self.module = LoraGANModule(
             base=base,
             backbone=backbone,
             num_generations=size.num_generations,
-            sampling=Sampling(max_new_tokens=size.completion_tokens),
+            sampling=Sampling(max_new_tokens=size.completion_tokens, base=INT8 if int8 else None),
             rewards=[FunctionReward(constant)],
             advantage=GroupNormalised(),
             coefficients=Coefficients(kl=BETA),
-            generator=GeneratorSettings(lora=LORA, optimizer=adamw),
+            generator=GeneratorSettings(lora=LORA, optimizer=adamw, policy_loss=Reinforce(2.0 if int8 else None)),
             discriminator=DiscriminatorSettings(lora=LORA, optimizer=adamw),
         )
         self.batch = collate(make_items(size, self.module.backbone.tokenizer))  # type: ignore[arg-type]
@@ -114,10 +118,12 @@ class Ours:
 class Turns(TrainerCallback):
     """The costs of TRL's steps and of ours, which run after each of them."""
 
-    def __init__(self, ours: Ours) -> None:
-        self.ours = ours
+    def __init__(self, ours: Ours, int8: Ours | None = None) -> None:
+        self.kinds = {"rl": (ours, RL), "adversarial": (ours, ADVERSARIAL)}
+        if int8 is not None:
+            self.kinds |= {"rl int8": (int8, RL), "adversarial int8": (int8, ADVERSARIAL)}
         self.meter = Meter()
-        self.costs: dict[str, list[Cost]] = {"trl": [], "rl": [], "adversarial": []}
+        self.costs: dict[str, list[Cost]] = {name: [] for name in ("trl", *self.kinds)}
         self.phases: dict[str, dict[str, float]] = {}  # seconds by phase of our last step of each kind
         self.lengths: list[float] = []
 
@@ -126,10 +132,10 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.costs["trl"].append(self.meter.stop())
-        for name, coefficients in (("rl", RL), ("adversarial", ADVERSARIAL)):
-            self.phases[name] = dict(self.ours.step(coefficients).seconds)
-            self.costs[name].append(self.ours.stopwatch.cost)
-            self.lengths.append(self.ours.stopwatch.length)
+        for name, (ours, coefficients) in self.kinds.items():
+            self.phases[name] = dict(ours.step(coefficients).seconds)
+            self.costs[name].append(ours.stopwatch.cost)
+            self.lengths.append(ours.stopwatch.length)
 
 
 def _trl(
@@ -176,7 +182,7 @@ def _trl(
     )
 
 
-def take_turns(size: Size, ours: Ours, model: PreTrainedModel, repeats: int) -> Turns:
+def take_turns(size: Size, ours: Ours, model: PreTrainedModel, repeats: int, int8: Ours | None = None) -> Turns:
     """TRL's steps and ours, in turns; the first of each is dropped.
 
     Args:
@@ -184,11 +190,12 @@ def take_turns(size: Size, ours: Ours, model: PreTrainedModel, repeats: int) -> 
         ours: Our side.
         model: The base of the other side, on its device.
         repeats: Steps that count.
+        int8: Our side with a base of 8 bits while it samples, on a CPU.
 
     Raises:
         RuntimeError: A completion had another length, so the sides did not do the same work.
     """
-    turns = Turns(ours)
+    turns = Turns(ours, int8)
     with TemporaryDirectory() as output:
         trainer = _trl(size, model, ours.module.backbone.tokenizer, output, repeats + 1, turns)
         trainer.remove_callback(PrinterCallback)
@@ -206,7 +213,7 @@ def take_turns(size: Size, ours: Ours, model: PreTrainedModel, repeats: int) -> 
 def time_steps(size: Size, folder: Path, repeats: int) -> dict[str, tuple[float, ...]]:
     """Seconds of TRL's steps and of ours on the CPU, as :func:`take_turns`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    turns = take_turns(size, Ours(size, str(folder)), model, repeats)
+    turns = take_turns(size, Ours(size, str(folder)), model, repeats, Ours(size, str(folder), int8=True))
     return {name: tuple(cost.seconds for cost in costs) for name, costs in turns.costs.items()}
 
 
@@ -214,7 +221,9 @@ def compare_steps(size: Size, folder: Path, repeats: int) -> Iterator[Comparison
     """A step of policy gradient, and one with discriminator and supervised term, each against TRL's."""
     seconds = time_steps(size, folder, repeats)
     for name, what, target in (
-        ("rl", "step, the same work", 2.0),
-        ("adversarial", "step with D and supervised term", 1.0),
+        ("rl", "step, the same work", 2.5),
+        ("rl int8", "the same, `sampling.base: int8`", 3.0),
+        ("adversarial", "step with D and supervised term", 1.5),
+        ("adversarial int8", "the same, `sampling.base: int8`", 2.0),
     ):
         yield Comparison(size.name, what, "TRL GRPO step", seconds[name], seconds["trl"], target)

@@ -84,6 +84,25 @@ class PredictedReward(AdvantageEstimator):
         return _spread(rewards.returns - predicted, rollout)
 
 
+class RewardToGo(AdvantageEstimator):
+    """A token's own reward and those of later tokens, Σ_l γ^l·r_{t+l}, without a baseline.
+
+    For rewards that stand at every token, as in on-policy distillation.
+
+    Args:
+        gamma: γ, from 0 (each token has its own reward alone) to 1.
+    """
+
+    def __init__(self, gamma: float = 0.0) -> None:
+        if not 0 <= gamma <= 1:
+            raise LoraGANError(f"gamma must be in [0, 1], got {gamma}")
+        self.gamma = gamma
+
+    def __call__(self, rollout: Rollout, rewards: TokenRewards) -> Advantages:
+        advantages = torch.where(rollout.mask, discounted(rewards.per_token.detach(), self.gamma), 0)
+        return Advantages(advantages, {"policy/advantage_abs": masked_mean(advantages.abs(), rollout.mask)})
+
+
 class ValueGAE(AdvantageEstimator):
     """Generalised advantage estimation over tokens with a value head (arXiv 1506.02438).
 

@@ -27,6 +27,7 @@ from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import mean_of_all
 from lora_gan.errors import LoraGANError
 from lora_gan.evaluation import Evaluated
+from lora_gan.final_answer import FinalAnswer
 from lora_gan.generator import Generator, GeneratorSettings, easiest
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.optimization import Optimization, OptimizationSettings
@@ -45,6 +46,7 @@ from lora_gan.rewards.base import check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.step_callback import OUTPUT, StepCallback
 from lora_gan.step_metrics import adversarial_metrics, step_metrics
+from lora_gan.teacher import Teacher
 from lora_gan.tensors import join
 from lora_gan.tree import grow_parts
 from lora_gan.types import (
@@ -83,11 +85,13 @@ class LoraGANModule(Evaluated):
         truncated_penalty: Subtracted from the reward of a completion that the length limit cut off.
         advantage: What a completion's reward is compared with; by default a moving average of rewards.
         kl_reference: Towards what the KL terms pull: "base", or "snapshot", the generator as it was when a callback
-            took a snapshot.
+            took a snapshot, or a teacher (on-policy distillation).
         coefficients: Weights of the losses and of the adversarial reward.
         generator: The generator's losses, adapter and optimizer.
         discriminator: The discriminator's architecture, objective, adapter and optimizer.
         optimization: Gradient clipping, and how many prompts a pass takes.
+        final_answer: How rewards, metrics and chat find the final answer in a completion; by default the whole
+            completion is the answer.
     """
 
     def __init__(
@@ -101,19 +105,22 @@ class LoraGANModule(Evaluated):
         adversarial_reward: AdversarialReward | None = None,
         truncated_penalty: float = 0.0,
         advantage: AdvantageEstimator | None = None,
-        kl_reference: str = "base",
+        kl_reference: str | Teacher = "base",
         coefficients: Coefficients = Coefficients(),
         generator: GeneratorSettings = GeneratorSettings(),
         discriminator: DiscriminatorSettings = DiscriminatorSettings(),
         optimization: OptimizationSettings = OptimizationSettings(),
+        final_answer: FinalAnswer | None = None,
     ) -> None:
         super().__init__()
         if num_generations < 1:
             raise LoraGANError(f"num_generations must be at least 1, got {num_generations}")
         if not math.isfinite(truncated_penalty):
             raise LoraGANError(f"truncated_penalty must be a finite number, got {truncated_penalty}")
-        if kl_reference not in REFERENCES:
-            raise LoraGANError(f"kl_reference must be one of {', '.join(REFERENCES)}, got {kl_reference!r}")
+        if isinstance(kl_reference, str) and kl_reference not in REFERENCES:
+            raise LoraGANError(
+                f"kl_reference must be {' or '.join(REFERENCES)} or the class of a teacher, got {kl_reference!r}"
+            )
         self.automatic_optimization = False
         self.base = base
         self.num_generations = num_generations
@@ -124,6 +131,7 @@ class LoraGANModule(Evaluated):
         self.aggregation = aggregation or WeightedSum()
         self.adversarial_reward = adversarial_reward or Logit()
         self.truncated_penalty = truncated_penalty
+        self.final_answer = final_answer
         self.advantage = advantage or MovingAverage()
         self.kl_reference = kl_reference
         self.configured_coefficients = coefficients
@@ -144,6 +152,8 @@ class LoraGANModule(Evaluated):
         self._check_parts()
 
     def _check_parts(self) -> None:
+        if isinstance(self.kl_reference, Teacher):
+            self.kl_reference.check(self.backbone)
         for part in (self.advantage, self.aggregation):
             if part.needs_group and self.num_generations < 2:
                 raise LoraGANError(
@@ -228,13 +238,17 @@ class LoraGANModule(Evaluated):
         targets = batch.of(batch.with_target) if with_targets else PromptBatch.empty()
         wanted = batch.targets_by_prompt if with_targets else [[] for _ in range(len(batch))]
         branches = {SAMPLED: rollout.by_prompt(len(batch)), TARGET: wanted}
-        trees = grow_parts(batch.prompt_ids, branches, self.optimization.parts(len(batch)))
+        parts = self.optimization.parts(len(batch))
+        trees = grow_parts(batch.prompt_ids, branches, parts)
         temperature = {SAMPLED: self.sampling.temperature}
         with self.backbone.reference():
             base, reference = self.backbone.logprobs_at(trees, {}, temperature)
         if self.kl_reference == "snapshot":
             with self.backbone.snapshot():
                 (reference,) = self.backbone.logprobs_at(trees, temperature)
+        elif isinstance(self.kl_reference, Teacher):
+            answered = {SAMPLED: branches[SAMPLED]}
+            reference = self.kl_reference.logprobs(self.backbone, batch, answered, parts, temperature)
         mask = {kind: join([tree.branches[kind].mask for tree in trees]) for kind in branches}
         context = RewardContext(rollout.num_generations, base[SAMPLED], mask[SAMPLED])
         sampled = weighted_sum(self.rewards, rollout.texts, batch, context)

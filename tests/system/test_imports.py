@@ -12,7 +12,7 @@ import lora_gan
 PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
     {"errors"},
-    {"atomic", "context", "program", "wheels"},
+    {"atomic", "context", "final_answer", "program", "wheels"},
     {
         "types",
         "tensors",
@@ -30,7 +30,7 @@ LAYERS = [
     {"flex"},
     {"attention"},
     {"backbone", "multiple_choice", "optimization", "pretrain", "step_metrics"},
-    {"sampling", "discriminator"},
+    {"sampling", "discriminator", "teacher"},
     {"generator"},
     {"step_callback"},
     {"baseline", "checkpointing"},

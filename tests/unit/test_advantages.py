@@ -14,6 +14,7 @@ from lora_gan.advantages import (
     LeaveOneOut,
     MovingAverage,
     PredictedReward,
+    RewardToGo,
     ValueGAE,
     discounted,
     gae,
@@ -74,6 +75,17 @@ def test_credit_has_no_gradient(estimator: AdvantageEstimator) -> None:
     found = credit(estimator, [1.0, 2.0, 4.0, 0.0], 2)
     assert not found.per_token.requires_grad
     assert not any(value.requires_grad for value in found.metrics.values())
+
+
+def test_reward_to_go_by_hand() -> None:
+    """A completion of two tokens with rewards 1 and 4: each its own, or 1 + 4/2 and 4."""
+    mask = torch.tensor([[True, True, False]])
+    rollout = Rollout(mask.long(), mask, -mask.float(), torch.zeros(1, dtype=torch.bool), ("",), 1)
+    rewards = TokenRewards(torch.tensor([[1.0, 4.0, 0.0]]), None, torch.tensor(9.0))
+    assert RewardToGo()(rollout, rewards).per_token.tolist() == [[1.0, 4.0, 0.0]]
+    assert RewardToGo(gamma=0.5)(rollout, rewards).per_token.tolist() == [[3.0, 4.0, 0.0]]
+    with pytest.raises(LoraGANError, match="gamma must be in"):
+        RewardToGo(gamma=1.5)
 
 
 def test_what_they_need() -> None:

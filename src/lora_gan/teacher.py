@@ -1,0 +1,121 @@
+"""Teachers: other predictions of the next token than the base's, towards which the KL terms pull.
+
+On-policy distillation (arXiv 2306.13649): the student samples, and the teacher says at each token how likely it was.
+With ``coefficients.kl_penalty: 1`` and no other reward, a token's reward is log p_teacher − log π, whose mean is the
+negative reverse KL; ``lora_gan.advantages.RewardToGo`` gives each token its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_gan.backbone import Backbone, BackboneSettings, LoraSettings
+from lora_gan.errors import LoraGANError
+from lora_gan.tree import grow_parts
+from lora_gan.types import PromptBatch
+
+Completions = Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prompt its completions (T,)
+
+
+class Teacher(ABC):
+    """Predicts completions in place of the base."""
+
+    def check(self, student: Backbone) -> None:  # noqa: B027
+        """Refuse a student whose tokens this teacher cannot read."""
+
+    @abstractmethod
+    def logprobs(
+        self,
+        student: Backbone,
+        batch: PromptBatch,
+        completions: Completions,
+        parts: Sequence[Sequence[int]],
+        temperature: Mapping[str, float],
+    ) -> dict[str, Tensor]:
+        """Log-probability of every token of the completions, by kind: (M, T), 0 where masked; no gradient.
+
+        Args:
+            student: The backbone that learns.
+            batch: B examples.
+            completions: What is predicted.
+            parts: The prompts of each pass.
+            temperature: By kind, the divisor of the logits; 1 for missing kinds.
+        """
+
+
+class TeacherModel(Teacher):
+    """Another causal language model with the student's tokenizer.
+
+    Args:
+        base: A local folder, such as a merged export, a hub id, or another name of a base.
+        backbone: How it is loaded.
+    """
+
+    def __init__(self, base: str, backbone: BackboneSettings = BackboneSettings()) -> None:
+        unused = LoraSettings(rank=1)  # a backbone has adapters; as the reference it runs without them
+        self.base = base
+        self.model = Backbone(base, unused, unused, backbone)
+
+    def check(self, student: Backbone) -> None:
+        if self.model.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+            raise LoraGANError(
+                f"the teacher {self.base!r} has another tokenizer than the base: distillation compares the two token "
+                "by token, so take a teacher of the same family"
+            )
+
+    def logprobs(
+        self,
+        student: Backbone,
+        batch: PromptBatch,
+        completions: Completions,
+        parts: Sequence[Sequence[int]],
+        temperature: Mapping[str, float],
+    ) -> dict[str, Tensor]:
+        self.model.to(student.device)
+        with self.model.reference():
+            return self.model.logprobs_at(grow_parts(batch.prompt_ids, completions, parts), temperature)[0]
+
+
+class HintedBase(Teacher):
+    """The base itself with a hint before each prompt, which the student does not see.
+
+    Args:
+        hint: The text; "{target}" in it stands for the prompt's target.
+    """
+
+    def __init__(self, hint: str) -> None:
+        if not hint.strip():
+            raise LoraGANError("the hint of HintedBase is empty, so the teacher would be the base; write one")
+        self.hint = hint
+
+    def logprobs(
+        self,
+        student: Backbone,
+        batch: PromptBatch,
+        completions: Completions,
+        parts: Sequence[Sequence[int]],
+        temperature: Mapping[str, float],
+    ) -> dict[str, Tensor]:
+        prompts = [self._hinted(student, *pair) for pair in zip(batch.targets, batch.prompt_ids, strict=True)]
+        room = student.context_length - max(
+            len(prompt) + max((len(ids) for rows in completions.values() for ids in rows[b]), default=0)
+            for b, prompt in enumerate(prompts)
+        )
+        if room < 0:
+            raise LoraGANError(
+                f"with the hint, prompt and completion have {-room} tokens more than the context of "
+                f"{student.context_length}: shorten the hint, or lower data.max_prompt_tokens"
+            )
+        with student.reference():
+            return student.logprobs_at(grow_parts(prompts, completions, parts), temperature)[0]
+
+    def _hinted(self, student: Backbone, target: str, prompt: Tensor) -> Tensor:
+        """The prompt after the hint; a token that begins all texts stays first."""
+        tokenizer = student.tokenizer
+        ids = tokenizer.encode(self.hint.replace("{target}", target), add_special_tokens=False)
+        first = int(len(prompt) > 0 and int(prompt[0]) == tokenizer.bos_token_id)
+        return torch.cat([prompt[:first], prompt.new_tensor(ids), prompt[first:]])

@@ -98,6 +98,13 @@ def test_supervised_learning_alone_samples_nothing(
     assert "completions/mean_length" not in logged and "loss/discriminator" not in logged
 
 
+def test_distillation_follows_its_teacher(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    config = pressed("distill", bases["gpt2"], rows, tmp_path)
+    config["model"]["init_args"]["kl_reference"]["init_args"]["base"] = bases["gpt2"]
+    logged = fit(config, tmp_path)
+    assert all(map(math.isfinite, logged["policy/kl"])) and any(logged["loss/policy"])
+
+
 def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     config = pressed("evolve", bases["gpt2"], rows, tmp_path)
     settings = config["model"]["init_args"]
@@ -145,7 +152,7 @@ def test_experiments_hold_what_they_are(path: Path) -> None:
 
 def test_every_experiment_and_variant_is_tried_here() -> None:
     found = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert found == {*EXPERIMENTS, "base", "evolve", "sft", "chat_sft", "gpt2_alpaca", "pretrain"}
+    assert found == {*EXPERIMENTS, "base", "distill", "evolve", "sft", "chat_sft", "gpt2_alpaca", "pretrain"}
     assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu"} == {
         path.stem for path in (CONFIGS / "overlay").glob("*.yaml")
     }

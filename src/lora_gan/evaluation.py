@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_gan.backbone import GENERATOR, has_learned
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.discriminator.objectives import TARGET
+from lora_gan.final_answer import FinalAnswer
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.optimization import Optimization
 from lora_gan.sampling import Sampling, sample
@@ -30,6 +31,7 @@ class Evaluated(Checkpointed):
     sampling: Sampling
     greedy: Sampling
     optimization: Optimization
+    final_answer: FinalAnswer | None  # finds it in a completion; None: the whole completion is the answer
     starting_adapter: list[Tensor]  # of the generator, at the start of the run; empty if it was a new one
 
     @abstractmethod

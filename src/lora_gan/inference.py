@@ -7,11 +7,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import yaml
+from lightning.pytorch.cli import instantiate_class
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +26,7 @@ from lora_gan.data.files import FORMATS, Row, clean, read_lines, read_rows
 from lora_gan.data.templates import PromptFormat
 from lora_gan.data.tokenizer import prompt_ids
 from lora_gan.errors import LoraGANError
+from lora_gan.final_answer import FinalAnswer
 from lora_gan.number_formats import default_device, use_tensor_cores
 from lora_gan.sampling import Sampling, end_turns, eos_ids, sample
 from lora_gan.tree import grow
@@ -74,6 +77,21 @@ class Saved:
         return (
             "" if has_learned(self.backbone, DISCRIMINATOR) else "the discriminator of this run has never been trained"
         )
+
+    @cached_property
+    def final_answer(self) -> FinalAnswer | None:
+        """How the run finds the final answer in a completion; None where it has no such setting."""
+        chosen = self.settings("model").get("final_answer")
+        if not chosen:
+            return None
+        try:
+            found: FinalAnswer = instantiate_class((), chosen)
+        except (ImportError, AttributeError) as error:
+            raise LoraGANError(
+                f"the final_answer of this run, {chosen['class_path']}, cannot be imported ({error}); start from the "
+                "folder that holds it"
+            ) from error
+        return found
 
     def settings(self, part: str) -> dict[str, Any]:
         """The arguments of the run's ``model`` or ``data``; empty if the configuration is missing."""
@@ -221,6 +239,8 @@ def chat(
 ) -> None:
     """Chat with the generator; an empty line ends it. The discriminator's score follows each completion.
 
+    So does the final answer, where the run has a final_answer and work stands before it.
+
     Prompts are written as in training. A question continues the conversation if the run was trained with a chat
     template or on dialogues. Instead of a question, /reset, /base, /temperature 0.7 and /quit are commands.
 
@@ -302,10 +322,18 @@ class _Session:
             prompt = self._prompt(self.turns[name], asked)
             with modes[name]():
                 completion, text = _stream(backbone, prompt, self.how)
-            score = f"   (discriminator {score_of(backbone, prompt, completion):.2f})" if self.saved.scores else ""
-            print(score, flush=True)
+            print(self._notes(prompt, completion, text), flush=True)
             if self.keeps:
                 self.turns[name] += [*asked.messages[-1:], Message("assistant", clean(text))]
+
+    def _notes(self, prompt: Tensor, completion: Tensor, text: str) -> str:
+        """What follows a completion: its final answer, where work stands before it, and the discriminator's score."""
+        notes, find = [], self.saved.final_answer
+        if find is not None and find(text) is not None and find.work(text).strip():
+            notes.append(f"final answer {find(text)}")
+        if self.saved.scores:
+            notes.append(f"discriminator {score_of(self.saved.backbone, prompt, completion):.2f}")
+        return f"   ({', '.join(notes)})" * bool(notes)
 
     def _prompt(self, turns: list[Message], asked: Example) -> Tensor:
         """The question after as many of the turns as fit into the context; the others are forgotten."""
@@ -384,6 +412,8 @@ def generate(
 ) -> None:
     """Complete the prompts of a file; write JSON lines of the rows with the completion and the discriminator's score.
 
+    A run with a final_answer adds the final answer of the completion, null where it has none.
+
     Prompts are written as in training. The output may be the input: it is replaced once all is written.
 
     Args:
@@ -394,7 +424,8 @@ def generate(
         output: File to write, or "-" for standard output.
         base: Folder or hub id of the base, if it has moved since the training.
         template: Format of a prompt instead of that of the run; "{prompt}" leaves the prompts unchanged.
-        output_key: Field for the completion; the score is in "score", or in "<output_key>_score" for another field.
+        output_key: Field for the completion; the score is in "score", or in "<output_key>_score" for another field,
+            and so is the final answer in "answer".
         batch_size: Prompts completed at once.
         max_new_tokens: Length limit of a completion.
         temperature: Samples at this temperature, 1 as in training; 0 takes the most likely token each time.
@@ -408,12 +439,13 @@ def generate(
         raise LoraGANError("output_key is empty; it names the field for the completion, such as completion")
     how = _how(temperature, max_new_tokens=max_new_tokens, top_p=top_p)
     rows = _rows(Path(input))
-    keys = (output_key, "score" if output_key == "completion" else f"{output_key}_score")
-    _check_keys(rows, keys[:1])
+    _check_keys(rows, [output_key])
     if output not in STDOUT:
         _check_writable(Path(output))
     saved = load_saved(ckpt_path, base, dequantize)
-    _check_keys(rows, keys if saved.scores else keys[:1])
+    names = ["score"] * saved.scores + ["answer"] * (saved.final_answer is not None)
+    keys = [output_key, *(name if output_key == "completion" else f"{output_key}_{name}" for name in names)]
+    _check_keys(rows, keys)
     prompts = [_row_prompt(saved, row, template) for row in rows]
     _check_lengths(saved.backbone, rows, prompts, how)
     torch.manual_seed(seed)
@@ -421,7 +453,7 @@ def generate(
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
             for row, made in zip(rows[part], _completed(saved, prompts[part], how), strict=True):
-                named = dict(zip(keys, made, strict=False))
+                named = dict(zip(keys, made, strict=True))
                 stream.write(json.dumps({**row.values, **named}, ensure_ascii=False, default=str) + "\n")
     if output not in STDOUT:
         print(f"{len(rows)} completions written to {output}")
@@ -439,14 +471,17 @@ def _opened(output: str) -> Iterator[TextIO]:
             yield stream
 
 
-def _completed(saved: Saved, prompts: Sequence[Tensor], how: Sampling) -> list[tuple[str, float] | tuple[str]]:
-    """A completion to each prompt, with its score if the discriminator can give one."""
+def _completed(saved: Saved, prompts: Sequence[Tensor], how: Sampling) -> list[tuple[Any, ...]]:
+    """A completion to each prompt, then its score if the discriminator can give one, then its final answer or None."""
     with saved.backbone.generator():
         rollout = sample(saved.backbone, prompts, 1, how)
-    if not saved.scores:
-        return [(text,) for text in rollout.texts]
-    made = zip(rollout.texts, prompts, rollout.completion_ids, strict=True)
-    return [(text, score_of(saved.backbone, prompt, ids)) for text, prompt, ids in made]
+    columns: list[Sequence[Any]] = [rollout.texts]
+    if saved.scores:
+        made = zip(prompts, rollout.completion_ids, strict=True)
+        columns.append([score_of(saved.backbone, prompt, ids) for prompt, ids in made])
+    if saved.final_answer is not None:
+        columns.append([saved.final_answer(text) for text in rollout.texts])
+    return list(zip(*columns, strict=True))
 
 
 def _rows(path: Path) -> list[Row]:

@@ -162,8 +162,9 @@ class LoraGANModule(Evaluated):
                 )
         if self.configured_coefficients.coupled and not self.discriminator.model.differentiable:
             raise LoraGANError(
-                "coefficients.coupled needs a differentiable discriminator, such as AdapterDiscriminator; "
-                f"{type(self.discriminator.model).__name__} is none: set coefficients.coupled to 0, and "
+                "coefficients.coupled needs a differentiable discriminator, such as AdapterDiscriminator that reads "
+                f"PromptAndCompletion; {type(self.discriminator.model).__name__} that reads "
+                f"{type(self.discriminator.model.input_format).__name__} is none: set coefficients.coupled to 0, and "
                 "coefficients.adversarial to use its score as a reward"
             )
 
@@ -250,9 +251,10 @@ class LoraGANModule(Evaluated):
             answered = {SAMPLED: branches[SAMPLED]}
             reference = self.kl_reference.logprobs(self.backbone, batch, answered, parts, temperature)
         mask = {kind: join([tree.branches[kind].mask for tree in trees]) for kind in branches}
-        context = RewardContext(rollout.num_generations, base[SAMPLED], mask[SAMPLED])
+        context = RewardContext(rollout.num_generations, base[SAMPLED], mask[SAMPLED], self.final_answer)
         sampled = weighted_sum(self.rewards, rollout.texts, batch, context)
-        target = weighted_sum(self.rewards, targets.targets, targets, RewardContext(1, base[TARGET], mask[TARGET]))
+        context = RewardContext(1, base[TARGET], mask[TARGET], self.final_answer)
+        target = weighted_sum(self.rewards, targets.targets, targets, context)
         return Scores(
             sampled.total, sampled.parts, sampled.applies, target.total, target.parts, reference[SAMPLED], base[SAMPLED]
         )

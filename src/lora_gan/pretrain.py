@@ -1,7 +1,7 @@
-"""Pretraining of the built-in base model: a small GPT-2 that learns the world's facts from statements.
+"""Pretraining of the built-in base models: small GPT-2s that learn the facts of a world from statements.
 
-Run ``python -m src.cli fit --config configs/pretrain.yaml``. The training text states every fact in several phrasings
-and has no question, so an adapter that answers questions uses the knowledge of the base in a new form.
+Run ``python -m src.cli fit --config configs/pretrain.yaml``, or ``configs/pretrain_digits.yaml``. The training text
+states facts and has no question, so an adapter that answers questions uses the knowledge of the base in a new form.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -32,13 +32,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lora_gan.data import digits, world
 from lora_gan.data.templates import default_template
-from lora_gan.data.world import Fact, facts
+from lora_gan.data.world import Fact
 from lora_gan.errors import LoraGANError
 
 EOS = "<|endoftext|>"
 TEMPLATE = default_template("{}")
 NO_LABEL = -100
+WORLDS = {"facts": world.facts, "digits": digits.facts}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -135,16 +137,17 @@ def knowledge_probe(
         if first:
             known[fact.relation].append(hit)
     return ProbeResult(
-        first_cue=sum(map(sum, known.values())) / len(facts),
+        first_cue=sum(map(sum, known.values())) / sum(map(len, known.values())),
         all_cues=sum(hits) / len(hits),
         by_relation={relation: sum(known[relation]) / len(known[relation]) for relation in sorted(known)},
     )
 
 
 class StatementsDataModule(L.LightningDataModule):
-    """Statements of the world's facts, one document each; validation completes the first cue of each fact.
+    """Statements of a world's facts, one document each; validation completes the first cue of each fact.
 
     Args:
+        world: "facts" (countries, words, …) or "digits" (chains of operations).
         vocab_size: Size of the byte-level BPE vocabulary, trained on statements, questions and prompt template.
         block_size: Tokens of a packed row.
         batch_size: Rows of a step.
@@ -154,6 +157,7 @@ class StatementsDataModule(L.LightningDataModule):
 
     def __init__(
         self,
+        world: Literal["facts", "digits"] = "facts",
         vocab_size: int = 4096,
         block_size: int = 64,
         batch_size: int = 8,
@@ -165,7 +169,8 @@ class StatementsDataModule(L.LightningDataModule):
         self.block_size = block_size
         self.batch_size = batch_size
         self.seed = seed
-        self.facts = facts()[:limit]
+        self.world = world
+        self.facts = WORLDS[world]()[:limit]
 
     @property
     def statements(self) -> list[str]:
@@ -190,7 +195,7 @@ class StatementsDataModule(L.LightningDataModule):
         return DataLoader(TensorDataset(rows[:, :-1], rows[:, 1:]), batch_size=self.batch_size)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        cues = completions(self.tokenizer, ((fact.cues[0], fact.object) for fact in self.facts))
+        cues = completions(self.tokenizer, ((fact.cues[0], fact.object) for fact in self.facts if fact.cues))
         return DataLoader(TensorDataset(*cues), batch_size=256)
 
 
@@ -312,11 +317,11 @@ class PretrainModule(L.LightningModule):
         questions = sum(len(fact.questions) for fact in data.facts)
         relations = "\n".join(f"| {relation} | {share:.3f} |" for relation, share in result.by_relation.items())
         return CARD.format(
+            **ABOUT[data.world],
             eos=EOS,
             parameters=f"{saved.num_parameters():,}",
             megabytes=f"{megabytes:.1f}",
             vocabulary=f"{len(data.tokenizer):,}",
-            facts=f"{len(data.facts):,}",
             statements=f"{len(data.statements):,}",
             tokens=f"{sum(map(len, data.documents)):,}",
             questions=f"{questions:,}",
@@ -336,6 +341,26 @@ class PretrainModule(L.LightningModule):
         )
 
 
+ABOUT = {
+    "facts": {
+        "title": "The built-in base model of lora-gan",
+        "knows": "knows the facts of lora-gan's own data set and nothing else",
+        "module": "lora_gan.data.world",
+        "text": "of facts, each stated in several phrasings",
+        "config": "pretrain.yaml",
+        "probe": "the share of facts whose object, followed by a full stop, is what\ngreedy decoding writes after the "
+        "beginning of a statement",
+    },
+    "digits": {
+        "title": "The base model `digits` of lora-gan",
+        "knows": "works out chains of sums, differences and products of digits and knows nothing else",
+        "module": "lora_gan.data.digits",
+        "text": "of single steps, chains, and chains behind the operations they are made of",
+        "config": "pretrain_digits.yaml",
+        "probe": "the share of single steps, and of chains of four steps behind\ntheir operations, that greedy "
+        "decoding writes without a fault",
+    },
+}
 CARD = """\
 ---
 language: en
@@ -344,24 +369,25 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# The built-in base model of lora-gan
+# {title}
 
-A GPT-2 of {parameters} parameters ({megabytes} MB of half-precision safetensors) that knows the facts of lora-gan's
-own data set and nothing else. It is the base that the project's adapters are trained on where nothing can be
-downloaded: small enough for two CPU cores, and with enough knowledge in it to distinguish learning from guessing.
+A GPT-2 of {parameters} parameters ({megabytes} MB of half-precision safetensors) that
+{knows}.
+It is a base that the project's adapters are trained on where nothing can be downloaded: small enough for two CPU
+cores, and with enough knowledge in it to distinguish learning from guessing.
 
 {layers} layers, width {width}, {heads} heads, {positions} positions, byte-level BPE with {vocabulary} tokens;
 `{eos}` begins and ends every text.
 
 ## Data
 
-{statements} statements ({tokens} tokens) of {facts} facts, from `lora_gan.data.world`. A fact is stated in several
-phrasings. None of the {questions} questions about them, and no dialogue, is in the text; questions were seen by the
-tokenizer only.
+{statements} texts ({tokens} tokens) from `{module}`:
+{text}. No question and no dialogue is in the text;
+{questions} questions were seen by the tokenizer only.
 
 ## Recipe
 
-    python -m src.cli fit --config configs/pretrain.yaml
+    python -m src.cli fit --config configs/{config}
 
 AdamW with a one-cycle learning rate (highest {learning_rate:g}, warm-up {warmup:.0%}), weight decay {weight_decay:g},
 dropout {dropout:g}, {precision}, {epochs} epochs = {steps} steps of {batch} tokens. Statements are shuffled and packed
@@ -372,8 +398,7 @@ sinusoids.
 
 Cross-entropy over the last epoch: {loss} nats a token, of which most is the choice of the fact and of its phrasing.
 
-Knowledge probe, on the weights in this folder: the share of facts whose object, followed by a full stop, is what
-greedy decoding writes after the beginning of a statement.
+Knowledge probe, on the weights in this folder: {probe}.
 
 | probe | share |
 |---|---|

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_gan.errors import DataError
+from lora_gan.final_answer import FinalAnswer
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Example:
 
     ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted completion without EOS,
     empty where there is none.
-    ``references`` are all accepted completions, the target first. ``group`` is what must not cross a split.
+    ``references`` are all accepted completions, the target first. ``answers`` are the accepted final answers, which a
+    prompt without target can have, too; see :mod:`lora_gan.final_answer`. ``group`` is what must not cross a split.
     ``split`` ("train", "validation" or "test") is the official one, which wins over the hash of the group. Examples
     with the same ``item`` ask the same thing in other words; evaluation keeps one of them.
     ``cuttable`` are the spans of the prompt that may lose their beginning where the prompt is too long: an input, a
@@ -69,6 +71,7 @@ class Example:
     literal: tuple[Span, ...] = ()
     chat: bool = False
     label: float | None = None
+    answers: tuple[str, ...] = ()
     stream_end: tuple[int, int] | None = None
     meta: Mapping[str, str] = field(default_factory=dict)
 
@@ -204,6 +207,7 @@ class RewardContext:
     num_generations: int  # completions for each prompt: completion n belongs to batch.examples[n // num_generations]
     logprobs: Tensor  # (N, T) log-probability of each completion token under the base (adapters off), temperature 1
     mask: Tensor  # (N, T) bool: True on completion tokens, EOS included
+    final_answer: FinalAnswer | None = None  # finds it in a completion; None: the whole completion is the answer
 
 
 @dataclass(frozen=True)

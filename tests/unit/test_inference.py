@@ -39,14 +39,15 @@ Make = Callable[..., str]
 def run(build: Build, batch: PromptBatch, tmp_path: Path) -> Make:
     """A checkpoint in a run's folder."""
 
-    def make(architecture: str = "gpt2", trained: bool = True, **settings: Any) -> str:
+    def make(architecture: str = "gpt2", trained: bool = True, final_answer: Any = None, **settings: Any) -> str:
         module = build(architecture, **settings)
         if trained:
             randomise(module.backbone)
         path = tmp_path / "run" / "checkpoints" / "last.ckpt"
         fit(module, [batch], 1)[1].save_checkpoint(path)
+        sampling = {"max_new_tokens": 7, "temperature": 0.5, "no_such": 1}
         config = {
-            "model": {"init_args": {"sampling": {"max_new_tokens": 7, "temperature": 0.5, "no_such": 1}}},
+            "model": {"init_args": {"sampling": sampling, "final_answer": final_answer}},
             "data": {"init_args": {"source": {"class_path": "lora_gan.data.Alpaca"}, "path": "yahma/alpaca-cleaned"}},
         }
         (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -88,6 +89,48 @@ def test_chat_compares_with_the_base(
         completion, score = greedy(backbone, "hi", role)
         assert f"{name:<11}{completion}   (discriminator {score:.2f})\n" in printed
     assert printed.count("(discriminator") == 2
+
+
+def found_by(pattern: str) -> dict[str, Any]:
+    return {"class_path": "lora_gan.final_answer.Pattern", "init_args": {"pattern": pattern}}
+
+
+LAST_SIGN = r"(\S)\s*$"
+
+
+def test_chat_shows_the_final_answer_where_work_stands_before_it(
+    run: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    completion, score = greedy(load_backbone(run()), "hi")
+    last = completion.strip()[-1]
+    shown = {LAST_SIGN: f"final answer {last}, ", "(?s)^(.*)$": "", "no such (sign)": ""}
+    for pattern, wanted in shown.items():
+        path = run(final_answer=found_by(pattern))
+        ask(monkeypatch, "hi")
+        main(["chat", f"--ckpt_path={path}", "--max_new_tokens=5", "--template={prompt}"])
+        assert f"{completion}   ({wanted}discriminator {score:.2f})\n" in capsys.readouterr().out
+
+
+def test_generate_writes_the_final_answer(run: Make, tmp_path: Path) -> None:
+    completion, _ = greedy(load_backbone(run()), "hi")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi", "answer": 7}\n', encoding="utf-8")
+
+    def written(pattern: str, output_key: str) -> dict[str, Any]:
+        path, output = run(final_answer=found_by(pattern)), tmp_path / "out.jsonl"
+        how = {"template": "{prompt}", "output_key": output_key, "max_new_tokens": 5}
+        generate(path, str(tmp_path / "in.jsonl"), str(output), **how)  # type: ignore[arg-type]
+        (line,) = output.read_text(encoding="utf-8").splitlines()
+        return dict(json.loads(line))
+
+    found = written(LAST_SIGN, "mine")
+    assert list(found) == ["prompt", "answer", "mine", "mine_score", "mine_answer"]
+    assert (found["mine"], found["mine_answer"]) == (completion, completion.strip()[-1])
+    assert written("no such (sign)", "mine")["mine_answer"] is None
+    with pytest.raises(LoraGANError, match=r"line 1 has a field 'answer', .* choose a new name with --output_key"):
+        written(LAST_SIGN, "completion")
+    broken = load_saved(run(final_answer={"class_path": "no_such.Place"}))
+    with pytest.raises(LoraGANError, match=r"no_such\.Place, cannot be imported .*; start from the folder that holds"):
+        _ = broken.final_answer
 
 
 def test_chat_without_a_discriminator_that_scores_alone(

@@ -19,7 +19,7 @@ from lora_gan.errors import LoraGANError
 log = logging.getLogger("lora_gan")
 
 AUTO = "auto"
-EXACT, REWARD, LOSS = "text/exact_match", "text/reward", "validation/loss"
+ANSWER, EXACT, REWARD, LOSS = "text/answer", "text/exact_match", "text/reward", "validation/loss"
 MATCHED = 0.1  # from this share on, exact match tells checkpoints apart
 NOTED = ("first", "before", "moved", "validations", "mode")  # besides the state of a ModelCheckpoint
 
@@ -27,10 +27,10 @@ NOTED = ("first", "before", "moved", "validations", "mode")  # besides the state
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the state at the best validation as ``checkpoints/best-<step>.ckpt`` in the run's folder.
 
-    By default the metric depends on the data: exact match, once a tenth of the completions match their targets. Until
-    then, and so for free text, it is the reward if the policy learns from rewards, or else the loss of the held-out
-    targets. As long as the metric has the same value in all validations, it says nothing, and the newest state is kept;
-    later the first of equally good ones.
+    By default the metric depends on the data: the share of right final answers, once one is right; else exact match,
+    once a tenth of the completions match their targets. Until then, and so for free text, it is the reward if the
+    policy learns from rewards, or else the loss of the held-out targets. As long as the metric has the same value in
+    all validations, it says nothing, and the newest state is kept; later the first of equally good ones.
 
     Args:
         monitor: A logged metric, such as ``text/rouge_l``; "auto" chooses as described.
@@ -72,7 +72,7 @@ class BestCheckpoint(ModelCheckpoint):
         if self.monitor is not None:
             self._note(self._value(trainer))
         if trainer.global_step == 0:
-            possible = (EXACT, REWARD, LOSS, self.monitor)
+            possible = (ANSWER, EXACT, REWARD, LOSS, self.monitor)
             self.before = {name: float(value) for name, value in trainer.callback_metrics.items() if name in possible}
         super().on_validation_end(trainer, pl_module)
 
@@ -92,9 +92,11 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _fitting_metric(self, trainer: L.Trainer, module: L.LightningModule) -> str | None:
         """The metric that fits the data and what the run learns from; None if nothing suitable was logged."""
-        exact = self.monitor == EXACT or float(trainer.callback_metrics.get(EXACT, 0.0)) >= MATCHED
-        wanted = [EXACT] * exact + [REWARD] * _learns_from_rewards(module) + [LOSS, REWARD]
-        return next((name for name in wanted if name in trainer.callback_metrics), None)
+        logged = trainer.callback_metrics
+        answer = self.monitor == ANSWER or float(logged.get(ANSWER, 0.0)) > 0
+        exact = self.monitor == EXACT or float(logged.get(EXACT, 0.0)) >= MATCHED
+        wanted = [ANSWER] * answer + [EXACT] * exact + [REWARD] * _learns_from_rewards(module) + [LOSS, REWARD]
+        return next((name for name in wanted if name in logged), None)
 
     def _watch(self, monitor: str | None) -> None:
         """Follow a metric; if it is another one than before, whatever comes next replaces the best so far."""

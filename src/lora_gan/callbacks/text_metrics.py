@@ -15,9 +15,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.distributed import in_order, several
 from lora_gan.errors import LoraGANError
+from lora_gan.evaluation import Evaluated
+from lora_gan.final_answer import FinalAnswer
 from lora_gan.lightning_compat import validate_now
 from lora_gan.results import TITLES, Result, markdown_table, save_result
-from lora_gan.rewards import Evidence, RetrievalReward, references_of
+from lora_gan.rewards import Evidence, RetrievalReward, answers_of, references_of
+from lora_gan.rewards.answer import is_right
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
 from lora_gan.step_callback import StepModule
 from lora_gan.text_metrics import bert_score, bleu, distinct_n, exact_match, mmd, ngram_entropy, rouge, self_bleu, words
@@ -32,9 +35,9 @@ class TextMetrics(L.Callback):
     Validation logs ``text/<metric>`` of the generator's completions, and ``validation/loss`` and
     ``validation/perplexity``, the generator's token mean over all held-out targets; the first one is before training.
     Test logs ``test/<role>/<metric>`` of base, generator and, if it started from a saved adapter, the generator at the
-    start. It prints the table, writes it to ``held_out.md``, and the numbers to ``results.json`` in the folder of the
-    run whose checkpoint is tested. Of several instances only the last one is active, so that another configuration
-    file can append its own.
+    start. ``answer`` is the share of right final answers among the prompts that have accepted ones. Test prints the
+    table, writes it to ``held_out.md``, and the numbers to ``results.json`` in the folder of the run whose checkpoint
+    is tested. Of several instances only the last one is active, so that another configuration file can append its own.
 
     Args:
         samples: Number of completions in the tables.
@@ -137,7 +140,8 @@ class TextMetrics(L.Callback):
             self.seen = {role: in_order(one_by_one(answered), count) for role, answered in self.seen.items()}
 
     def _measure(self, role: str, module: L.LightningModule) -> dict[str, float]:
-        metrics = measure(self.seen[role], self.semantic_model, self.bert_score_model, self.metrics)
+        found = module.final_answer if isinstance(module, Evaluated) else None
+        metrics = measure(self.seen[role], self.semantic_model, self.bert_score_model, self.metrics, found)
         if isinstance(module, StepModule) and not any(reward.weight for reward in module.rewards):
             del metrics["reward"]  # always 0: the discriminator alone decides
         return metrics
@@ -163,10 +167,13 @@ def measure(
     semantic_model: str = MINILM,
     bert_score_model: str | None = None,
     own: Sequence[OwnMetric] = (),
+    final_answer: FinalAnswer | None = None,
 ) -> dict[str, float]:
     """Reward and text metrics of one role's completions to a whole split.
 
-    Metrics that compare with targets use the prompts that have one, and are left out if none has.
+    Metrics that compare with targets use the prompts that have one, and are left out if none has. ``answer``, the
+    share of right final answers, uses the prompts with accepted ones; it is there where final answers are a notion:
+    ``final_answer`` finds them, or examples have ``answers``.
 
     Raises:
         LoraGANError: A user metric has the name of another metric, or does not return a finite number.
@@ -176,6 +183,7 @@ def measure(
     count = max(len(texts), 1)
     wanted = [i for i, example in enumerate(examples) if references_of(example)]
     metrics = {"reward": sum(float(part.reward.sum()) for part in answered) / count}
+    metrics |= _answers(texts, examples, final_answer)
     if wanted:
         chosen = [examples[i] for i in wanted]
         said = [texts[i] for i in wanted]
@@ -191,6 +199,19 @@ def measure(
     for function in own:
         _add_own(metrics, function, texts, [example.target for example in examples])
     return metrics
+
+
+def _answers(
+    completions: Sequence[str], examples: Sequence[Example], final_answer: FinalAnswer | None
+) -> dict[str, float]:
+    if final_answer is None and not any(example.answers for example in examples):
+        return {}
+    right = [
+        is_right(text, example, final_answer)
+        for text, example in zip(completions, examples, strict=True)
+        if answers_of(example, final_answer)
+    ]
+    return {"answer": sum(right) / len(right)} if right else {}
 
 
 def target_loss(answered: Sequence[EvalOutput]) -> dict[str, float]:
@@ -272,8 +293,13 @@ def samples_table(seen: Mapping[str, Sequence[EvalOutput]], count: int) -> str:
     examples = [example for part in seen[roles[0]] for example in part.examples]
     texts = {role: [text for part in seen[role] for text in part.texts] for role in roles}
     chosen = range(0, len(examples), max(len(examples) // max(count, 1), 1))[:count]
-    rows = [[_asked(examples[i]), examples[i].target, *(texts[p][i] for p in roles)] for i in chosen]
+    rows = [[_asked(examples[i]), _wanted(examples[i]), *(texts[p][i] for p in roles)] for i in chosen]
     return markdown_table(["prompt", "target", *(TITLES.get(p, p) for p in roles)], rows)
+
+
+def _wanted(example: Example) -> str:
+    """The target, or the accepted final answers of a prompt without one."""
+    return example.target or ", ".join(example.answers)
 
 
 def _asked(example: Example) -> str:

@@ -8,7 +8,7 @@ from lora_gan.errors import DataError
 from lora_gan.types import Example, Message, Negative
 
 TEXTS = ("prompt", "target", "group", "source", "split", "item")
-LISTS = {"references": str, "negatives": Negative, "messages": Message}  # what they hold
+LISTS = {"references": str, "answers": str, "negatives": Negative, "messages": Message}  # what they hold
 WRITTEN = {str: "a text", Negative: 'Negative(text, kind="…")', Message: "Message(role, content)"}
 
 
@@ -42,6 +42,8 @@ def check(example: Example, where: str) -> Example:
         _check_text(message.content, f"{where}: the content of a message")
     for reference in example.references:
         _check_text(reference, f"{where}: a reference")
+    for answer in example.answers:
+        _check_text(answer, f"{where}: an accepted final answer")
     return example
 
 

@@ -23,8 +23,8 @@ ROLES = {
 _SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")  # of Anthropic's preferences: "\n\nHuman: …\n\nAssistant: …"
 
 
-def dialogue(row: Row, prompt: str | None, reply: str) -> list[Message]:
-    """The turns in the field ``reply`` after those in ``prompt``, unless ``reply`` repeats them.
+def dialogue(row: Row, prompt: str | None, reply: str | None) -> list[Message]:
+    """The turns in the field ``reply`` after those in ``prompt``, unless ``reply`` repeats them; one may be None.
 
     A field ``system`` is the system message where the turns have none. Replies before the first question, which most
     chat templates cannot write, are left out; the row says so in ``repaired``.
@@ -33,7 +33,7 @@ def dialogue(row: Row, prompt: str | None, reply: str) -> list[Message]:
         DataError: A field is missing or is no text or list of messages, or a message has another role or no text.
     """
     opening = messages(row, prompt, "user") if prompt else []
-    turns = messages(row, reply, "assistant") if prompt else _whole(row, reply)
+    turns = _replies(row, prompt, reply) if reply else []
     if not all(turn in turns for turn in opening):
         turns = opening + turns
     if all(turn.role != "system" for turn in turns):
@@ -49,6 +49,10 @@ def messages(row: Row, field: str, role: str) -> list[Message]:
     if isinstance(row.values.get(field), str):
         return [Message(role, row.text(field))]
     return _list_of_messages(row, field)
+
+
+def _replies(row: Row, prompt: str | None, reply: str) -> list[Message]:
+    return messages(row, reply, "assistant") if prompt else _whole(row, reply)
 
 
 def is_dialogue(value: object) -> bool:

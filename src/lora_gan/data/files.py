@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import re
 import unicodedata
@@ -16,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,6 +79,30 @@ class Row:
         given = [value] if isinstance(value, str) else value
         present = [text for text in given if text is not None] if isinstance(given, list) else given
         return strings(present, field, self)
+
+    def answers(self, field: str) -> tuple[str, ...]:
+        """The accepted final answers in ``field``: a text, a number or a list of them; none if it is missing or null.
+
+        Raises:
+            DataError: It holds something else.
+        """
+        value = self.values.get(field)
+        given = value if isinstance(value, list) else [value]
+        texts = [self.clean(_written(answer, f"{self.where}: the field {field!r}")) for answer in given]
+        return tuple(dict.fromkeys(filter(None, texts)))
+
+
+def _written(answer: object, where: str) -> str:
+    """A final answer as people write it: 72, not 72.0, which tables make of it; empty for null."""
+    if answer is None or isinstance(answer, str):
+        return answer or ""
+    if not isinstance(answer, Real) or isinstance(answer, bool) or not math.isfinite(answer):
+        raise DataError(
+            f"{where} holds {type(answer).__name__} {str(answer)[:40]!r}; a final answer is a text or a finite number, "
+            "or a list of them, so fix or rename the field"
+        )
+    whole = math.trunc(answer)
+    return str(whole if whole == answer else answer)
 
 
 def strings(value: object, field: str, row: Row) -> list[str]:

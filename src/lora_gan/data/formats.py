@@ -21,6 +21,7 @@ class Format:
 
 
 ALPACA = Format("alpaca", ("instruction", "output"))
+ANSWERS = Format("answers", ("prompt", "answer"))  # prompts without target
 # the first that fits counts: rows of preferences may repeat the chosen dialogue as messages
 FORMATS = (
     Format("preferences", ("prompt", "chosen", "rejected")),
@@ -46,7 +47,7 @@ def format_of(values: Mapping[str, object]) -> Format | None:
     """The format of a row, by its fields that are not null, else by their names; None where none fits."""
     given = [name for name, value in values.items() if value is not None]
     fitting = (known for fields in (given, values) for known in FORMATS if known.fits(fields))
-    return next(fitting, None)
+    return next(fitting, ANSWERS if ANSWERS.fits(values) else None)
 
 
 def advice(values: Mapping[str, object]) -> str:

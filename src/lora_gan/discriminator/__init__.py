@@ -1,7 +1,13 @@
 """Discriminator: architectures, input formats, objectives, negatives, and replay."""
 
 from lora_gan.discriminator.discriminator import Discriminator, DiscriminatorSettings
-from lora_gan.discriminator.inputs import CompletionAndTarget, CompletionOnly, InputFormat, PromptAndCompletion
+from lora_gan.discriminator.inputs import (
+    CompletionAndTarget,
+    CompletionOnly,
+    InputFormat,
+    PromptAndCompletion,
+    WorkOnly,
+)
 from lora_gan.discriminator.models import (
     AdapterDiscriminator,
     DiscriminatorModel,
@@ -68,4 +74,5 @@ __all__ = [
     "ShuffledWords",
     "StraightThrough",
     "Swapped",
+    "WorkOnly",
 ]

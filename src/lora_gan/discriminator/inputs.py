@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lora_gan.data.tokenizer import encode_completions
 from lora_gan.errors import LoraGANError
+from lora_gan.final_answer import FinalAnswer
 from lora_gan.types import DiscriminatorBatch
 
 Branches = Mapping[str, Sequence[Sequence[Tensor]]]
@@ -26,6 +28,8 @@ class DiscriminatorInput:
 
 class InputFormat(ABC):
     """Turns prompts, targets and completions into the discriminator's input."""
+
+    keeps_tokens = True  # False: a completion's tokens are not all at their places, so no gradient can reach them
 
     @abstractmethod
     def __call__(self, batch: DiscriminatorBatch, tokenizer: PreTrainedTokenizerBase) -> DiscriminatorInput:
@@ -74,3 +78,33 @@ class CompletionAndTarget(InputFormat):
             for kind, rows in batch.completions.items()
         }
         return DiscriminatorInput([begin] * len(batch.prompts), branches)
+
+
+class WorkOnly(InputFormat):
+    """The work of a completion alone, after EOS: without the prompt and without the final answer.
+
+    So a discriminator learns what well-formed work is, and cannot reward a right answer. A completion without a final
+    answer is all work. Beware: targets that are answers only have no work, which gives them away.
+
+    Args:
+        final_answer: How the final answer is found, as in the module's ``final_answer``.
+    """
+
+    keeps_tokens = False
+
+    def __init__(self, final_answer: FinalAnswer) -> None:
+        self.final_answer = final_answer
+
+    def __call__(self, batch: DiscriminatorBatch, tokenizer: PreTrainedTokenizerBase) -> DiscriminatorInput:
+        start = batch.prompts[0].new_tensor([tokenizer.eos_token_id])
+        branches = {
+            kind: [self._work(completions, tokenizer) for completions in rows]
+            for kind, rows in batch.completions.items()
+        }
+        return DiscriminatorInput([start] * len(batch.prompts), branches)
+
+    def _work(self, completions: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+        """The work of each completion, ending with EOS."""
+        texts = tokenizer.batch_decode(list(completions), skip_special_tokens=True) if completions else []
+        ids = encode_completions(tokenizer, [self.final_answer.work(text) for text in texts])
+        return [completion.new_tensor(work) for completion, work in zip(completions, ids, strict=True)]

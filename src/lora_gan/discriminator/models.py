@@ -51,6 +51,7 @@ class DiscriminatorModel(nn.Module, ABC):
     def __init__(self, input_format: InputFormat | None = None) -> None:
         super().__init__()
         self.input_format = input_format or PromptAndCompletion()
+        self.differentiable = type(self).differentiable and self.input_format.keeps_tokens
 
     def build(self, backbone: Backbone) -> None:
         """Create the parts that depend on the base; called once by the module."""

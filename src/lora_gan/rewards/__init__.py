@@ -9,12 +9,14 @@ from lora_gan.rewards.adversarial import (
     Probability,
     WinRate,
 )
+from lora_gan.rewards.answer import AnswerReward, MathReward
 from lora_gan.rewards.base import (
     NormalizeThenSum,
     Reward,
     RewardAggregation,
     RewardSum,
     WeightedSum,
+    answers_of,
     references_of,
     weighted_sum,
     weights_of,
@@ -40,6 +42,7 @@ __all__ = [
     "AddedWords",
     "AdversarialReward",
     "AgainstTarget",
+    "AnswerReward",
     "BleuReward",
     "ChrfReward",
     "ContainsReward",
@@ -51,6 +54,7 @@ __all__ = [
     "LengthReward",
     "LogProbability",
     "Logit",
+    "MathReward",
     "MeteorReward",
     "NormalizeThenSum",
     "PerplexityReward",
@@ -68,6 +72,7 @@ __all__ = [
     "TruthReward",
     "WeightedSum",
     "WinRate",
+    "answers_of",
     "references_of",
     "weighted_sum",
     "weights_of",

@@ -6,11 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_gan.errors import LoraGANError, RewardError
+from lora_gan.final_answer import FinalAnswer, find_answer
 from lora_gan.tensors import group_normalise
 from lora_gan.types import Example, PromptBatch, RewardContext
 
@@ -39,10 +41,21 @@ class Reward(ABC):
         """Whether the reward applies to each of the B prompts; it only gets the k completions to those."""
         return [not self.needs_target or bool(references_of(example)) for example in batch.examples]
 
+    def applies_in(self, batch: PromptBatch, context: RewardContext) -> list[bool]:
+        """:meth:`applies`, for a reward that must know the context to decide it."""
+        return self.applies(batch, context.num_generations)
+
 
 def references_of(example: Example) -> tuple[str, ...]:
     """The accepted completions of an example; empty for a prompt without a target."""
     return tuple(text for text in example.references or (example.target,) if text.strip())
+
+
+def answers_of(example: Example, final_answer: FinalAnswer | None) -> tuple[str, ...]:
+    """The accepted final answers of an example: those given, else those found in its references; empty for none."""
+    given = tuple(text for text in example.answers if text.strip())
+    found = (find_answer(text, final_answer) for text in references_of(example))
+    return given or tuple(dict.fromkeys(text for text in found if text))
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,7 @@ def _compute(reward: Reward, completions: Sequence[str], batch: PromptBatch, con
     device = context.logprobs.device
     if not completions:
         return _Computed(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
-    chosen = [b for b, there in enumerate(reward.applies(batch, context.num_generations)) if there]
+    chosen = [b for b, there in enumerate(reward.applies_in(batch, context)) if there]
     if len(chosen) == len(batch):
         scores = _checked(reward, completions, batch, context).to(device)
         return _Computed(scores, torch.ones_like(scores, dtype=torch.bool))
@@ -195,8 +208,9 @@ def _compute(reward: Reward, completions: Sequence[str], batch: PromptBatch, con
 
 def _rows(context: RewardContext, rows: Sequence[int]) -> RewardContext:
     """The context of some of its completions."""
-    tensors = {f.name: getattr(context, f.name) for f in fields(context) if f.name != "num_generations"}
-    return replace(context, **{name: tensor[list(rows)] for name, tensor in tensors.items()})
+    values = {f.name: getattr(context, f.name) for f in fields(context)}
+    tensors: dict[str, Any] = {name: x[list(rows)] for name, x in values.items() if isinstance(x, Tensor)}
+    return replace(context, **tensors)
 
 
 def _checked(reward: Reward, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_gan.final_answer import find_answer
 from lora_gan.rewards.base import Reward
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
 from lora_gan.text_metrics import normalise
@@ -17,8 +18,9 @@ from lora_gan.types import PromptBatch, RewardContext
 class SelfConsistency(Reward):
     """Share of the prompt's other k − 1 completions that equal this one, in [0, 1] (Wang et al. 2022, as a reward).
 
-    Case, outer white space and a final full stop are ignored; an empty completion equals none. Does not apply if k
-    is 1. Beware: a policy that gives every prompt the same completion gets 1; ``lora_gan.callbacks.CollapseMonitor``
+    Case, outer white space and a final full stop are ignored; an empty completion equals none. Where the module has a
+    ``final_answer``, final answers are compared, and a completion without one equals none. Does not apply if k is 1.
+    Beware: a policy that gives every prompt the same completion gets 1; ``lora_gan.callbacks.CollapseMonitor``
     detects it.
 
     Args:
@@ -33,7 +35,8 @@ class SelfConsistency(Reward):
         return [k > 1] * len(batch)
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        normalised = [normalise(completion) for completion in completions]
+        voted = [find_answer(completion, context.final_answer) for completion in completions]
+        normalised = [normalise(vote or "") for vote in voted]
         counts = Counter((n // context.num_generations, text) for n, text in enumerate(normalised))
         agreeing = [(counts[n // context.num_generations, text] - 1) * bool(text) for n, text in enumerate(normalised)]
         return torch.tensor(agreeing, dtype=torch.float32) / max(context.num_generations - 1, 1)

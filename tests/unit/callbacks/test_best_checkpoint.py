@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_gan.callbacks import BestCheckpoint
-from lora_gan.callbacks.best_checkpoint import EXACT, LOSS, REWARD
+from lora_gan.callbacks.best_checkpoint import ANSWER, EXACT, LOSS, REWARD
 from lora_gan.errors import LoraGANError
 
 
@@ -80,6 +80,18 @@ def test_exact_match_of_free_text_does_not_make_the_first_validation_the_best(tm
 def test_short_answers_are_judged_by_exact_match(tmp_path: Path) -> None:
     values = {"text__exact_match": [0.05, 0.5, 0.5, 0.3, 0.0], "validation__loss": [1.0, 2.0, 3.0, 2.0, 0.5]}
     assert best_of(tmp_path, 5, **values) == (EXACT, "best-2.ckpt"), "the first of the equally good, and no other file"
+
+
+def test_final_answers_decide_once_one_is_right(tmp_path: Path) -> None:
+    values = {
+        "text__exact_match": [0.5, 0.4, 0.3],
+        "text__reward": [1.0, 2.0, 3.0],
+        "validation__loss": [1.0, 2.0, 3.0],
+    }
+    assert best_of(tmp_path / "a", text__answer=[0.02, 0.05, 0.03], **values) == (ANSWER, "best-2.ckpt")
+    assert best_of(tmp_path / "b", text__answer=[0, 0, 0], **values) == (EXACT, "best-1.ckpt")
+    del values["text__exact_match"], values["text__reward"]
+    assert best_of(tmp_path / "c", text__answer=[0, 0.01, 0], **values) == (ANSWER, "best-2.ckpt")
 
 
 def test_without_a_target_the_reward_decides(tmp_path: Path) -> None:

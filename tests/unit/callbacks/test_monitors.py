@@ -27,6 +27,7 @@ from lora_gan.coefficients import Coefficients
 from lora_gan.data.world import facts
 from lora_gan.discriminator import DiscriminatorSettings
 from lora_gan.errors import LoraGANError
+from lora_gan.final_answer import AfterMarker
 from lora_gan.generator import GeneratorSettings
 from lora_gan.module import LoraGANModule
 from lora_gan.results import metrics_table
@@ -383,6 +384,18 @@ def test_measure_of_prompts_without_targets() -> None:
     assert {"distinct_2", "self_bleu", "truncated"} <= set(none)
 
 
+def test_final_answers_are_measured() -> None:
+    said = answered(("2 + 2 #### 4", "2 + 2 #### 4"), ("#### 5", "x #### 6"), ("#### 7", "no marker"), ("#### 8", ""))
+    given = replace(said.examples[3], answers=("8",))
+    found = measure([said], final_answer=AfterMarker())
+    assert found["answer"] == 1 / 2, "two have accepted answers"
+    assert list(found)[:2] == ["reward", "answer"] and found["exact_match"] == 1 / 3
+    assert measure([replace(said, examples=(*said.examples[:3], given))], final_answer=AfterMarker())["answer"] == 2 / 3
+    assert measure([answered(("a", "no marker"))], final_answer=AfterMarker()).get("answer") is None
+    without = replace(answered(("7.", ""), ("8", "")), examples=(Example("Q", "", answers=("7",)), Example("Q", "")))
+    assert measure([without])["answer"] == 1, "without a setting the whole completion is the answer"
+
+
 def test_bert_score_is_an_option() -> None:
     assert measure([answered(("a", "a"))], MINILM, str(bundled_minilm()))["bert_score"] == pytest.approx(1, abs=1e-5)
 
@@ -416,6 +429,9 @@ def test_the_samples_show_what_the_user_said_last() -> None:
     assert shown.splitlines()[2] == "| Capital of France? | Paris | Rome |"
     shown = samples_table({"trained": [replace(answered(("Rome", "Paris")), examples=(Example("Q:", "Paris"),))]}, 3)
     assert shown.splitlines()[2] == "| Q: | Paris | Rome |", "no dialogue"
+    example = Example("Q:", "", answers=("7", "seven"))
+    shown = samples_table({"trained": [replace(answered(("8", "")), examples=(example,))]}, 3)
+    assert shown.splitlines()[2] == "| Q: | 7, seven | 8 |", "no target"
 
 
 # one's own metric and reward, as in the README

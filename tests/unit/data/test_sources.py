@@ -559,6 +559,51 @@ def test_an_alpaca_file_gives_the_same_examples() -> None:
     assert standard.with_path("other.json").dropped == Counter(alpaca.dropped)
 
 
+def test_final_answers_in_standard_formats(tmp_path: Path) -> None:
+    """The answer belongs to the last reply."""
+    rows = [{"prompt": "2 + 2?", "completion": "It is #### 4", "answer": 4}, {"prompt": "Hi", "completion": "Ho"}]
+    found = read(StandardFormat(write(tmp_path / "a.jsonl", rows)))
+    assert [(e.target, e.answers) for e in found] == [("It is #### 4", ("4",)), ("Ho", ())]
+    turns = [("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?"), ("assistant", "4")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = write(tmp_path / "b.jsonl", [{"messages": messages, "answer": ["4", "four"]}])
+    assert [e.answers for e in read(StandardFormat(path, every_turn=True))] == [(), ("4", "four")]
+    path = write(tmp_path / "c.jsonl", [{"instruction": "2 + 2?", "output": "It is 4", "answer": "4"}])
+    assert [e.answers for e in read(StandardFormat(path))] == [("4",)]
+
+
+def test_rows_of_prompt_and_answer_are_prompts_without_target(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "2 + 2?", "answer": 4},
+        {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "3 + 3?"}], "answer": "6"},
+        {"prompt": "Hi", "answer": None},
+        {"prompt": "", "answer": "4"},
+    ]
+    source = StandardFormat(write(tmp_path / "rows.jsonl", rows))
+    first, second = source.rows()
+    assert source.name == first.source == "answers"
+    assert (first.prompt, first.target) == ("### Prompt:\n2 + 2?\n\n### Response:\n", "")
+    assert (first.references, first.answers, second.answers) == ((), ("4",), ("6",))
+    assert [message.role for message in second.messages] == ["system", "user"]
+    assert source.dropped == Counter(empty_answer=1, empty_prompt=1)
+
+
+def test_rows_with_an_answer_and_no_completion_are_prompts_without_target(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "answer": "b"}, {"prompt": "c", "completion": None, "answer": "d"}]
+    source = StandardFormat(write(tmp_path / "rows.jsonl", [*rows, {"prompt": "e", "answer": "f"}]))
+    assert [(e.target, e.answers) for e in source.rows()] == [("b", ("b",)), ("", ("d",)), ("", ("f",))]
+    for first in (rows[1], {"prompt": "c", "answer": "d"}):
+        source = StandardFormat(write(tmp_path / "first.jsonl", [first, rows[0], first]))
+        assert [(e.target, e.answers) for e in source.rows()] == [("", ("d",)), ("b", ("b",)), ("", ("d",))]
+
+
+def test_questions_and_answers_are_no_format_that_is_recognised(tmp_path: Path) -> None:
+    """As in GSM8K, where answer holds the work, too."""
+    path = write(tmp_path / "a.jsonl", [{"question": "2 + 2?", "answer": "It is #### 4"}])
+    with pytest.raises(DataError, match=r"the fields question, answer are no format that is recognised .*OwnFile"):
+        read(StandardFormat(path))
+
+
 def test_nested_rows_are_the_same_in_parquet(tmp_path: Path) -> None:
     from pyarrow import Table, parquet
 
@@ -641,6 +686,19 @@ def test_own_file(tmp_path: Path) -> None:
     assert (example.references, texts(example)) == (("A", "B"), ["C"])
     assert (example.group, example.split) == ("x", "test")
     assert source.dropped == Counter(empty_target=1, negative_same_as_target=1)
+
+
+def test_final_answers_of_an_own_file(tmp_path: Path) -> None:
+    rows = [{"q": "Q?", "n": 7, "r": "A"}, {"q": "P?", "n": ["8", 8.0, 0.5], "r": "B"}, {"q": "R?", "r": "C"}]
+    path = write(tmp_path / "own.jsonl", rows)
+    wanted = [("7",), ("8", "0.5"), ()]
+    assert [e.answers for e in OwnFile(path, "{q}", target="r", answer="n").rows()] == wanted
+    without = list(OwnFile(path, "{q}", target=None, answer="n").rows())
+    assert [(e.target, e.references, e.answers) for e in without] == [("", (), answers) for answers in wanted]
+    for wrong in ({"value": 7}, True, float("inf")):
+        path = write(tmp_path / "bad.jsonl", [{"prompt": "Q?", "n": wrong}])
+        with pytest.raises(DataError, match=r"line 1: the field 'n' holds .*; a final answer is a text or a"):
+            list(OwnFile(path, target=None, answer="n").rows())
 
 
 def test_negatives_of_an_own_file_may_be_a_single_text(tmp_path: Path) -> None:

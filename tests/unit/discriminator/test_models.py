@@ -23,8 +23,10 @@ from lora_gan.discriminator import (
     InputFormat,
     OwnBaseDiscriminator,
     PromptAndCompletion,
+    WorkOnly,
 )
 from lora_gan.errors import LoraGANError
+from lora_gan.final_answer import AfterMarker
 from lora_gan.types import DiscriminatorBatch, PromptBatch
 from tests.conftest import randomise
 from tests.helpers.steps import Build, fit, moved, state
@@ -120,6 +122,35 @@ def test_completion_only_does_not_look_at_the_prompt(backbone: Backbone, disc_ba
         with model.mode(backbone), torch.no_grad():
             left, right = (model(backbone, given)["sampled"] for given in (disc_batch, other))
         assert torch.allclose(left, right, atol=1e-6) == alike
+
+
+def test_work_only_reads_what_stands_before_the_final_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    said = (("3 + 4 = 7 #### 7", "no answer"), ("#### 7", ""))
+    completions = {"sampled": [[encode(tokenizer, text + END) for text in row] for row in said], "none": [[], []]}
+    prompts = tuple(encode(tokenizer, text) for text in PROMPTS)
+    reading = WorkOnly(AfterMarker())(DiscriminatorBatch(prompts, prompts, completions), tokenizer)
+    assert [start.tolist() for start in reading.beginnings] == [[tokenizer.eos_token_id]] * 2
+    found = [[tokenizer.decode(branch) for branch in row] for row in reading.branches["sampled"]]
+    assert found == [["3 + 4 = 7" + END, "no answer" + END], [END, END]]
+    assert reading.branches["none"] == [[], []]
+
+
+def test_the_final_answer_does_not_change_the_score_of_the_work(
+    build: Build, make_batch: Callable[..., PromptBatch]
+) -> None:
+    """A step of a real run; a gradient through tokens that moved would be wrong, so it is refused."""
+    model = AdapterDiscriminator(WorkOnly(AfterMarker()))
+    module = build(model=model, adversarial=0.5)
+    before = state(module)
+    fit(module, [make_batch(("Say a", "a b #### c"), ("Hi", "#### yes"))], 1)
+    assert any(DISCRIMINATOR in name for name in moved(before, state(module)))
+    tokenizer, prompts = module.backbone.tokenizer, tuple(encode(module.backbone.tokenizer, text) for text in PROMPTS)
+    rows = [[encode(tokenizer, text + END)] for text in ("a b #### c", "a b #### another")]
+    with model.mode(module.backbone), torch.no_grad():
+        scores = model(module.backbone, DiscriminatorBatch(prompts, prompts, {"sampled": rows}))["sampled"][:, 0]
+    assert scores[0] == pytest.approx(float(scores[1]), abs=1e-6) != 0
+    with pytest.raises(LoraGANError, match="AdapterDiscriminator that reads WorkOnly is none"):
+        build(model=AdapterDiscriminator(WorkOnly(AfterMarker())), coupled=0.1)
 
 
 # the second adapter

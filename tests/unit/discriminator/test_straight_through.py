@@ -171,7 +171,7 @@ def test_the_coupled_loss_alone_raises_the_discriminators_score(build: Build, ba
 
 
 def test_a_discriminator_without_gradient_is_refused(build: Build) -> None:
-    with pytest.raises(LoraGANError, match=r"HiddenStatesDiscriminator is none: set coefficients\.coupled to 0"):
+    with pytest.raises(LoraGANError, match="HiddenStatesDiscriminator that reads PromptAndCompletion is none: set"):
         build(model=HiddenStatesDiscriminator(), coupled=1.0)
     with pytest.raises(LoraGANError, match="temperature of the straight-through"):
         StraightThrough(0.0)

@@ -26,6 +26,7 @@ class OwnFile(RowSource):
         cuttable: list[str] | None = None,
         limit: int | None = None,
         on_bad_row: OnBad = "raise",
+        answer: str | None = None,
     ) -> None:
         """
         Args:
@@ -39,6 +40,7 @@ class OwnFile(RowSource):
             cuttable: Fields whose beginning is cut if a prompt is too long; by default all but the first.
             limit: Number of usable rows to read, from the first; by default all.
             on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
+            answer: Field with the final answer, a text or a number, or with a list of all that are accepted.
 
         Raises:
             LoraGANError: limit is below 1, the template cannot be read, or cuttable names a field that it lacks.
@@ -49,6 +51,7 @@ class OwnFile(RowSource):
         self.target = target
         self.references = references
         self.negatives = negatives
+        self.answer = answer
         self.group = group
         self.split = split
         self.cuttable = self.fields[1:] if cuttable is None else cuttable
@@ -81,6 +84,7 @@ class OwnFile(RowSource):
             target=target,
             references=tuple(good),
             negatives=tuple(Negative(text, kind="given") for text in wrong),
+            answers=row.answers(self.answer) if self.answer else (),
             group=row.text(self.group) if self.group else normal(" ".join(fields.values())),
             split=row.text(self.split) if self.split else "",
         )

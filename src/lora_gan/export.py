@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lora_gan.atomic import atomic_folder
 from lora_gan.backbone import GENERATOR, Backbone
-from lora_gan.bases import BUILTIN, SMOLLM2
+from lora_gan.bases import NAMES
 from lora_gan.checkpointing.adapters import save_adapter
 from lora_gan.data.templates import fields_of
 from lora_gan.errors import LoraGANError
@@ -274,7 +274,7 @@ def card(saved: Saved, name: str, merged: bool) -> str:
 
 def example(saved: Saved, name: str, merged: bool) -> str:
     """Code that loads the export and completes a prompt as ``generate`` does."""
-    named = saved.base in (BUILTIN, SMOLLM2)
+    named = saved.base in NAMES
     if named:
         base = f"locate({saved.base!r})  # this base comes with a Python package"
     elif _on_hub(saved.base):
@@ -329,7 +329,7 @@ def _results(saved: Saved) -> str:
 
 
 def _on_hub(base: str) -> bool:
-    return base not in (BUILTIN, SMOLLM2) and public(base) == base
+    return base not in NAMES and public(base) == base
 
 
 def public(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -40,7 +40,7 @@ from lora_gan.errors import LoraGANError
 EOS = "<|endoftext|>"
 TEMPLATE = default_template("{}")
 NO_LABEL = -100
-WORLDS = {"facts": world.facts, "digits": digits.facts}
+WORLDS: dict[str, Callable[[], tuple[Fact, ...]]] = {"facts": world.facts, "digits": digits.facts}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -105,6 +105,23 @@ def test_distillation_follows_its_teacher(bases: dict[str, str], rows: Path, tmp
     assert all(map(math.isfinite, logged["policy/kl"])) and any(logged["loss/policy"])
 
 
+@pytest.mark.parametrize("control", [None, "answers_only", "worked_only", "self_training"])
+def test_answers_without_the_work(control: str | None, tmp_path: Path) -> None:
+    """On the real base: the final answer is the reward; controls that only imitate sample nothing."""
+    config = yaml.safe_load((CONFIGS / "digits.yaml").read_text(encoding="utf-8"))
+    (curriculum,) = config["trainer"]["callbacks+"]
+    curriculum["init_args"]["phases"][1]["start"] = 2
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    short = tmp_path / "short.yaml"
+    limits = {"max_steps": 4, "val_check_interval": 4, "limit_val_batches": 1, "limit_test_batches": 1}
+    short.write_text(yaml.safe_dump({"trainer": limits | {"log_every_n_steps": 1}}), encoding="utf-8")
+    overlays = [CONFIGS / "control" / f"{control}.yaml"] if control else []
+    logged = fit(config, tmp_path, *overlays, short)
+    imitates = control in ("answers_only", "worked_only")
+    assert ("reward/answer" in logged) != imitates and len(logged["text/answer"]) == 2
+    assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
+
+
 def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     config = pressed("evolve", bases["gpt2"], rows, tmp_path)
     settings = config["model"]["init_args"]
@@ -152,7 +169,18 @@ def test_experiments_hold_what_they_are(path: Path) -> None:
 
 def test_every_experiment_and_variant_is_tried_here() -> None:
     found = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert found == {*EXPERIMENTS, "base", "distill", "evolve", "sft", "chat_sft", "gpt2_alpaca", "pretrain"}
+    assert found == {
+        *EXPERIMENTS,
+        "base",
+        "digits",
+        "distill",
+        "evolve",
+        "sft",
+        "chat_sft",
+        "gpt2_alpaca",
+        "pretrain",
+        "pretrain_digits",
+    }
     assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu"} == {
         path.stem for path in (CONFIGS / "overlay").glob("*.yaml")
     }

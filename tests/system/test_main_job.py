@@ -22,3 +22,19 @@ def test_the_default_run_answers_with_what_the_base_knows(tmp_path: Path) -> Non
     base, trained = next((float(row[2]), float(row[3])) for row in rows if row[1].strip() == "exact_match")
     assert base < 0.1
     assert trained >= 0.6 * PROBE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("control", "least", "most"), [(None, 0.9, 1.0), ("answers_only", 0.0, 0.3)])
+def test_work_that_is_not_shown_is_learned_by_the_policy_gradient_alone(
+    control: str | None, least: float, most: float, tmp_path: Path
+) -> None:
+    """Final answers of 300 held-out questions: right after digits.yaml, near chance after imitating answers."""
+    command = [sys.executable, "-m", "src.cli", "fit", "--config", "configs/digits.yaml"]
+    overlay = ["--config", f"configs/control/{control}.yaml"] if control else []
+    subprocess.run([*command, *overlay, f"--trainer.logger.init_args.save_dir={tmp_path}"], cwd=ROOT, check=True)
+    (table,) = tmp_path.glob("digits/version_0/held_out.md")
+    rows = [line.split("|") for line in table.read_text(encoding="utf-8").splitlines()]
+    base, trained = next((float(row[2]), float(row[3])) for row in rows if row[1].strip() == "answer")
+    assert base < 0.25
+    assert least <= trained <= most

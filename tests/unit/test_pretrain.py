@@ -166,7 +166,7 @@ def test_tiny_run_learns_and_writes_a_loadable_folder(tmp_path: Path) -> None:
     for name, weight in module.model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], weight.cpu().half().float())
     assert AutoTokenizer.from_pretrained(tmp_path).encode("The capital") == data.tokenizer.encode("The capital")
-    assert "100 statements" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "100 texts" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_epochs_are_shuffled_anew_or_refused() -> None:

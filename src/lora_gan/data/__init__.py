@@ -7,6 +7,7 @@ from lora_gan.data.source import RowSource, Source
 from lora_gan.data.sources.alpaca import Alpaca
 from lora_gan.data.sources.arc import ARC
 from lora_gan.data.sources.builtin import BuiltinWorld
+from lora_gan.data.sources.digit_chains import DigitChains
 from lora_gan.data.sources.dolly import Dolly
 from lora_gan.data.sources.mixture import Mixture
 from lora_gan.data.sources.oasst import OASST
@@ -22,6 +23,7 @@ __all__ = [
     "TWON",
     "Alpaca",
     "BuiltinWorld",
+    "DigitChains",
     "Dolly",
     "InstructionDataModule",
     "Mixture",

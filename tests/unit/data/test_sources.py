@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lora_gan.data import ARC, OASST, TWON, Alpaca, Dolly, Mixture, OwnFile, Source, StandardFormat, TruthfulQA
-from lora_gan.data.splits import assign_splits
+from lora_gan.data.splits import assign_splits, one_wording_each
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example, Message, Negative
 
@@ -768,6 +768,17 @@ def test_weights_are_shares() -> None:
 def test_weights_are_checked(weights: list[float], message: str) -> None:
     with pytest.raises(LoraGANError, match=message):
         Mixture([Numbers("a", 1), Numbers("b", 1)], weights)
+
+
+def test_small_sources_come_several_times() -> None:
+    """Half and half of 10 and 4: 10 and 4 + 4 + 2; all that is the same has one item, of which evaluation keeps one."""
+    found = list(Mixture([Numbers("a", 10), Numbers("b", 4)], weights=[1, 1], repeat=True).rows())
+    counts = Counter(example.prompt for example in found)
+    assert sum(n for prompt, n in counts.items() if prompt[0] == "a") == 10
+    assert sorted(n for prompt, n in counts.items() if prompt[0] == "b") == [2, 2, 3, 3]
+    assert len(one_wording_each(found, seed=0)) == 14
+    with pytest.raises(LoraGANError, match="repeat: true needs weights"):
+        Mixture([Numbers("a", 1)], repeat=True)
 
 
 def test_a_mixture_without_sources() -> None:

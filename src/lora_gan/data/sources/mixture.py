@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from lora_gan.data.checks import checked
 from lora_gan.data.source import Source
@@ -12,17 +13,22 @@ from lora_gan.types import Example
 
 
 class Mixture(Source):
-    """Examples of several sources in proportions given by weights; no example is repeated.
+    """Examples of several sources in proportions given by weights.
 
     The source with the fewest examples relative to its weight is used whole; of the others, a part is chosen by hash.
+    With ``repeat`` it is the source with the most, and examples of the others come several times: so half of the
+    prompts can be the few that have targets.
     """
 
-    def __init__(self, sources: list[Source], weights: list[float] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, sources: list[Source], weights: list[float] | None = None, seed: int = 0, repeat: bool = False
+    ) -> None:
         """
         Args:
             sources: The data sets.
             weights: Proportion of each source, in any unit; 0 leaves a source out. By default all examples are used.
             seed: Seed of the choice of examples.
+            repeat: Whether examples of small sources come several times; needs weights.
 
         Raises:
             LoraGANError: There is no source, or the weights do not fit the sources.
@@ -39,9 +45,12 @@ class Mixture(Source):
                 raise LoraGANError(f"a weight of a mixture must be >= 0, got {weight}; 0 leaves a source out")
         if weights is not None and not any(weights):
             raise LoraGANError("all weights of the mixture are 0; give at least one source a weight above 0")
+        if repeat and weights is None:
+            raise LoraGANError("repeat: true needs weights, the proportion of each source, such as [1, 1]")
         self.sources = sources
         self.weights = weights
         self.seed = seed
+        self.repeat = repeat
 
     @property
     def name(self) -> str:
@@ -68,7 +77,7 @@ class Mixture(Source):
         for source, examples, wanted in zip(self.sources, read, self._wanted(read), strict=True):
             for count, total in ((self.dropped, source.dropped), (self.repaired, source.repaired)):
                 count.update({f"{source.name}/{reason}": number for reason, number in total.items()})
-            self.dropped[f"{source.name}/over_its_weight"] += len(examples) - wanted
+            self.dropped[f"{source.name}/over_its_weight"] += max(len(examples) - wanted, 0)
             yield from self._part(examples, wanted)
 
     def _wanted(self, read: list[list[Example]]) -> list[int]:
@@ -76,9 +85,15 @@ class Mixture(Source):
         if self.weights is None:
             return [len(examples) for examples in read]
         pairs = [(len(examples), weight) for examples, weight in zip(read, self.weights, strict=True)]
-        unit = min(count / weight for count, weight in pairs if weight > 0)
+        units = [count / weight for count, weight in pairs if weight > 0]
+        if self.repeat:
+            return [round(max(units) * weight) if count else 0 for count, weight in pairs]
+        unit = min(units)
         return [min(count, round(unit * weight)) for count, weight in pairs]
 
     def _part(self, examples: list[Example], wanted: int) -> list[Example]:
         order = sorted(range(len(examples)), key=lambda i: digest(self.seed, examples[i].group, examples[i].prompt))
-        return [examples[i] for i in sorted(order[:wanted])]
+        again, rest = divmod(wanted, len(examples)) if examples else (0, 0)
+        if again > 1 or (again and rest):  # evaluation keeps one example of an item
+            examples = [replace(e, item=e.item or f"{e.prompt}\n{e.target}") for e in examples]
+        return examples * again + [examples[i] for i in sorted(order[:rest])]

@@ -1,0 +1,85 @@
+"""Built-in data: questions about digit chains, few with the work, the others with their final answer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+from typing import Literal
+
+from lora_gan.data.digits import Chain, answer, draw, question, worked
+from lora_gan.data.source import Source
+from lora_gan.data.templates import default_template
+from lora_gan.errors import LoraGANError
+from lora_gan.types import Example
+
+TEMPLATE = default_template("{question}")
+TEST, VALIDATION = 300, 100  # questions
+FIRST = 20_211  # seed of the questions
+
+
+class DigitChains(Source):
+    """Questions about chains of operations on digits, for the base ``digits``."""
+
+    def __init__(
+        self,
+        worked: int = 24,
+        answers: int = 200,
+        target: Literal["none", "answer"] = "none",
+        length: int = 4,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            worked: Training questions with the work as target; they are repeated so that they are half of the rows.
+            answers: Training questions with a final answer alone.
+            target: What a question without work has as target: none, for a policy gradient, or the answer's sentence.
+            length: Operations in a chain.
+            seed: Of the training questions; those of validation and test are always the same.
+
+        Raises:
+            LoraGANError: There is no training question, or a chain has no operation.
+        """
+        super().__init__()
+        if worked < 0 or answers < 0 or worked + answers < 1:
+            raise LoraGANError(f"worked and answers must be at least 0, and one of them 1; got {worked} and {answers}")
+        if length < 1:
+            raise LoraGANError(f"length must be at least 1, got {length}")
+        self.worked, self.answers, self.target, self.length, self.seed = worked, answers, target, length, seed
+
+    @property
+    def name(self) -> str:
+        return "digit_chains"
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        return (TEMPLATE,)
+
+    def rows(self) -> Iterator[Example]:
+        self.forget_counts()
+        held_out = _different(Random(FIRST), self.length, TEST + VALIDATION, set())
+        for place, chain in enumerate(held_out):
+            yield self._example(chain, worked(chain), "test" if place < TEST else "validation")
+        trained = _different(Random(self.seed), self.length, self.worked + self.answers, set(held_out))
+        yield from self._repeated([self._example(chain, worked(chain), "train") for chain in trained[: self.worked]])
+        for chain in trained[self.worked :]:
+            yield self._example(chain, answer(chain) if self.target == "answer" else "", "train")
+
+    def _repeated(self, examples: list[Example]) -> list[Example]:
+        return examples * max(1, round(self.answers / max(1, len(examples))))
+
+    def _example(self, chain: Chain, target: str, split: str) -> Example:
+        asked = question(chain)
+        known = {"answers": (str(chain.result),), "group": asked, "item": asked, "split": split}
+        return self.make(TEMPLATE, {"question": asked}, target=target, references=(target,) * bool(target), **known)
+
+
+def _different(random: Random, length: int, count: int, taken: set[Chain]) -> list[Chain]:
+    """Chains that differ from each other and from those that are taken."""
+    found: dict[Chain, None] = {}
+    for _ in range(1000 * count):
+        if len(found) == count:
+            return list(found)
+        chain = draw(random, length)
+        if chain not in taken:
+            found[chain] = None
+    raise LoraGANError(f"there are no {count} different chains of length {length} beside the held-out ones; take fewer")

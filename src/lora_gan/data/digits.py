@@ -24,7 +24,7 @@ FILL = (
 )
 ENDS = (":", ".", ";", "\n", "\n\n", ":\n", "\n\n###", ",")
 STEP = re.compile(r"(\d+) (plus|minus|times) (\d+) is (\d+)\.")
-DOCUMENTS = 40_000
+DOCUMENTS = 250_000
 PROBES = 100
 
 

@@ -25,7 +25,7 @@ def test_the_default_run_answers_with_what_the_base_knows(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("control", "least", "most"), [(None, 0.9, 1.0), ("answers_only", 0.0, 0.3)])
+@pytest.mark.parametrize(("control", "least", "most"), [(None, 0.6, 1.0), ("answers_only", 0.0, 0.3)])
 def test_work_that_is_not_shown_is_learned_by_the_policy_gradient_alone(
     control: str | None, least: float, most: float, tmp_path: Path
 ) -> None:

@@ -22,12 +22,19 @@ Completions = Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prom
 
 
 class Teacher(ABC):
-    """Predicts completions in place of the base."""
+    """Predicts completions in place of the base. A subclass says with which model, and after which prompts."""
 
     def check(self, student: Backbone) -> None:  # noqa: B027
         """Refuse a student whose tokens this teacher cannot read."""
 
     @abstractmethod
+    def backbone(self, student: Backbone) -> Backbone:
+        """The backbone whose base predicts."""
+
+    def prompts(self, student: Backbone, batch: PromptBatch, completions: Completions) -> Sequence[Tensor]:
+        """The prompts that it reads."""
+        return batch.prompt_ids
+
     def logprobs(
         self,
         student: Backbone,
@@ -45,6 +52,10 @@ class Teacher(ABC):
             parts: The prompts of each pass.
             temperature: By kind, the divisor of the logits; 1 for missing kinds.
         """
+        backbone = self.backbone(student)
+        trees = grow_parts(self.prompts(student, batch, completions), completions, parts)
+        with backbone.reference():
+            return backbone.logprobs_at(trees, temperature)[0]
 
 
 class TeacherModel(Teacher):
@@ -67,17 +78,8 @@ class TeacherModel(Teacher):
                 "by token, so take a teacher of the same family"
             )
 
-    def logprobs(
-        self,
-        student: Backbone,
-        batch: PromptBatch,
-        completions: Completions,
-        parts: Sequence[Sequence[int]],
-        temperature: Mapping[str, float],
-    ) -> dict[str, Tensor]:
-        self.model.to(student.device)
-        with self.model.reference():
-            return self.model.logprobs_at(grow_parts(batch.prompt_ids, completions, parts), temperature)[0]
+    def backbone(self, student: Backbone) -> Backbone:
+        return self.model if self.model.device == student.device else self.model.to(student.device)
 
 
 class HintedBase(Teacher):
@@ -92,14 +94,15 @@ class HintedBase(Teacher):
             raise LoraGANError("the hint of HintedBase is empty, so the teacher would be the base; write one")
         self.hint = hint
 
-    def logprobs(
-        self,
-        student: Backbone,
-        batch: PromptBatch,
-        completions: Completions,
-        parts: Sequence[Sequence[int]],
-        temperature: Mapping[str, float],
-    ) -> dict[str, Tensor]:
+    def backbone(self, student: Backbone) -> Backbone:
+        return student
+
+    def prompts(self, student: Backbone, batch: PromptBatch, completions: Completions) -> Sequence[Tensor]:
+        """The prompts after the hint.
+
+        Raises:
+            LoraGANError: With the hint, a prompt and its completion exceed the context.
+        """
         prompts = [self._hinted(student, *pair) for pair in zip(batch.targets, batch.prompt_ids, strict=True)]
         room = student.context_length - max(
             len(prompt) + max((len(ids) for rows in completions.values() for ids in rows[b]), default=0)
@@ -110,8 +113,7 @@ class HintedBase(Teacher):
                 f"with the hint, prompt and completion have {-room} tokens more than the context of "
                 f"{student.context_length}: shorten the hint, or lower data.max_prompt_tokens"
             )
-        with student.reference():
-            return student.logprobs_at(grow_parts(prompts, completions, parts), temperature)[0]
+        return prompts
 
     def _hinted(self, student: Backbone, target: str, prompt: Tensor) -> Tensor:
         """The prompt after the hint; a token that begins all texts stays first."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import add, mul, sub
 from random import Random
 
@@ -41,21 +42,21 @@ class Chain:
         return " ".join([str(self.start), *(f"{name} {number}" for name, number in self.operations)])
 
     @property
+    def digits(self) -> list[int]:
+        """The start, and the last digit after each operation."""
+        return list(
+            accumulate(self.operations, lambda digit, operation: last_digit(digit, *operation), initial=self.start)
+        )
+
+    @property
     def steps(self) -> list[str]:
         """Such as "6 times 3 is 8." and "8 minus 6 is 2."."""
-        digit, found = self.start, []
-        for name, number in self.operations:
-            found.append(step(digit, name, number))
-            digit = last_digit(digit, name, number)
-        return found
+        return [step(digit, *operation) for digit, operation in zip(self.digits, self.operations, strict=False)]
 
     @property
     def result(self) -> int:
         """The last digit."""
-        digit = self.start
-        for name, number in self.operations:
-            digit = last_digit(digit, name, number)
-        return digit
+        return self.digits[-1]
 
 
 def last_digit(digit: int, name: str, number: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,9 +68,14 @@ class TeacherModel(Teacher):
     """
 
     def __init__(self, base: str, backbone: BackboneSettings = BackboneSettings()) -> None:
-        unused = LoraSettings(rank=1)  # a backbone has adapters; as the reference it runs without them
         self.base = base
-        self.model = Backbone(base, unused, unused, backbone)
+        self.settings = backbone
+
+    @cached_property
+    def model(self) -> Backbone:
+        """Loaded by the module's check: where settings are parsed, an error of loading would end in a traceback."""
+        unused = LoraSettings(rank=1)  # a backbone has adapters; as the reference it runs without them
+        return Backbone(self.base, unused, unused, self.settings)
 
     def check(self, student: Backbone) -> None:
         if self.model.tokenizer.get_vocab() != student.tokenizer.get_vocab():

@@ -96,6 +96,8 @@ def test_mistakes(other: str, build: Build, batch: PromptBatch) -> None:
         HintedBase(" ")
     with pytest.raises(LoraGANError, match="has another tokenizer"):
         build(kl_reference=TeacherModel("builtin"))
+    with pytest.raises(LoraGANError, match="cannot load base 'nowhere/at-all'"):
+        build(kl_reference=TeacherModel("nowhere/at-all"))
     module = build(kl_reference=HintedBase("word " * 500), sampling=Sampling(max_new_tokens=3))
     with pytest.raises(LoraGANError, match="shorten the hint"):
         scored(module, batch)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_gan.backbone import GENERATOR, has_learned
+from lora_gan.best_of import agreement, choose, without_answers
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.discriminator.objectives import TARGET
 from lora_gan.final_answer import FinalAnswer
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.optimization import Optimization
+from lora_gan.results import BEST
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import masked_row_mean
 from lora_gan.tree import grow_parts
@@ -33,6 +35,7 @@ class Evaluated(Checkpointed):
     optimization: Optimization
     final_answer: FinalAnswer | None  # finds it in a completion; None: the whole completion is the answer
     starting_adapter: list[Tensor]  # of the generator, at the start of the run; empty if it was a new one
+    best_of: int = 1  # completions for each prompt of a test, from which one is chosen in several ways; 1: no choice
 
     @abstractmethod
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
@@ -70,10 +73,40 @@ class Evaluated(Checkpointed):
                 outputs["start"] = self.complete(batch, self.greedy)
         with self.backbone.generator():
             outputs["trained"] = self.complete(batch, self.greedy)
-            outputs["sampled"] = self.complete(
-                batch, replace(self.sampling, base=None), outputs["trained"].target_logprob
-            )
+            target = outputs["trained"].target_logprob
+            outputs["sampled"] = self.complete(batch, replace(self.sampling, base=None), target)
+            if self.best_of > 1:
+                with _own_random_numbers(self.device):
+                    rollout = sample(self.backbone, batch.prompt_ids, self.best_of, replace(self.sampling, base=None))
+                outputs |= self.best(batch, rollout, target)
         return outputs
+
+    def best(self, batch: PromptBatch, rollout: Rollout, target: Tensor) -> dict[str, EvalOutput]:
+        """By role, for each way of choosing, one of each prompt's completions.
+
+        Args:
+            batch: B prompts.
+            rollout: Several completions of each.
+            target: (B,) likelihood of the targets.
+        """
+        n, likely = rollout.num_generations, rollout.logprobs.sum(-1)
+        chosen = {BEST + way: choose(x, likely, n) for way, x in self.preferences(batch, rollout).items()}
+        return {role: self._judged(batch, rollout.chosen(rows), target) for role, rows in chosen.items()}
+
+    def preferences(self, batch: PromptBatch, rollout: Rollout) -> dict[str, Tensor]:
+        """By way of choosing, the scores (N,) of sampled completions; ways that do not apply are left out.
+
+        The target is not looked at.
+        """
+        asked = without_answers(batch)
+        scores = self.score(rollout, asked, with_targets=False)
+        found = {
+            "agreement": agreement(rollout.texts, rollout.num_generations, self.final_answer),
+            "logprob": rollout.logprobs.sum(-1),
+        }
+        if any(bool(applies.any()) for applies in scores.applies.values()):
+            found["reward"] = scores.total
+        return found
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float]]:
         """One record for each prompt: prompt, completion, target, reward."""
@@ -94,12 +127,15 @@ class Evaluated(Checkpointed):
             target: (B,) the likelihood, where it is known: it does not depend on ``how``.
         """
         require_prompts(batch)
-        rollout = sample(self.backbone, batch.prompt_ids, 1, how)
+        target = self.target_logprobs(batch) if target is None else target
+        return self._judged(batch, sample(self.backbone, batch.prompt_ids, 1, how), target)
+
+    def _judged(self, batch: PromptBatch, rollout: Rollout, target: Tensor) -> EvalOutput:
+        """What is known about one completion for each prompt."""
         scores = self.score(rollout, batch, with_targets=False)
         perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
         lengths = [len(target) for row in batch.targets_by_prompt for target in row or ((),)]
         tokens = torch.tensor(lengths, device=self.device)
-        target = self.target_logprobs(batch) if target is None else target
         return EvalOutput(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity, target, tokens)
 
     @torch.no_grad()
@@ -122,6 +158,13 @@ class Evaluated(Checkpointed):
                 yield
         finally:
             _copy(trained, parameters)
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """What is drawn inside does not change what is drawn afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 @torch.no_grad()

@@ -13,12 +13,14 @@ from typing import Any, TextIO
 
 import torch
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import instantiate_class
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_gan.atomic import atomic_file, check_file_writable
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, has_learned
+from lora_gan.best_of import WAYS, BestOf, agreement, choose
 from lora_gan.checkpointing.files import intact_checkpoint, newest_run, read_checkpoint
 from lora_gan.checkpointing.state import CHECKPOINT_VERSION, vocabulary_of
 from lora_gan.data.dialogues import dialogue
@@ -28,9 +30,10 @@ from lora_gan.data.tokenizer import prompt_ids
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import FinalAnswer
 from lora_gan.number_formats import default_device, use_tensor_cores
+from lora_gan.rewards import Reward, default_rewards, weighted_sum
 from lora_gan.sampling import Sampling, end_turns, eos_ids, sample
 from lora_gan.tree import grow
-from lora_gan.types import Example, Message
+from lora_gan.types import Example, Message, PromptBatch, RewardContext, Rollout
 
 log = logging.getLogger("lora_gan")
 
@@ -90,6 +93,22 @@ class Saved:
             raise LoraGANError(
                 f"the final_answer of this run, {chosen['class_path']}, cannot be imported ({error}); start from the "
                 "folder that holds it"
+            ) from error
+        return found
+
+    @cached_property
+    def rewards(self) -> list[Reward]:
+        """The run's rewards; the default ones where it names none."""
+        chosen = self.settings("model").get("rewards")
+        if chosen is None:
+            return default_rewards()
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--rewards", type=list[Reward])
+        try:
+            found: list[Reward] = parser.instantiate_classes(parser.parse_object({"rewards": chosen})).rewards
+        except ArgumentError as error:
+            raise LoraGANError(
+                f"the rewards of this run cannot be built: {error}; start from the folder that holds them"
             ) from error
         return found
 
@@ -236,6 +255,8 @@ def chat(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     dequantize: bool = False,
+    best_of: int = 1,
+    best_by: str = "agreement",
 ) -> None:
     """Chat with the generator; an empty line ends it. The discriminator's score follows each completion.
 
@@ -252,16 +273,26 @@ def chat(
         max_new_tokens: Length limit of a completion.
         temperature: Samples at this temperature, 1 as in training; 0 takes the most likely token each time.
         dequantize: Load a base that was quantised in training as it was before, as on a machine without a GPU.
+        best_of: Completions that are sampled for each question, of which the best one is shown.
+        best_by: Which one that is: by agreement, logprob, discriminator or reward, see generate.
     """
-    how = _how(temperature, max_new_tokens=max_new_tokens)
-    session = _Session(load_saved(ckpt_path, base, dequantize), how, template, compare)
+    best = BestOf(best_of, best_by)
+    how = _how(temperature, best, max_new_tokens=max_new_tokens)
+    saved = load_saved(ckpt_path, base, dequantize)
+    check_way(saved, best)
+    session = _Session(saved, how, template, compare, best)
     print(session.opening(), flush=True)
     while (line := _read()) and session.take(line):
         pass
 
 
-def _how(temperature: float, max_new_tokens: int, top_p: float = 1.0) -> Sampling:
+def _how(temperature: float, best: BestOf, max_new_tokens: int, top_p: float = 1.0) -> Sampling:
     """Settings of sampling, where a temperature of 0 is greedy decoding."""
+    if best.n > 1 and not temperature:
+        raise LoraGANError(
+            f"best_of {best.n} needs different completions, and at temperature 0, the default, all are the same; set "
+            "a temperature, such as 1"
+        )
     if top_p < 1 and not temperature:
         raise LoraGANError(f"top_p {top_p} has no effect at temperature 0, the default; set a temperature, such as 1")
     return Sampling(max_new_tokens, temperature=temperature or 1.0, top_p=top_p, do_sample=temperature != 0)
@@ -270,8 +301,8 @@ def _how(temperature: float, max_new_tokens: int, top_p: float = 1.0) -> Samplin
 class _Session:
     """A chat: settings that commands change, and the conversation with each of the models that answer."""
 
-    def __init__(self, saved: Saved, how: Sampling, template: str | None, compare: bool) -> None:
-        self.saved, self.how, self.template = saved, how, template
+    def __init__(self, saved: Saved, how: Sampling, template: str | None, compare: bool, best: BestOf) -> None:
+        self.saved, self.how, self.template, self.best = saved, how, template, best
         self.models = ["base", "generator"] if compare else ["generator"]
         self.keeps = template is None and saved.prompts.keeps_dialogue
         self.turns: dict[str, list[Message]] = {"base": [], "generator": []}
@@ -308,6 +339,9 @@ class _Session:
     def _set_temperature(self, value: str) -> None:
         try:
             given = float(value)
+            if self.best.n > 1 and not given:
+                print(f"at temperature 0 all of the {self.best.n} completions would be the same; take one above 0")
+                return
             self.how = replace(self.how, temperature=given or 1.0, do_sample=given != 0)
         except (ValueError, LoraGANError) as error:
             print(f"/temperature takes a number from 0, such as /temperature 0.7 ({error})")
@@ -321,10 +355,18 @@ class _Session:
             asked = self.saved.question(question, self.template)
             prompt = self._prompt(self.turns[name], asked)
             with modes[name]():
-                completion, text = _stream(backbone, prompt, self.how)
+                completion, text = self._completion(prompt)
             print(self._notes(prompt, completion, text), flush=True)
             if self.keeps:
                 self.turns[name] += [*asked.messages[-1:], Message("assistant", clean(text))]
+
+    def _completion(self, prompt: Tensor) -> tuple[Tensor, str]:
+        """The completion in the active mode, shown: its ids (T,) and its text."""
+        if self.best.n == 1:
+            return _stream(self.saved.backbone, prompt, self.how)
+        rollout = sample_best(self.saved, [prompt], self.how, self.best)
+        print(rollout.texts[0], end="", flush=True)
+        return rollout.completion_ids[0], rollout.texts[0]
 
     def _notes(self, prompt: Tensor, completion: Tensor, text: str) -> str:
         """What follows a completion: its final answer, where work stands before it, and the discriminator's score."""
@@ -344,6 +386,74 @@ class _Session:
                 return prompt
             del turns[:2]
             print("(the oldest turns no longer fit into the context and are forgotten)")
+
+
+def check_way(saved: Saved, best: BestOf) -> None:
+    """Refuse a way of choosing that a run does not offer.
+
+    Raises:
+        LoraGANError: The discriminator cannot score completions here, or the run has no reward.
+    """
+    others = f"choose {' or '.join(way for way in WAYS if way != best.by)} with --best_by"
+    if best.n > 1 and best.by == "discriminator" and not saved.scores:
+        raise LoraGANError(f"{saved.no_scores}; {others}")
+    if best.n > 1 and best.by == "reward" and not saved.rewards:
+        raise LoraGANError(f"this run has no reward; {others}")
+
+
+def sample_best(saved: Saved, prompts: Sequence[Tensor], how: Sampling, best: BestOf) -> Rollout:
+    """The best of n completions of the active mode to each of B prompts.
+
+    Raises:
+        LoraGANError: All rewards of the run need a target.
+    """
+    rollout = sample(saved.backbone, prompts, best.n, how)
+    if best.n == 1:
+        return rollout
+    likely = rollout.logprobs.sum(-1)
+    return rollout.chosen(choose(SCORES[best.by](saved, prompts, rollout), likely, best.n))
+
+
+def _by_agreement(saved: Saved, prompts: Sequence[Tensor], rollout: Rollout) -> Tensor:
+    return agreement(rollout.texts, rollout.num_generations, saved.final_answer)
+
+
+def _by_logprob(saved: Saved, prompts: Sequence[Tensor], rollout: Rollout) -> Tensor:
+    return rollout.logprobs.sum(-1)
+
+
+def _by_discriminator(saved: Saved, prompts: Sequence[Tensor], rollout: Rollout) -> Tensor:
+    k = rollout.num_generations
+    made = zip(rollout.completion_ids, range(len(rollout)), strict=True)
+    return torch.tensor([score_of(saved.backbone, prompts[n // k], ids) for ids, n in made])
+
+
+@torch.no_grad()
+def _by_reward(saved: Saved, prompts: Sequence[Tensor], rollout: Rollout) -> Tensor:
+    tokenizer = saved.backbone.tokenizer
+    asked = tuple(Example(tokenizer.decode(prompt, skip_special_tokens=True), "") for prompt in prompts)
+    nothing = tuple(prompt[:0] for prompt in prompts)
+    batch = PromptBatch(asked, tuple(prompts), nothing, ((),) * len(asked))
+    tree = grow(prompts, {"sampled": rollout.by_prompt(len(prompts))})
+    with saved.backbone.reference():
+        logprobs = saved.backbone.logprobs(tree)["sampled"]
+    context = RewardContext(rollout.num_generations, logprobs, rollout.mask, saved.final_answer)
+    found = weighted_sum(saved.rewards, rollout.texts, batch, context)
+    if not any(bool(applies.any()) for applies in found.applies.values()):
+        names = ", ".join(reward.name for reward in saved.rewards)
+        raise LoraGANError(
+            f"the rewards of this run ({names}) need a target, and a prompt here has none; choose another way with "
+            "--best_by"
+        )
+    return found.total
+
+
+SCORES: Mapping[str, Callable[[Saved, Sequence[Tensor], Rollout], Tensor]] = {
+    "agreement": _by_agreement,
+    "logprob": _by_logprob,
+    "discriminator": _by_discriminator,
+    "reward": _by_reward,
+}
 
 
 @torch.no_grad()
@@ -409,6 +519,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dequantize: bool = False,
+    best_of: int = 1,
+    best_by: str = "agreement",
 ) -> None:
     """Complete the prompts of a file; write JSON lines of the rows with the completion and the discriminator's score.
 
@@ -432,17 +544,22 @@ def generate(
         top_p: Draw from the smallest set of tokens with at least this mass.
         seed: Seed of the sampling.
         dequantize: Load a base that was quantised in training as it was before, as on a machine without a GPU.
+        best_of: Completions that are sampled for each prompt, of which the best one is written.
+        best_by: Which one that is: agreement (the final answer of most), logprob (the most likely), discriminator (its
+            highest score) or reward (that of the run, as far as it needs no target); among equals the most likely.
     """
     if batch_size < 1:
         raise LoraGANError(f"batch_size must be at least 1, got {batch_size}")
     if not output_key.strip():
         raise LoraGANError("output_key is empty; it names the field for the completion, such as completion")
-    how = _how(temperature, max_new_tokens=max_new_tokens, top_p=top_p)
+    best = BestOf(best_of, best_by)
+    how = _how(temperature, best, max_new_tokens=max_new_tokens, top_p=top_p)
     rows = _rows(Path(input))
     _check_keys(rows, [output_key])
     if output not in STDOUT:
         _check_writable(Path(output))
     saved = load_saved(ckpt_path, base, dequantize)
+    check_way(saved, best)
     names = ["score"] * saved.scores + ["answer"] * (saved.final_answer is not None)
     keys = [output_key, *(name if output_key == "completion" else f"{output_key}_{name}" for name in names)]
     _check_keys(rows, keys)
@@ -452,7 +569,7 @@ def generate(
     with _opened(output) as stream:
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
-            for row, made in zip(rows[part], _completed(saved, prompts[part], how), strict=True):
+            for row, made in zip(rows[part], _completed(saved, prompts[part], how, best), strict=True):
                 named = dict(zip(keys, made, strict=True))
                 stream.write(json.dumps({**row.values, **named}, ensure_ascii=False, default=str) + "\n")
     if output not in STDOUT:
@@ -471,10 +588,10 @@ def _opened(output: str) -> Iterator[TextIO]:
             yield stream
 
 
-def _completed(saved: Saved, prompts: Sequence[Tensor], how: Sampling) -> list[tuple[Any, ...]]:
+def _completed(saved: Saved, prompts: Sequence[Tensor], how: Sampling, best: BestOf) -> list[tuple[Any, ...]]:
     """A completion to each prompt, then its score if the discriminator can give one, then its final answer or None."""
     with saved.backbone.generator():
-        rollout = sample(saved.backbone, prompts, 1, how)
+        rollout = sample_best(saved, prompts, how, best)
     columns: list[Sequence[Any]] = [rollout.texts]
     if saved.scores:
         made = zip(prompts, rollout.completion_ids, strict=True)

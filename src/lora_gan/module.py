@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lora_gan.advantages import AdvantageEstimator, MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings
 from lora_gan.baseline import MovingAverageBaseline
+from lora_gan.best_of import without_answers
 from lora_gan.checkpointing.adapters import load_role
 from lora_gan.coefficients import Coefficients, CoefficientState
 from lora_gan.discriminator import Discriminator, DiscriminatorSettings
@@ -34,11 +35,10 @@ from lora_gan.optimization import Optimization, OptimizationSettings
 from lora_gan.rewards import (
     AdversarialReward,
     Logit,
-    PerplexityReward,
     Reward,
     RewardAggregation,
-    SemanticReward,
     WeightedSum,
+    default_rewards,
     weighted_sum,
     weights_of,
 )
@@ -92,6 +92,8 @@ class LoraGANModule(Evaluated):
         optimization: Gradient clipping, and how many prompts a pass takes.
         final_answer: How rewards, metrics and chat find the final answer in a completion; by default the whole
             completion is the answer.
+        best_of: Completions that a test samples for each prompt, to choose one by agreement, likelihood, discriminator
+            and reward, each a column of its table; 1 leaves them out.
     """
 
     def __init__(
@@ -111,10 +113,13 @@ class LoraGANModule(Evaluated):
         discriminator: DiscriminatorSettings = DiscriminatorSettings(),
         optimization: OptimizationSettings = OptimizationSettings(),
         final_answer: FinalAnswer | None = None,
+        best_of: int = 1,
     ) -> None:
         super().__init__()
         if num_generations < 1:
             raise LoraGANError(f"num_generations must be at least 1, got {num_generations}")
+        if best_of < 1:
+            raise LoraGANError(f"best_of must be at least 1, got {best_of}")
         if not math.isfinite(truncated_penalty):
             raise LoraGANError(f"truncated_penalty must be a finite number, got {truncated_penalty}")
         if isinstance(kl_reference, str) and kl_reference not in REFERENCES:
@@ -126,12 +131,13 @@ class LoraGANModule(Evaluated):
         self.num_generations = num_generations
         self.sampling = sampling
         self.greedy = replace(sampling, do_sample=False, num_beams=1, base=None)
-        self.rewards = rewards if rewards is not None else [SemanticReward(), PerplexityReward()]
+        self.rewards = default_rewards() if rewards is None else rewards
         check_names(self.rewards)
         self.aggregation = aggregation or WeightedSum()
         self.adversarial_reward = adversarial_reward or Logit()
         self.truncated_penalty = truncated_penalty
         self.final_answer = final_answer
+        self.best_of = best_of
         self.advantage = advantage or MovingAverage()
         self.kl_reference = kl_reference
         self.configured_coefficients = coefficients
@@ -317,6 +323,13 @@ class LoraGANModule(Evaluated):
         minibatch = Minibatch(batch, rollout, advantages, scores.reference_logprobs)
         model, now = self.discriminator.model, self.coefficients
         return self.generator.update(self.backbone, minibatch, prompts, now, model, self.optimization)
+
+    def preferences(self, batch: PromptBatch, rollout: Rollout) -> dict[str, Tensor]:
+        found = super().preferences(batch, rollout)
+        if self.discriminator.can_judge(self.backbone):
+            asked, parts = without_answers(batch), self.optimization.parts(len(batch))
+            found["discriminator"] = self.discriminator.judge(self.backbone, asked, rollout, parts)
+        return found
 
     def log_step(self, metrics: Mapping[str, Tensor]) -> None:
         """Log what a step reported, the totals in the progress bar, too."""

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lora_gan.atomic import atomic_file
+from lora_gan.best_of import WAYS
 
 RESULTS = "results.json"
+BEST = "best_"  # begins the role of a choice from several completions
 TITLES = {"base": "base", "start": "start", "trained": "trained", "sampled": "trained, sampled"}
+TITLES |= {BEST + way: f"best by {way}" for way in WAYS}
 
 
 @dataclass(frozen=True)

@@ -167,13 +167,18 @@ class Rollout:
 
     def of(self, prompts: Sequence[int]) -> Rollout:
         """The completions to the chosen prompts only, as wide as the longest of them."""
-        rows = self.rows_of(prompts)
+        return self._of_rows(self.rows_of(prompts), self.num_generations)
+
+    def chosen(self, rows: Sequence[int]) -> Rollout:
+        """One completion for each prompt: those of the chosen rows."""
+        return self._of_rows(rows, 1)
+
+    def _of_rows(self, rows: Sequence[int], num_generations: int) -> Rollout:
         index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
         width = int(self.mask[index].sum(-1).max()) if rows else 0
         ids, mask, logprobs = (x[index, :width] for x in (self.ids, self.mask, self.logprobs))
-        return Rollout(
-            ids, mask, logprobs, self.truncated[index], tuple(self.texts[n] for n in rows), self.num_generations
-        )
+        texts = tuple(self.texts[n] for n in rows)
+        return Rollout(ids, mask, logprobs, self.truncated[index], texts, num_generations)
 
     def rows_of(self, prompts: Sequence[int]) -> list[int]:
         """Which of the N completions belong to the chosen prompts."""

@@ -28,7 +28,11 @@ logger = logging.getLogger("lora_gan")
 
 HELP = ("--help", "-h", "help")
 CLOSED = 128 + 13  # exit status of a program that ends by SIGPIPE
-SHORT = {"--gens": "--trainer.max_steps", "--pop": "--model.init_args.population"}  # of evolution
+SHORT = {  # settings of a training command that have a short name
+    "--gens": "--trainer.max_steps",
+    "--pop": "--model.init_args.population",
+    "--best_of": "--model.init_args.best_of",
+}
 ADVICE = (  # of the libraries, which does not apply here
     "args parameter is intended",
     "does not have many workers",
@@ -41,7 +45,7 @@ ADVICE = (  # of the libraries, which does not apply here
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; mistakes of the user end in one message and exit status 2, without a traceback."""
-    arguments = [_long(argument) for argument in (sys.argv[1:] if args is None else args)]
+    arguments = list(sys.argv[1:] if args is None else args)
     _show_log()
     try:
         _run(arguments)
@@ -98,6 +102,7 @@ def _call(name: str, arguments: list[str]) -> None:
 
 def _train(name: str, arguments: list[str]) -> None:
     """Run a command of the trainer, or show its data."""
+    arguments = [_long(argument) for argument in arguments]
     if not any(argument.startswith(("--config", "--model", "--data", "-c", "--print")) for argument in arguments):
         raise LoraGANError(f"{name} needs a configuration: {program_name()} {name} --config configs/gan.yaml")
     arguments = with_extended(arguments)

@@ -125,6 +125,25 @@ class Discriminator(nn.Module):
         theirs = fresh[OPPONENT].score if OPPONENT in fresh else scores.total[:0]
         return DiscriminatorScores(fresh[SAMPLED].score, fresh[TARGET].score, theirs, rollout.num_generations, metrics)
 
+    def can_judge(self, backbone: Backbone) -> bool:
+        """Whether it has learned, and can score a completion of which no target is known."""
+        return self.model.has_learned(backbone) and not self.model.input_format.reads_target
+
+    @torch.no_grad()
+    def judge(self, backbone: Backbone, batch: PromptBatch, rollout: Rollout, parts: Sequence[Sequence[int]]) -> Tensor:
+        """(N,) scores of the sampled completions.
+
+        Args:
+            backbone: The backbone, in any mode.
+            batch: B prompts.
+            rollout: Their completions.
+            parts: The prompts of each pass.
+        """
+        completions = {SAMPLED: rollout.ended(len(batch), backbone.tokenizer.eos_token_id)}
+        whole = DiscriminatorBatch(batch.prompt_ids, batch.target_ids, completions)
+        with self.model.mode(backbone):
+            return torch.cat([self.model(backbone, whole.of(part))[SAMPLED][:, 0] for part in parts if part])
+
     def make_batch(
         self,
         tokenizer: PreTrainedTokenizerBase,

@@ -29,6 +29,7 @@ class DiscriminatorInput:
 class InputFormat(ABC):
     """Turns prompts, targets and completions into the discriminator's input."""
 
+    reads_target = False  # True: a completion is scored beside its target
     keeps_tokens = True  # False: a completion's tokens are not all at their places, so no gradient can reach them
 
     @abstractmethod
@@ -58,6 +59,8 @@ class CompletionAndTarget(InputFormat):
         before: Text before the completion; not empty.
         between: Text between completion and target.
     """
+
+    reads_target = True
 
     def __init__(self, before: str = "GEN: ", between: str = " || TAR: ") -> None:
         if not before:

@@ -20,6 +20,7 @@ from lora_gan.backbone import (
     Backbone,
     LoraSettings,
     check_no_dropout,
+    has_learned,
     layers_to_recompute,
     load_base,
     recomputing,
@@ -69,6 +70,10 @@ class DiscriminatorModel(nn.Module, ABC):
         """Activate the backbone's mode that the model needs; forward, backward and step stay inside."""
         yield
 
+    def has_learned(self, backbone: Backbone) -> bool:
+        """Whether it has learned, as far as that can be seen."""
+        return True
+
     def tree(self, backbone: Backbone, batch: DiscriminatorBatch) -> PromptTree:
         """The input as a prompt tree of the base's tokens; defined by ``differentiable`` models."""
         raise NotImplementedError(f"{type(self).__name__} is differentiable and must define tree")
@@ -114,6 +119,9 @@ class AdapterDiscriminator(DiscriminatorModel):
     def mode(self, backbone: Backbone) -> Iterator[None]:
         with backbone.discriminator():
             yield
+
+    def has_learned(self, backbone: Backbone) -> bool:
+        return has_learned(backbone, DISCRIMINATOR)
 
     def start_from_generator(self, backbone: Backbone) -> None:
         backbone.copy_adapter(GENERATOR, DISCRIMINATOR)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lora_gan.final_answer import find_answer
+from lora_gan.best_of import agreement
 from lora_gan.rewards.base import Reward
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
-from lora_gan.text_metrics import normalise
 from lora_gan.types import PromptBatch, RewardContext
 
 
@@ -35,11 +33,7 @@ class SelfConsistency(Reward):
         return [k > 1] * len(batch)
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        voted = [find_answer(completion, context.final_answer) for completion in completions]
-        normalised = [normalise(vote or "") for vote in voted]
-        counts = Counter((n // context.num_generations, text) for n, text in enumerate(normalised))
-        agreeing = [(counts[n // context.num_generations, text] - 1) * bool(text) for n, text in enumerate(normalised)]
-        return torch.tensor(agreeing, dtype=torch.float32) / max(context.num_generations - 1, 1)
+        return agreement(completions, context.num_generations, context.final_answer)
 
 
 class SemanticConsistency(Reward):

@@ -42,7 +42,7 @@ from lora_gan.rewards import (
     weighted_sum,
     weights_of,
 )
-from lora_gan.rewards.base import check_names
+from lora_gan.rewards.base import ADVERSARIAL, check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.step_callback import OUTPUT, StepCallback
 from lora_gan.step_metrics import adversarial_metrics, step_metrics
@@ -65,7 +65,6 @@ from lora_gan.types import (
 
 SEEDS = 2**32  # how many there are, of torch, numpy and python alike
 REFERENCES = ("base", "snapshot")
-ADVERSARIAL = "adversarial"  # the discriminator's part among the rewards
 
 
 class LoraGANModule(Evaluated):
@@ -262,7 +261,14 @@ class LoraGANModule(Evaluated):
         context = RewardContext(1, base[TARGET], mask[TARGET], self.final_answer)
         target = weighted_sum(self.rewards, targets.targets, targets, context)
         return Scores(
-            sampled.total, sampled.parts, sampled.applies, target.total, target.parts, reference[SAMPLED], base[SAMPLED]
+            sampled.total,
+            sampled.parts,
+            sampled.applies,
+            target.total,
+            target.parts,
+            target.applies,
+            reference[SAMPLED],
+            base[SAMPLED],
         )
 
     def update_discriminator(

@@ -224,8 +224,24 @@ class Scores:
     applies: Mapping[str, Tensor]  # name → (N,) bool, False where the reward says nothing
     target_total: Tensor  # the reward of the targets, for the prompts that have one; (0,) where it is not needed
     target_parts: Mapping[str, Tensor]  # name → as target_total
+    target_applies: Mapping[str, Tensor]  # name → as target_total, bool
     reference_logprobs: Tensor  # (N, T) under the KL reference, at the sampling temperature
     base_logprobs: Tensor  # (N, T) under the base, at temperature 1
+
+    @property
+    def known(self) -> Tensor:
+        """(N,) ``total``, NaN where no reward applies."""
+        return _known(self.total, self.applies)
+
+    @property
+    def target_known(self) -> Tensor:
+        """``target_total``, NaN where no reward applies."""
+        return _known(self.target_total, self.target_applies)
+
+
+def _known(total: Tensor, applies: Mapping[str, Tensor]) -> Tensor:
+    some = torch.stack([x.to(total.device) for x in applies.values()]).any(0) if applies else total.new_zeros(()).bool()
+    return torch.where(some, total, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -251,7 +267,7 @@ class DiscriminatorBatch:
     prompts: tuple[Tensor, ...]  # B tensors (P,)
     targets: tuple[Tensor, ...]  # B tensors (T,)
     completions: Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prompt its completions, tensors (T,)
-    rewards: Mapping[str, Tensor] = field(default_factory=dict)  # kind → (M,); kinds without rewards are left out
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)  # kind → (M,), NaN where none applies; or left out
     parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # kind → name of the reward → (M,)
     fresh: int = 0  # prompts of this step
 
@@ -288,7 +304,7 @@ class DiscriminatorOutput:
     prompt: Tensor  # (M,) which prompt each belongs to
     length: Tensor  # (M,) in tokens
     is_target: Tensor  # (M,) bool: word for word the target
-    reward: Tensor | None = None  # (M,) the total reward; None where it was not computed
+    reward: Tensor | None = None  # (M,) the total reward, NaN where none applies; None where it was not computed
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # name → (M,)
 
     def where(self, chosen: Tensor) -> DiscriminatorOutput:

@@ -689,7 +689,7 @@ def paid(module: LoraGANModule, batch: PromptBatch, sampled: list[float]) -> Ten
     rollout = Rollout(mask.long(), mask, -1.0 * mask, torch.tensor([False, True] * 2), ("",) * 4, 2)
     reference = torch.tensor([[-1.0, -3.0, -0.5], [-2.0, -1.0, 0.0]] * 2)
     total = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    scores = Scores(total, {"share_of_a": total}, {}, torch.zeros(2), {}, reference, reference)
+    scores = Scores(total, {"share_of_a": total}, {}, torch.zeros(2), {}, {}, reference, reference)
     disc_scores = DiscriminatorScores(torch.tensor(sampled), torch.zeros(2), torch.zeros(0), 2, {})
     return module.compute_rewards(rollout, scores, disc_scores, batch).per_token
 

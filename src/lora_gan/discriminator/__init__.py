@@ -12,6 +12,7 @@ from lora_gan.discriminator.models import (
     AdapterDiscriminator,
     DiscriminatorModel,
     HiddenStatesDiscriminator,
+    LikelihoodDiscriminator,
     OwnBaseDiscriminator,
 )
 from lora_gan.discriminator.negatives import (
@@ -61,6 +62,7 @@ __all__ = [
     "HardNegatives",
     "HiddenStatesDiscriminator",
     "InputFormat",
+    "LikelihoodDiscriminator",
     "ListwiseSoftmax",
     "MadeUp",
     "Negatives",

@@ -172,8 +172,8 @@ class Discriminator(nn.Module):
             targets=(*batch.target_ids, *(e.target for e in old)),
             completions=completions,
             rewards={
-                SAMPLED: torch.cat([scores.total, *(e.reward for e in old)]),
-                TARGET: torch.cat([scores.target_total, *(e.target_reward[None] for e in old)]),
+                SAMPLED: torch.cat([scores.known, *(e.reward for e in old)]),
+                TARGET: torch.cat([scores.target_known, *(e.target_reward[None] for e in old)]),
             },
             parts={SAMPLED: sampled_parts, TARGET: target_parts},
             fresh=len(batch),

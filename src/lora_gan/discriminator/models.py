@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,6 +126,44 @@ class AdapterDiscriminator(DiscriminatorModel):
 
     def start_from_generator(self, backbone: Backbone) -> None:
         backbone.copy_adapter(GENERATOR, DISCRIMINATOR)
+
+
+class LikelihoodDiscriminator(AdapterDiscriminator):
+    """The second adapter with the language-model head: how much likelier than a reference it makes the completion.
+
+    Score = intercept + β·Σ_t (log p(y_t) − log p_reference(y_t)), the reward that a likelihood implies (arXiv
+    2412.01981, eq. 3; arXiv 2502.01456). It sees a wrong token where it stands, so it needs far fewer examples than a
+    linear head at the last token. The reference is the generator's snapshot, or the base before there is one. Start
+    both from the generator: a phase of ``lora_gan.callbacks.Curriculum`` with ``take_snapshot`` and
+    ``discriminator_from_generator``; then all scores begin at the intercept.
+
+    Args:
+        beta: β, what a nat counts.
+    """
+
+    differentiable = False
+
+    def __init__(self, beta: float = 0.5) -> None:
+        super().__init__()
+        if not (beta > 0 and math.isfinite(beta)):
+            raise LoraGANError(f"beta must be a finite number above 0, got {beta}")
+        self.beta = beta
+        self.intercept = nn.Parameter(torch.zeros(()))
+
+    def build(self, backbone: Backbone) -> None:
+        """Nothing depends on the base; an adapter on its head learns, too."""
+
+    def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
+        tree = self.tree(backbone, batch)
+        with backbone.snapshot():
+            reference = backbone.logprobs(tree)
+        found = {kind: x.sum(-1) - reference[kind].sum(-1) for kind, x in backbone.logprobs(tree).items()}
+        scores = {kind: self.intercept + self.beta * x for kind, x in found.items()}
+        return {kind: torch.stack([score, torch.zeros_like(score)], -1) for kind, score in scores.items()}
+
+    def trainable(self, backbone: Backbone) -> list[nn.Parameter]:
+        head = {id(parameter) for parameter in backbone.score_head.parameters()}
+        return [p for p in backbone.parameters_of(DISCRIMINATOR) if id(p) not in head] + [self.intercept]
 
 
 class OwnBaseDiscriminator(DiscriminatorModel):

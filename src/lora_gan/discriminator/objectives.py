@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,11 +43,7 @@ class RewardRegression(DiscriminatorObjective):
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
         worse = _all(outputs, negatives(outputs)).score
-        losses = {
-            kind: (x.score - x.reward).square().mean()
-            for kind, x in outputs.items()
-            if x.reward is not None and len(x.score)
-        }
+        losses = {kind: (x.score - reward)[known].square().mean() for kind, x, reward, known in _rewarded(outputs)}
         if len(worse):
             losses["negatives"] = (worse - self.negative_reward).square().mean()
         return _mean_of(outputs, losses, "discriminator/error_")
@@ -66,11 +62,10 @@ class ClosenessBCE(DiscriminatorObjective):
         self.close_from = close_from
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
-        labels = {
-            kind: torch.ones_like(x.score) if kind == TARGET else (_closeness(x) >= self.close_from).float()
-            for kind, x in outputs.items()
-        }
-        return _each_kind(outputs, labels, binary_cross_entropy_with_logits)
+        return _each_kind(outputs, self._loss)
+
+    def _loss(self, score: Tensor, closeness: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(score, (closeness >= self.close_from).float())
 
 
 class ClosenessRegression(DiscriminatorObjective):
@@ -80,8 +75,7 @@ class ClosenessRegression(DiscriminatorObjective):
     """
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
-        labels = {kind: torch.ones_like(x.score) if kind == TARGET else _closeness(x) for kind, x in outputs.items()}
-        return _each_kind(outputs, labels, lambda score, label: (score.sigmoid() - label).square().mean())
+        return _each_kind(outputs, lambda score, closeness: (score.sigmoid() - closeness).square().mean())
 
 
 class ClosenessOrdinal(DiscriminatorObjective):
@@ -100,8 +94,7 @@ class ClosenessOrdinal(DiscriminatorObjective):
         self.grades = grades
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
-        labels = {kind: torch.ones_like(x.score) if kind == TARGET else _closeness(x) for kind, x in outputs.items()}
-        return _each_kind(outputs, labels, self._likelihood)
+        return _each_kind(outputs, self._likelihood)
 
     def _likelihood(self, score: Tensor, closeness: Tensor) -> Tensor:
         borders = (torch.arange(self.grades + 1, device=score.device) / self.grades).logit()  # θ_0 = −∞, θ_k = ∞
@@ -194,12 +187,12 @@ class Auxiliary(DiscriminatorObjective):
         self.part = part
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
-        known = {kind: x for kind, x in outputs.items() if x.reward is not None and len(x.score)}
-        for x in known.values():
+        rewarded = list(_rewarded(outputs))
+        for _, x, _, _ in rewarded:
             if self.part not in x.parts:
                 names = ", ".join(x.parts) or "none"
                 raise LoraGANError(f"no reward is named {self.part!r}; set part: to one of: {names}")
-        errors = {kind: (x.auxiliary - x.parts[self.part]).square().mean() for kind, x in known.items()}
+        errors = {kind: (x.auxiliary - x.parts[self.part])[known].square().mean() for kind, x, _, known in rewarded}
         return _mean_of(outputs, errors, "discriminator/auxiliary_error_")
 
 
@@ -270,8 +263,9 @@ def discriminator_metrics(outputs: Mapping[str, DiscriminatorOutput]) -> dict[st
         longer = _share_won(torch.cat([margin(_by_length(target), _by_length(x)) for x in others.values()]))
         metrics["discriminator/length_accuracy"] = torch.maximum(longer, 1 - longer)
     sampled = outputs[SAMPLED]
-    if sampled.reward is not None and len(sampled.reward) > 1:
-        metrics["discriminator/correlation"] = _correlation(sampled.score, sampled.reward)
+    known = sampled.score[:0].bool() if sampled.reward is None else sampled.reward.isfinite()
+    if sampled.reward is not None and known.sum() > 1:
+        metrics["discriminator/correlation"] = _correlation(sampled.score[known], sampled.reward[known])
     return metrics
 
 
@@ -294,16 +288,29 @@ def _all(outputs: Mapping[str, DiscriminatorOutput], kinds: Sequence[str]) -> _S
     return _Scored(*(torch.cat(field) for field in fields))
 
 
+def _rewarded(
+    outputs: Mapping[str, DiscriminatorOutput],
+) -> Iterator[tuple[str, DiscriminatorOutput, Tensor, Tensor]]:
+    """The kinds that have rewards, with the rewards (M,) and where one applies; elsewhere nothing can be learned."""
+    for kind, x in outputs.items():
+        if x.reward is not None and (known := x.reward.isfinite()).any():
+            yield kind, x, x.reward, known
+
+
 def _closeness(outputs: DiscriminatorOutput) -> Tensor:
-    """(M,) in [0, 1]: 1 for the target itself, the reward where it is known, 0 for negatives."""
+    """(M,) in [0, 1]: 1 for the target itself, the reward where one applies and else NaN, 0 for negatives."""
     known = torch.zeros_like(outputs.score) if outputs.reward is None else outputs.reward.clamp(0, 1)
     return torch.where(outputs.is_target, 1.0, known).detach()
 
 
-def _each_kind(outputs: Mapping[str, DiscriminatorOutput], labels: Mapping[str, Tensor], loss: object) -> LossTerm:
-    assert callable(loss)
-    kinds = [kind for kind, x in outputs.items() if len(x.score) and (kind != OPPONENT or x.reward is not None)]
-    losses = {kind: loss(outputs[kind].score, labels[kind]) for kind in kinds}
+def _each_kind(outputs: Mapping[str, DiscriminatorOutput], loss: Callable[[Tensor, Tensor], Tensor]) -> LossTerm:
+    """Mean over the kinds of the loss of score and closeness, where the closeness is known."""
+    losses = {}
+    for kind, x in outputs.items():
+        closeness = torch.ones_like(x.score) if kind == TARGET else _closeness(x)
+        known = closeness.isfinite()
+        if known.any() and (kind != OPPONENT or x.reward is not None):
+            losses[kind] = loss(x.score[known], closeness[known])
     return _mean_of(outputs, losses, "discriminator/error_")
 
 

@@ -11,6 +11,7 @@ from lora_gan.rewards.adversarial import (
 )
 from lora_gan.rewards.answer import AnswerReward, MathReward
 from lora_gan.rewards.base import (
+    AdversarialElsewhere,
     NormalizeThenSum,
     Reward,
     RewardAggregation,
@@ -40,6 +41,7 @@ from lora_gan.rewards.truth import TruthReward
 
 __all__ = [
     "AddedWords",
+    "AdversarialElsewhere",
     "AdversarialReward",
     "AgainstTarget",
     "AnswerReward",

@@ -58,6 +58,9 @@ def answers_of(example: Example, final_answer: FinalAnswer | None) -> tuple[str,
     return given or tuple(dict.fromkeys(text for text in found if text))
 
 
+ADVERSARIAL = "adversarial"  # the discriminator's part among the rewards
+
+
 @dataclass(frozen=True)
 class RewardSum:
     total: Tensor  # (N,) weighted sum
@@ -96,7 +99,7 @@ def check_names(rewards: Sequence[Reward]) -> None:
         LoraGANError: Two rewards have the same name, or one that is taken.
     """
     names = [reward.name for reward in rewards]
-    if "adversarial" in names:
+    if ADVERSARIAL in names:
         raise LoraGANError("the name 'adversarial' stands for the discriminator's part; set another name: in init_args")
     for name in names:
         if names.count(name) > 1:
@@ -176,6 +179,25 @@ class NormalizeThenSum(RewardAggregation):
             )
         normalised = {n: group_normalise(part, k, self.epsilon) if len(part) else part for n, part in parts.items()}
         return WeightedSum()(normalised, weights, applies, k).clamp(-self.clip, self.clip)
+
+
+class AdversarialElsewhere(RewardAggregation):
+    """Weighted sum of the rewards where one applies; elsewhere the adversarial reward alone, times its weight.
+
+    For few prompts of which the right answer is known, and many of which nothing is: the discriminator learns from
+    the first to judge the others. Its reward does not count where it has learned it from.
+    """
+
+    def __call__(
+        self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
+    ) -> Tensor:
+        others = {name: part for name, part in parts.items() if name != ADVERSARIAL}
+        if ADVERSARIAL not in parts or not others:
+            return WeightedSum()(parts, weights, applies, k)
+        everywhere = torch.ones_like(parts[ADVERSARIAL], dtype=torch.bool)
+        known = torch.stack([applies.get(name, everywhere) for name in others]).any(0)
+        summed = WeightedSum()(others, weights, applies, k)
+        return torch.where(known, summed, weights[ADVERSARIAL] * parts[ADVERSARIAL])
 
 
 # computing one reward

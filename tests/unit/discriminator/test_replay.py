@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -171,17 +172,18 @@ def test_old_rewards_stand_with_their_completions(build: Build, batch: PromptBat
     scores = Scores(
         total=torch.arange(6.0),
         parts={"mine": torch.arange(6.0) * 10},
-        applies={},
+        applies={"mine": torch.tensor([True] * 5 + [False])},
         target_total=torch.tensor([7.0, 8.0, 9.0]),
         target_parts={"mine": torch.tensor([70.0, 80.0, 90.0])},
+        target_applies={"mine": torch.tensor([True, False, True])},
         reference_logprobs=rollout.logprobs,
         base_logprobs=rollout.logprobs,
     )
     nothing = Rollout.empty(module.device)
     shown = module.discriminator.make_batch(module.backbone.tokenizer, batch, rollout, nothing, scores)
     assert shown.fresh == 3 and len(shown.prompts) == 4
-    assert shown.rewards["sampled"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.25, 0.5]
-    assert shown.rewards["target"].tolist() == [7.0, 8.0, 9.0, 0.75]
+    assert shown.rewards["sampled"].tolist() == pytest.approx([0, 1, 2, 3, 4, nan, 0.25, 0.5], nan_ok=True)
+    assert shown.rewards["target"].tolist() == pytest.approx([7, nan, 9, 0.75], nan_ok=True)
     assert shown.parts["sampled"]["mine"].tolist() == [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 1.0, 2.0]
     assert shown.parts["target"]["mine"].tolist() == [70.0, 80.0, 90.0, 3.0]
     assert [completion.tolist() for completion in shown.completions["sampled"][3]] == [[2, 256], [3, 4, 256]]

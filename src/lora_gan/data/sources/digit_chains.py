@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from random import Random
 from typing import Literal
 
@@ -27,6 +28,7 @@ class DigitChains(Source):
         target: Literal["none", "answer"] = "none",
         length: int = 4,
         seed: int = 0,
+        prompts: int = 0,
     ) -> None:
         """
         Args:
@@ -35,6 +37,8 @@ class DigitChains(Source):
             target: What a question without work has as target: none, for a policy gradient, or the answer's sentence.
             length: Operations in a chain.
             seed: Of the training questions; those of validation and test are always the same.
+            prompts: Training questions of which nothing is known. The others are repeated so that they are half of the
+                rows.
 
         Raises:
             LoraGANError: There is no training question, or a chain has no operation.
@@ -44,7 +48,10 @@ class DigitChains(Source):
             raise LoraGANError(f"worked and answers must be at least 0, and one of them 1; got {worked} and {answers}")
         if length < 1:
             raise LoraGANError(f"length must be at least 1, got {length}")
+        if prompts < 0:
+            raise LoraGANError(f"prompts must be at least 0, got {prompts}")
         self.worked, self.answers, self.target, self.length, self.seed = worked, answers, target, length, seed
+        self.prompts = prompts
 
     @property
     def name(self) -> str:
@@ -59,18 +66,30 @@ class DigitChains(Source):
         held_out = _different(Random(FIRST), self.length, TEST + VALIDATION, set())
         for place, chain in enumerate(held_out):
             yield self._example(chain, worked(chain), "test" if place < TEST else "validation")
-        trained = _different(Random(self.seed), self.length, self.worked + self.answers, set(held_out))
-        yield from self._repeated([self._example(chain, worked(chain), "train") for chain in trained[: self.worked]])
-        for chain in trained[self.worked :]:
-            yield self._example(chain, answer(chain) if self.target == "answer" else "", "train")
+        count = self.worked + self.answers + self.prompts
+        trained = iter(_different(Random(self.seed), self.length, count, set(held_out)))
+        shown = [self._example(chain, worked(chain), "train") for chain in islice(trained, self.worked)]
+        known = islice(trained, self.answers)
+        answered = [self._example(chain, answer(chain) if self.target == "answer" else "", "train") for chain in known]
+        answered = _repeated(answered, self.prompts / 2)
+        yield from _repeated(shown, len(answered))
+        yield from answered
+        for chain in trained:
+            yield self._asked(chain)
 
-    def _repeated(self, examples: list[Example]) -> list[Example]:
-        return examples * max(1, round(self.answers / max(1, len(examples))))
+    def _asked(self, chain: Chain) -> Example:
+        asked = question(chain)
+        return self.make(TEMPLATE, {"question": asked}, target="", group=asked, item=asked, split="train")
 
     def _example(self, chain: Chain, target: str, split: str) -> Example:
         asked = question(chain)
         known = {"answers": (str(chain.result),), "group": asked, "item": asked, "split": split}
         return self.make(TEMPLATE, {"question": asked}, target=target, references=(target,) * bool(target), **known)
+
+
+def _repeated(examples: list[Example], wanted: float) -> list[Example]:
+    """As often as comes closest to the wanted number of them, at least once."""
+    return examples * max(1, round(wanted / max(1, len(examples))))
 
 
 def _different(random: Random, length: int, count: int, taken: set[Chain]) -> list[Chain]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_gan.best_of import agreement
-from lora_gan.rewards.base import Reward
+from lora_gan.rewards.base import Reward, answers_of
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
 from lora_gan.types import PromptBatch, RewardContext
 
@@ -24,13 +24,16 @@ class SelfConsistency(Reward):
     Args:
         weight: Factor in the total reward.
         name: Name in the logs, ``reward/<name>``.
+        unanswered: Leave out the prompts of which an answer is known, for example to ``AnswerReward``.
     """
 
-    def __init__(self, weight: float = 1.0, name: str = "consistency") -> None:
+    def __init__(self, weight: float = 1.0, name: str = "consistency", unanswered: bool = False) -> None:
         super().__init__(weight, name)
+        self.unanswered = unanswered
 
-    def applies(self, batch: PromptBatch, k: int) -> list[bool]:
-        return [k > 1] * len(batch)
+    def applies_in(self, batch: PromptBatch, context: RewardContext) -> list[bool]:
+        wanted = context.num_generations > 1
+        return [wanted and not (self.unanswered and answers_of(e, context.final_answer)) for e in batch.examples]
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
         return agreement(completions, context.num_generations, context.final_answer)

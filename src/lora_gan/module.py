@@ -28,7 +28,7 @@ from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import mean_of_all
 from lora_gan.errors import LoraGANError
 from lora_gan.evaluation import Evaluated
-from lora_gan.final_answer import FinalAnswer
+from lora_gan.final_answer import FinalAnswer, find_answer
 from lora_gan.generator import Generator, GeneratorSettings, easiest
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.optimization import Optimization, OptimizationSettings
@@ -280,7 +280,8 @@ class LoraGANModule(Evaluated):
         now = self.coefficients
         learns = DISCRIMINATOR not in self.frozen
         updates = int(learns * now.discriminator_updates * now.discriminator_gate)
-        return self.discriminator.update(self.backbone, batch, rollout, opponent, scores, updates, self.optimization)
+        found = self.discriminator.update(self.backbone, batch, rollout, opponent, scores, updates, self.optimization)
+        return replace(found, answers=tuple(find_answer(text, self.final_answer) for text in rollout.texts))
 
     def compute_rewards(
         self, rollout: Rollout, scores: Scores, disc_scores: DiscriminatorScores | None, batch: PromptBatch

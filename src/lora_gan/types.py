@@ -326,6 +326,7 @@ class DiscriminatorScores:
     opponent: Tensor  # (N,) of the opponent's completions; (0,) where there is none
     num_generations: int
     metrics: Mapping[str, Tensor]  # scalars to log
+    answers: tuple[str | None, ...] = ()  # N final answers of the sampled completions, None where there is none
 
     @property
     def per_prompt(self) -> Tensor:

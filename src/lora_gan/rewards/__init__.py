@@ -7,6 +7,7 @@ from lora_gan.rewards.adversarial import (
     Logit,
     LogProbability,
     Probability,
+    WeightedVote,
     WinRate,
 )
 from lora_gan.rewards.answer import AnswerReward, MathReward
@@ -73,6 +74,7 @@ __all__ = [
     "SemanticReward",
     "TruthReward",
     "WeightedSum",
+    "WeightedVote",
     "WinRate",
     "answers_of",
     "references_of",

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lora_gan.errors import LoraGANError
+from lora_gan.text_metrics import normalise
 from lora_gan.types import DiscriminatorScores
 
 
@@ -59,6 +60,25 @@ class AgainstTarget(AdversarialReward):
                 f"{len(disc_scores.per_prompt)} prompts; choose another adversarial reward"
             )
         return (disc_scores.per_prompt - disc_scores.target[:, None]).sigmoid().flatten()
+
+
+class WeightedVote(AdversarialReward):
+    """Share of the prompt's σ(D) that stands behind the completion's final answer: a vote by credibility.
+
+    In [0, 1]: agreement as in :class:`~lora_gan.rewards.SelfConsistency`, in which a completion counts as much as the
+    discriminator believes it (the verifier-weighted vote of DiVeRSe, arXiv 2206.02336, as a reward). So the
+    discriminator can outvote a wrong majority, and its mistakes about single completions average out. A completion
+    without a final answer gets 0.
+    """
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        k = disc_scores.num_generations
+        votes = [normalise(answer or "") for answer in disc_scores.answers]
+        number = {vote: place for place, vote in enumerate(dict.fromkeys(votes), 1)}
+        answers = disc_scores.sampled.new_tensor([number[vote] if vote else 0 for vote in votes]).view(-1, k)
+        same = (answers[:, :, None] == answers[:, None, :]) & (answers > 0)[:, :, None]  # (B, K, K)
+        weight = disc_scores.per_prompt.sigmoid()
+        return ((same * weight[:, None, :]).sum(-1) / weight.sum(-1, keepdim=True)).flatten()
 
 
 class WinRate(AdversarialReward):

@@ -26,6 +26,7 @@ from lora_gan.discriminator import (
     AdapterDiscriminator,
     DiscriminatorModel,
     HiddenStatesDiscriminator,
+    LikelihoodDiscriminator,
     OwnBaseDiscriminator,
 )
 from lora_gan.discriminator.objectives import (
@@ -40,6 +41,7 @@ from lora_gan.discriminator.objectives import (
     ListwiseSoftmax,
     RewardRegression,
 )
+from lora_gan.errors import LoraGANError
 from lora_gan.losses import ClippedPPO, PolicyLoss, Reinforce
 from lora_gan.module import LoraGANModule
 from lora_gan.sampling import Sampling
@@ -69,7 +71,9 @@ MODELS: dict[str, Callable[[str], DiscriminatorModel]] = {
     "adapter": lambda base: AdapterDiscriminator(),
     "own base": lambda base: OwnBaseDiscriminator(base, LoraSettings(2, 4)),
     "hidden states": lambda base: HiddenStatesDiscriminator(width=8, layers=1, heads=2),
+    "likelihood": lambda base: LikelihoodDiscriminator(),
 }
+INTERCEPT = "discriminator.model.intercept"  # of the likelihood, which objectives that compare scores do not move
 
 
 loaded = lru_cache(load_base)
@@ -89,7 +93,8 @@ def parameters(module: LoraGANModule) -> dict[str, Tensor]:
 def learners(module: LoraGANModule, model: str) -> set[str]:
     """Groups of parameters that a step has to move."""
     values = {"generator.value_head."} if module.generator.value_head is not None else set()
-    theirs = {"adapter": {".discriminator.", "backbone.score_head."}}.get(model, {"discriminator.model."})
+    adapters = {"adapter": {".discriminator.", "backbone.score_head."}, "likelihood": {".discriminator."}}
+    theirs = adapters.get(model, {"discriminator.model."})
     return {f".{GENERATOR}."} | values | theirs
 
 
@@ -99,6 +104,10 @@ def test_every_combination_runs_a_step(
     model: str, objective: str, build: Build, bases: dict[str, str], make_batch: Callable[..., PromptBatch]
 ) -> None:
     """All advantages with both policy losses: the report is finite, both roles move, and nothing else does."""
+    if OBJECTIVES[objective]().needs_auxiliary and not MODELS[model](bases["llama"]).has_auxiliary:
+        with pytest.raises(LoraGANError, match="has no auxiliary head for the objective Auxiliary; choose another"):
+            build(model=MODELS[model](bases["llama"]), objective=OBJECTIVES[objective]())
+        return
     batch = make_batch(("Say a", "a", "b"), ("Hi", "yes", "no"))
     for advantage, policy_loss in product(ADVANTAGES, POLICY_LOSSES):
         module = build(
@@ -121,4 +130,5 @@ def test_every_combination_runs_a_step(
         assert all(torch.isfinite(tensor).all() for tensor in parameters(module).values())
         wanted = learners(module, model)
         assert all(any(group in name for name in changed) for group in wanted)
-        assert not changed & frozen and all(any(group in name for group in wanted) for name in changed)
+        others = changed - {INTERCEPT} if model == "likelihood" else changed
+        assert not changed & frozen and all(any(group in name for group in wanted) for name in others)

@@ -74,6 +74,11 @@ class Discriminator(nn.Module):
         self.objective = settings.objective or RewardRegression()
         self.negatives = [HardNegatives()] if settings.negatives is None else list(settings.negatives)
         self.replay = settings.replay or Replay()
+        if self.objective.needs_auxiliary and not self.model.has_auxiliary:
+            raise LoraGANError(
+                f"{type(self.model).__name__} has no auxiliary head for the objective Auxiliary; choose another "
+                "discriminator, such as AdapterDiscriminator, or another objective"
+            )
         kinds = [source.kind for source in self.negatives]
         twice = {kind for kind in kinds if kinds.count(kind) > 1}
         if twice:

@@ -48,6 +48,7 @@ class DiscriminatorModel(nn.Module, ABC):
         input_format: What it reads; by default the completion after its prompt.
     """
 
+    has_auxiliary = True  # False: its auxiliary prediction is always 0
     differentiable = False  # True: defines `tree` and `score_embedded`, so that a gradient can reach the generator
 
     def __init__(self, input_format: InputFormat | None = None) -> None:
@@ -142,6 +143,7 @@ class LikelihoodDiscriminator(AdapterDiscriminator):
     """
 
     differentiable = False
+    has_auxiliary = False
 
     def __init__(self, beta: float = 0.5) -> None:
         super().__init__()

@@ -19,6 +19,8 @@ SAMPLED, TARGET, OPPONENT = "sampled", "target", "opponent"
 class DiscriminatorObjective(ABC):
     """Turns the discriminator's outputs into its loss."""
 
+    needs_auxiliary = False  # True: needs a model with an auxiliary head
+
     @abstractmethod
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
         """The loss of one update.
@@ -183,6 +185,8 @@ class Auxiliary(DiscriminatorObjective):
         part: Name of the reward.
     """
 
+    needs_auxiliary = True
+
     def __init__(self, part: str = "perplexity") -> None:
         self.part = part
 
@@ -207,6 +211,7 @@ class Combined(DiscriminatorObjective):
     def __init__(self, objectives: list[DiscriminatorObjective], weights: list[float] | None = None) -> None:
         self.objectives = objectives
         self.weights = weights or [1.0] * len(objectives)
+        self.needs_auxiliary = any(objective.needs_auxiliary for objective in objectives)
         if not objectives or len(self.weights) != len(objectives):
             raise LoraGANError(
                 f"need at least one objective and a weight for each, got {len(objectives)} objectives and "

@@ -87,3 +87,18 @@ def test_a_drawn_chain_has_its_length_and_no_factor_that_loses_digits() -> None:
     chains = [draw(random, 4) for _ in range(200)]
     assert {len(chain.operations) for chain in chains} == {4}
     assert {number for chain in chains for name, number in chain.operations if name == "times"} == {3, 7, 9}
+
+
+def test_prompts_of_which_nothing_is_known_are_half_of_the_rows() -> None:
+    train = by_split(DigitChains(worked=24, answers=32, prompts=2000))["train"]
+    with_work = [example for example in train if example.target]
+    answered = [example for example in train if example.answers and not example.target]
+    free = [example for example in train if not example.answers]
+    assert [len(with_work), len(answered), len(free)] == [41 * 24, 31 * 32, 2000]
+    assert all(not (example.target or example.references) for example in free)
+    asked = [{example.prompt for example in part} for part in (with_work, answered, free)]
+    assert [len(each) for each in asked] == [24, 32, 2000] and len(set().union(*asked)) == 2056
+    fewer = by_split(DigitChains(worked=24, answers=32))["train"]
+    assert {example.prompt for example in fewer} == asked[0] | asked[1], "the same ones are known without them"
+    with pytest.raises(LoraGANError, match="prompts must be at least 0, got -1"):
+        DigitChains(prompts=-1)

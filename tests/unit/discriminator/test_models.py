@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
 from lora_gan.discriminator import (
     AdapterDiscriminator,
+    ClosenessBCE,
     CompletionAndTarget,
     CompletionOnly,
     DiscriminatorModel,
     HiddenStatesDiscriminator,
     InputFormat,
+    LikelihoodDiscriminator,
     OwnBaseDiscriminator,
     PromptAndCompletion,
     WorkOnly,
@@ -406,6 +408,53 @@ def test_scores_are_in_float32_under_bf16_mixed(name: str, backbone: Backbone, d
 
 def test_only_the_adapter_can_be_differentiated_through() -> None:
     found: list[type[DiscriminatorModel]] = [
-        j for j in (AdapterDiscriminator, HiddenStatesDiscriminator, OwnBaseDiscriminator) if j.differentiable
+        j
+        for j in (AdapterDiscriminator, HiddenStatesDiscriminator, OwnBaseDiscriminator, LikelihoodDiscriminator)
+        if j.differentiable
     ]
     assert found == [AdapterDiscriminator]
+
+
+# the likelihood as a score
+
+
+@torch.no_grad()
+def log_probability(backbone: Backbone, prompt: Tensor, completion: Tensor) -> float:
+    """Of a completion in the active mode, from plain rows."""
+    logits: Tensor = backbone.causal_lm(input_ids=torch.cat([prompt, completion])[None]).logits[0]
+    found = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, completion[:, None])
+    return float(found.sum())
+
+
+@torch.no_grad()
+def test_likelihood_scores_are_the_ratio_to_the_reference(backbone: Backbone, disc_batch: DiscriminatorBatch) -> None:
+    """Intercept + β·(log p − log p_reference), the reference being the base and later the generator's snapshot."""
+    model = LikelihoodDiscriminator(beta=0.25)
+    model.intercept.data.fill_(0.5)
+    for _ in range(2):
+        with model.mode(backbone):
+            found = model(backbone, disc_batch)
+        for kind, rows in disc_batch.completions.items():
+            wanted = []
+            for prompt, completions in zip(disc_batch.prompts, rows, strict=True):
+                for completion in completions:
+                    with backbone.discriminator():
+                        mine = log_probability(backbone, prompt, completion)
+                    with backbone.snapshot():
+                        wanted.append(0.5 + 0.25 * (mine - log_probability(backbone, prompt, completion)))
+            assert found[kind][:, 0].tolist() == pytest.approx(wanted, abs=1e-4)
+            assert found[kind].shape == (len(wanted), 2) and not found[kind][:, 1].any()
+        backbone.take_snapshot()
+
+
+def test_likelihood_learns_with_its_adapter_and_its_intercept_alone(build: Build, batch: PromptBatch) -> None:
+    """The linear head of the backbone is not its own."""
+    module = build(model=LikelihoodDiscriminator(), objective=ClosenessBCE(), discriminator_updates=1)
+    before = state(module)
+    fit(module, [batch], 1)
+    learned = {name for name in moved(before, state(module)) if "generator" not in name}
+    assert learned and all(f".{DISCRIMINATOR}." in name for name in learned)
+    assert not module.discriminator.model.intercept.detach().equal(torch.zeros(()))  # type: ignore[arg-type]
+    for beta in (0.0, float("inf")):
+        with pytest.raises(LoraGANError, match="beta must be a finite number above 0"):
+            LikelihoodDiscriminator(beta)

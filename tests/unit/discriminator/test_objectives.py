@@ -395,3 +395,29 @@ def test_which_completions_are_the_target_word_for_word() -> None:
     batch = DiscriminatorBatch((eos, eos, eos), (one, other, eos), {"sampled": rows, "none": [[], [], []]})
     assert batch.are_targets("sampled") == [True, False, False, False, False]
     assert batch.are_targets("none") == []
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        RewardRegression(),
+        ClosenessBCE(),
+        ClosenessRegression(),
+        ClosenessOrdinal(),
+        GanBCE(),
+        Combined([RewardRegression(), ClosenessBCE()]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nothing_is_learned_about_a_reward_that_does_not_apply(objective: DiscriminatorObjective) -> None:
+    """A NaN stands for it. Targets and negatives are what they are without any reward."""
+    known = outputs([1.0, 2.0], [1.0], [0.5], [0.0, 1.0], [1.0])
+    more = outputs([1.0, 2.0, 3.0], [1.0], [0.5], [0.0, 1.0, math.nan], [1.0])
+    if isinstance(objective, GanBCE):
+        known = more  # which needs no reward
+    assert objective(more).loss.item() == pytest.approx(objective(known).loss.item())
+    assert objective(more).loss.isfinite() and all(math.isfinite(value) for value in shown(objective(more)).values())
+    found = discriminator_metrics(more)
+    assert found["discriminator/correlation"].item() == pytest.approx(1)
+    none = outputs([1.0, 2.0], [1.0], [0.5], [math.nan] * 2, [math.nan])
+    assert objective(none).loss.isfinite() and "discriminator/correlation" not in discriminator_metrics(none)

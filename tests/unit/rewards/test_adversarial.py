@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lora_gan.final_answer import Pattern
 from lora_gan.rewards.adversarial import (
     AdversarialReward,
     AgainstTarget,
@@ -14,9 +16,11 @@ from lora_gan.rewards.adversarial import (
     Logit,
     LogProbability,
     Probability,
+    WeightedVote,
     WinRate,
 )
-from lora_gan.types import DiscriminatorScores
+from lora_gan.types import DiscriminatorScores, PromptBatch
+from tests.helpers.steps import Build, fit
 
 LN3 = math.log(3)  # σ(ln 3) = ¾
 
@@ -69,3 +73,19 @@ def test_the_wins_of_equal_roles_sum_to_half() -> None:
     torch.manual_seed(0)
     scores = torch.randn(12).tolist()
     assert WinRate()(disc_scores(scores, [], scores, 4)).mean().item() == 0.5
+
+
+def test_a_vote_counts_by_credibility() -> None:
+    """σ = ¾, ¼, ½, ½ of answers 7, 8, 8. and none: one that is believed counts as two that are not. Then ½ each."""
+    scored = disc_scores([LN3, -LN3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [], [], 4)
+    answered = replace(scored, answers=("7", "8", " 8.", None, "5", "5", "5", "6"))
+    found = WeightedVote()(answered)
+    torch.testing.assert_close(found, torch.tensor([3, 3, 3, 0, 6, 6, 6, 2]) / 8)
+
+
+def test_the_module_gives_the_final_answers(build: Build, batch: PromptBatch) -> None:
+    module = build(final_answer=Pattern("(.)$"), adversarial_reward=WeightedVote(), adversarial=1.0)
+    recorder, _ = fit(module, [batch], 1)
+    found, rollout = recorder.outputs[0].discriminator, recorder.outputs[0].rollout
+    assert found is not None
+    assert found.answers == tuple(module.final_answer(text) for text in rollout.texts)  # type: ignore[misc]

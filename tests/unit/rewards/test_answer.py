@@ -127,3 +127,14 @@ def test_a_run_learns_from_final_answers_of_prompts_without_targets(build: Build
 class _FirstLetter(FinalAnswer):
     def split(self, text: str) -> tuple[str, str]:
         return "", text[:1]
+
+
+def test_agreement_of_the_unanswered_alone() -> None:
+    given, free = Example("Q", "", answers=("7",)), Example("Q", "")
+    ids = (torch.zeros(1, dtype=torch.long),) * 2
+    batch = PromptBatch((given, free), ids, ids, ((), ()))
+    context = RewardContext(2, torch.zeros(4, 1), torch.ones(4, 1).bool(), AfterMarker())
+    rewards = [AnswerReward(0.5), SelfConsistency(0.5, unanswered=True)]
+    found = weighted_sum(rewards, ["#### 7", "#### 8", "#### 3", "#### 3"], batch, context)
+    assert found.total.tolist() == [1, 0, 1, 1]
+    assert found.applies["consistency"].tolist() == [False, False, True, True]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_gan.errors import LoraGANError, RewardError
 from lora_gan.rewards import (
+    AdversarialElsewhere,
     BleuReward,
     ChrfReward,
     ContainsReward,
@@ -607,3 +608,15 @@ def test_an_unknown_encoder_is_named(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     with pytest.raises(LoraGANError, match="no-such-encoder"):
         SentenceEncoder(str(tmp_path / "no-such-encoder"))
+
+
+def test_the_adversarial_reward_alone_where_no_other_applies() -> None:
+    """Two prompts: at the first the answer is known, 1·2 of a weight of 2; the second has 0.5 times the score."""
+    parts = {"answer": torch.tensor([1.0, 0.0, 0.0, 0.0]), "adversarial": torch.tensor([0.9, 0.8, 0.6, 0.2])}
+    weights, applies = {"answer": 2.0, "adversarial": 0.5}, {"answer": torch.tensor([True, True, False, False])}
+    found = AdversarialElsewhere()(parts, weights, applies, 2)
+    torch.testing.assert_close(found, torch.tensor([2.0, 0.0, 0.3, 0.1]))
+    alone = {"answer": parts["answer"]}
+    assert torch.equal(AdversarialElsewhere()(alone, weights, applies, 2), WeightedSum()(alone, weights, applies, 2))
+    only = {"adversarial": parts["adversarial"]}
+    torch.testing.assert_close(AdversarialElsewhere()(only, weights, {}, 2), 0.5 * parts["adversarial"])

@@ -34,7 +34,7 @@ OVERLAYS = {  # overlay or control, by any of its names → the experiment it be
     "control/supervised_only": "evolve",
 }
 EXPERIMENTS = [
-    "gan",
+    "qa",
     "sft",
     "reinforce",
     "ppo",

@@ -43,10 +43,10 @@ def share_of_a(response: str, target: str) -> float:
 
 
 def settings(base: str, data: Path, run: Path) -> list[str]:
-    """configs/gan.yaml on a tiny base and a file of one's own, four steps."""
+    """configs/qa.yaml on a tiny base and a file of one's own, four steps."""
     reward = {"class_path": "lora_gan.rewards.FunctionReward", "init_args": {"function": f"{__name__}.share_of_a"}}
     return [
-        f"--config={ROOT / 'configs' / 'gan.yaml'}",
+        f"--config={ROOT / 'configs' / 'qa.yaml'}",
         f"--config={ROOT / 'configs' / 'overlay' / 'few_steps.yaml'}",
         f"--model.init_args.base={base}",
         f"--model.init_args.rewards={json.dumps([reward])}",
@@ -97,7 +97,7 @@ def run(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFact
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), torch_state():
         main(["fit", *given])
-    versions = list(folder.glob("gan/version_*"))
+    versions = list(folder.glob("qa/version_*"))
     assert len(versions) == 1, versions
     return Run(versions[0], printed.getvalue(), given, bases["gpt2"])
 
@@ -150,7 +150,7 @@ def test_resume_continues(run: Run, capsys: pytest.CaptureFixture[str], tmp_path
     more = [f"--ckpt_path={run.last}", "--trainer.max_steps=6", "--test_after_fit=false"]
     with torch_state():
         main(["fit", *run.settings, *more, f"--trainer.logger.init_args.save_dir={tmp_path}"])
-    (folder,) = tmp_path.glob("gan/version_*")
+    (folder,) = tmp_path.glob("qa/version_*")
     steps = [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss/generator")]
     assert steps == [5, 6]
     assert "Held-out" not in capsys.readouterr().out
@@ -174,7 +174,7 @@ def test_validate_and_test(run: Run, capsys: pytest.CaptureFixture[str], tmp_pat
         main(["test", *run.settings, *there])
     printed = capsys.readouterr().out
     assert "text/exact_match" in printed and "test/" not in printed, "Lightning's table only where there is no other"
-    table = next(tmp_path.glob("gan/version_*/held_out.md")).read_text(encoding="utf-8")
+    table = next(tmp_path.glob("qa/version_*/held_out.md")).read_text(encoding="utf-8")
 
     def deterministic(text: str) -> list[list[str]]:
         return [line.split("|")[1:4] for line in text.splitlines() if "|" in line][:8]
@@ -195,7 +195,7 @@ def test_predict_writes_its_file_without_a_writer_in_the_configuration(
     ]
     with torch_state(), caplog.at_level("INFO", "lora_gan"):
         main(["predict", *run.settings, *more])
-    (path,) = tmp_path.glob("gan/version_*/predictions.jsonl")
+    (path,) = tmp_path.glob("qa/version_*/predictions.jsonl")
     assert f"completions written to {os.path.relpath(path)}" in caplog.text
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(records) >= 4
@@ -298,14 +298,14 @@ def test_a_run_without_a_logger_has_a_folder_of_its_own_and_leaves_the_users_con
 
 
 def test_a_run_in_the_folder_of_another_is_refused(run: Run, work_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (work_in / "gan" / "mine").mkdir(parents=True)
-    (work_in / "gan" / "mine" / "config.yaml").write_text("mine: 1\n", encoding="utf-8")
+    (work_in / "qa" / "mine").mkdir(parents=True)
+    (work_in / "qa" / "mine" / "config.yaml").write_text("mine: 1\n", encoding="utf-8")
     there = [f"--trainer.logger.init_args.save_dir={work_in}", "--trainer.logger.init_args.version=mine"]
     with torch_state(), pytest.raises(SystemExit) as stopped:
         main(["fit", *few(run, 1, *there)])
     assert stopped.value.code == 2
     assert "config.yaml is there already, and this run would replace it" in capsys.readouterr().err
-    assert (work_in / "gan" / "mine" / "config.yaml").read_text(encoding="utf-8") == "mine: 1\n"
+    assert (work_in / "qa" / "mine" / "config.yaml").read_text(encoding="utf-8") == "mine: 1\n"
 
 
 def test_a_trial_step_leaves_the_real_checkpoint_alone(run: Run, work_in: Path) -> None:
@@ -332,8 +332,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
     printed = capsys.readouterr().err
     assert stopped.value.code == 2
     assert (
-        "error: cannot write the run to file/runs/gan: Not a directory; set trainer.logger.init_args.save_dir"
-        in printed
+        "error: cannot write the run to file/runs/qa: Not a directory; set trainer.logger.init_args.save_dir" in printed
     )
     assert "Traceback" not in printed
 
@@ -403,7 +402,7 @@ def test_a_missing_checkpoint(command: str, work_in: Path, capsys: pytest.Captur
 def test_an_unknown_key_in_a_file_from_the_shell(work_in: Path) -> None:
     """As a program of its own: exit status 2, the key, no traceback."""
     Path("mine.yaml").write_text("model:\n  init_args:\n    temprature: 0.5\n", encoding="utf-8")
-    command = [sys.executable, "-m", "src.cli", "fit", "--config=configs/gan.yaml", f"--config={work_in / 'mine.yaml'}"]
+    command = [sys.executable, "-m", "src.cli", "fit", "--config=configs/qa.yaml", f"--config={work_in / 'mine.yaml'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2
     assert "temprature" in done.stderr
@@ -421,7 +420,7 @@ def test_every_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=[path.stem for path in OVERLAYS])
 def test_every_overlay_parses_over_the_default(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", f"--config={ROOT / 'configs' / 'gan.yaml'}", f"--config={overlay}", "--print_config"])
+        main(["fit", f"--config={ROOT / 'configs' / 'qa.yaml'}", f"--config={overlay}", "--print_config"])
     assert stopped.value.code == 0
     assert "lora_gan.module.LoraGANModule" in capsys.readouterr().out
 
@@ -501,7 +500,7 @@ def test_an_extended_file_that_is_missing(capsys: pytest.CaptureFixture[str], tm
 def test_replaced_callbacks_are_logged(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    gan, ppo = ROOT / "configs" / "gan.yaml", ROOT / "configs" / "ppo.yaml"
+    gan, ppo = ROOT / "configs" / "qa.yaml", ROOT / "configs" / "ppo.yaml"
     mine = tmp_path / "mine.yaml"
     mine.write_text("trainer: {callbacks+: [lora_gan.callbacks.Throughput]}\n", encoding="utf-8")
     other = tmp_path / "other.yaml"

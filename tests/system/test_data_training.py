@@ -11,14 +11,14 @@ from lora_gan.cli import main
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 RUNS = {
-    "alpaca": ("gan", "alpaca.json"),
-    "dolly": ("gan", "dolly.jsonl"),
-    "oasst": ("gan", "oasst_trees.jsonl"),
-    "truthfulqa": ("gan", "truthfulqa.csv", "--data.source.allow_train=true"),
-    "arc": ("gan", "arc.jsonl"),
+    "alpaca": ("qa", "alpaca.json"),
+    "dolly": ("qa", "dolly.jsonl"),
+    "oasst": ("qa", "oasst_trees.jsonl"),
+    "truthfulqa": ("qa", "truthfulqa.csv", "--data.source.allow_train=true"),
+    "arc": ("qa", "arc.jsonl"),
     "twon": ("rlgaf", "twon_replies.jsonl"),
-    "own": ("gan", "alpaca.json", "--data.source.template={instruction}", "--data.source.target=output"),
-    "stream": ("gan", "alpaca.json", "--data.validation_rows=2", "--data.stop_after_seconds=0"),
+    "own": ("qa", "alpaca.json", "--data.source.template={instruction}", "--data.source.target=output"),
+    "stream": ("qa", "alpaca.json", "--data.validation_rows=2", "--data.stop_after_seconds=0"),
 }
 
 

@@ -150,7 +150,7 @@ def test_the_command_line_in_two_processes(bases: dict[str, str], tmp_path: Path
         "init_args": {"function": "tests.helpers.steps.share_of_a"},
     }
     given = [
-        f"--config={ROOT / 'configs' / 'gan.yaml'}",
+        f"--config={ROOT / 'configs' / 'qa.yaml'}",
         f"--config={ROOT / 'configs' / 'overlay' / 'few_steps.yaml'}",
         f"--model.init_args.base={bases['gpt2']}",
         f"--model.init_args.rewards={json.dumps([reward])}",
@@ -173,7 +173,7 @@ def test_the_command_line_in_two_processes(bases: dict[str, str], tmp_path: Path
     printed = start([*launch, "fit", *given, *more])
     assert printed.count("Held-out test split, 7 prompts") == 1
     assert printed.count("\nadapters ") == 1
-    (folder,) = (tmp_path / "run" / "gan").iterdir()
+    (folder,) = (tmp_path / "run" / "qa").iterdir()
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"config.yaml", "held_out.md", "checkpoints/last.ckpt", "checkpoints/best-2.ckpt"} <= names
     assert {f"checkpoints/step-2/{p}/optimizer.pt" for p in ("generator", "discriminator")} <= names
@@ -184,7 +184,7 @@ def test_the_command_line_in_two_processes(bases: dict[str, str], tmp_path: Path
     more = ["--trainer.callbacks+=lora_gan.callbacks.PredictionWriter", f"--ckpt_path={last}"]
     start([*launch, "predict", *given, *more])
     start([sys.executable, "-m", "src.cli", "predict", *given, *more, "--trainer.devices=1"])
-    files = sorted((tmp_path / "run" / "gan").glob("*/predictions.jsonl"))
+    files = sorted((tmp_path / "run" / "qa").glob("*/predictions.jsonl"))
     two, one = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     assert [row["prompt"] for row in two] == [row["prompt"] for row in one]
     assert [row["completion"] for row in two] == [row["completion"] for row in one]

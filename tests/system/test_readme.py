@@ -40,7 +40,7 @@ def test_own_reward_and_metric(
         (work_in / name).write_text(block(name), encoding="utf-8")
     with torch_state():
         main(["fit", *settings(bases["gpt2"], data, work_in), "--config=mine.yaml", "--trainer.max_steps=2"])
-    (folder,) = work_in.glob("gan/version_*")
+    (folder,) = work_in.glob("qa/version_*")
     events = EventAccumulator(str(folder)).Reload()
     names = set(events.Tags()["scalars"])
     assert {"reward/share_of_a", "reward/brevity", "text/mentions_target", "text/rouge_l"} <= names

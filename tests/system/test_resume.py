@@ -227,7 +227,7 @@ class Experiment:
     chosen: dict[str, Any]
 
     def arguments(self, run: str) -> list[str]:
-        """configs/gan.yaml on a tiny base, with this configuration over it."""
+        """configs/qa.yaml on a tiny base, with this configuration over it."""
         chosen = self.chosen
         best = {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -266,7 +266,7 @@ class Experiment:
         }
         path = self.folder / f"{run}.yaml"
         path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return [f"--config={ROOT / 'configs' / 'gan.yaml'}", f"--config={path}"]
+        return [f"--config={ROOT / 'configs' / 'qa.yaml'}", f"--config={path}"]
 
     @property
     def steps(self) -> int:

@@ -25,7 +25,7 @@ from lora_gan.cli import main
 from lora_gan.results import read_results
 from tests.system.test_cli import CONFIGS, ROOT, settings, torch_state
 
-GAN, SFT = (next(path for path in CONFIGS if path.stem == name) for name in ("gan", "sft"))
+GAN, SFT = (next(path for path in CONFIGS if path.stem == name) for name in ("qa", "sft"))
 ROWS = [
     {
         "instruction": f"Describe {n}.",

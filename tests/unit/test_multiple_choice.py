@@ -153,7 +153,7 @@ def test_the_test_of_a_run_measures_choices(
     main(
         [
             "test",
-            f"--config={CONFIGS / 'gan.yaml'}",
+            f"--config={CONFIGS / 'qa.yaml'}",
             f"--config={CONFIGS / 'data' / f'{name}.yaml'}",
             f"--model.init_args.base={bases['gpt2']}",
             f"--model.init_args.generator.adapter={tmp_path / 'adapter'}",
@@ -164,7 +164,7 @@ def test_the_test_of_a_run_measures_choices(
             f"--trainer.logger.init_args.save_dir={tmp_path}",
         ]
     )
-    (run,) = tmp_path.glob("gan/version_*")
+    (run,) = tmp_path.glob("qa/version_*")
     events = EventAccumulator(str(run)).Reload()  # type: ignore[no-untyped-call]
     found = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}  # type: ignore[no-untyped-call]
     assert {f"test/base/{metric}" for metric in (*metrics, "truth", "informative")} <= set(found)

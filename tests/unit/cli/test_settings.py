@@ -79,7 +79,7 @@ def test_a_stub_takes_what_its_function_takes_and_returns_it() -> None:
 )
 def test_a_name_that_no_class_has(given: list[str], message: str) -> None:
     with pytest.raises(LoraGANError) as error:
-        Names().read(with_extended([f"--config={CONFIGS / 'gan.yaml'}", *given]))
+        Names().read(with_extended([f"--config={CONFIGS / 'qa.yaml'}", *given]))
     assert message in str(error.value)
 
 
@@ -95,7 +95,7 @@ def test_a_name_that_no_class_has(given: list[str], message: str) -> None:
     ],
 )
 def test_names_that_are_right_or_unknown_here_pass(given: list[str]) -> None:
-    Names().read(with_extended([f"--config={CONFIGS / 'gan.yaml'}", *given]))
+    Names().read(with_extended([f"--config={CONFIGS / 'qa.yaml'}", *given]))
 
 
 def test_the_schema_takes_every_configuration_and_refuses_mistakes() -> None:

@@ -28,7 +28,7 @@ SAMPLES = {
 
 
 def run(*arguments: str) -> None:
-    main(["data", "--config", str(ROOT / "configs" / "gan.yaml"), *arguments])
+    main(["data", "--config", str(ROOT / "configs" / "qa.yaml"), *arguments])
 
 
 def test_the_report_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ class Evaluated(Checkpointed):
         """
         n, likely = rollout.num_generations, rollout.logprobs.sum(-1)
         chosen = {BEST + way: choose(x, likely, n) for way, x in self.preferences(batch, rollout).items()}
-        return {role: self._judged(batch, rollout.chosen(rows), target) for role, rows in chosen.items()}
+        return {role: self._judged(batch, rollout.chosen(rows), target)[0] for role, rows in chosen.items()}
 
     def preferences(self, batch: PromptBatch, rollout: Rollout) -> dict[str, Tensor]:
         """By way of choosing, the scores (N,) of sampled completions; ways that do not apply are left out.
@@ -128,15 +128,20 @@ class Evaluated(Checkpointed):
         """
         require_prompts(batch)
         target = self.target_logprobs(batch) if target is None else target
-        return self._judged(batch, sample(self.backbone, batch.prompt_ids, 1, how), target)
+        rollout = sample(self.backbone, batch.prompt_ids, 1, how)
+        output, base = self._judged(batch, rollout, target)
+        return replace(output, kl=(rollout.logprobs - base).sum(-1)) if how.do_sample else output
 
-    def _judged(self, batch: PromptBatch, rollout: Rollout, target: Tensor) -> EvalOutput:
-        """What is known about one completion for each prompt."""
+    def _judged(self, batch: PromptBatch, rollout: Rollout, target: Tensor) -> tuple[EvalOutput, Tensor]:
+        """What is known about one completion for each prompt, and log-probabilities under the base (B, T)."""
         scores = self.score(rollout, batch, with_targets=False)
         perplexity = (-masked_row_mean(scores.base_logprobs, rollout.mask)).exp()
         lengths = [len(target) for row in batch.targets_by_prompt for target in row or ((),)]
         tokens = torch.tensor(lengths, device=self.device)
-        return EvalOutput(batch.examples, rollout.texts, rollout.truncated, scores.total, perplexity, target, tokens)
+        examples, cut = batch.examples, rollout.truncated
+        unknown = torch.full_like(perplexity, torch.nan)
+        output = EvalOutput(examples, rollout.texts, cut, scores.total, perplexity, target, tokens, unknown)
+        return output, scores.base_logprobs
 
     @torch.no_grad()
     def target_logprobs(self, batch: PromptBatch) -> Tensor:

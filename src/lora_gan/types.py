@@ -255,6 +255,7 @@ class EvalOutput:
     perplexity: Tensor  # (B,) of the completion under the base
     target_logprob: Tensor  # (B,) of the whole target, EOS included; 0 where there is none
     target_tokens: Tensor  # (B,) tokens of the target, EOS included; 0 where there is none
+    kl: Tensor  # (B,) log p − log p_base of the completion in nats; NaN where it is not a plain sample
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lora_gan.backbone import GENERATOR
-from lora_gan.callbacks.text_metrics import target_loss
+from lora_gan.backbone import GENERATOR, LoraSettings
+from lora_gan.callbacks import TextMetrics
+from lora_gan.callbacks.text_metrics import measure, target_loss
 from lora_gan.checkpointing.adapters import save_adapter
+from lora_gan.data import DigitChains, InstructionDataModule
 from lora_gan.errors import LoraGANError
 from lora_gan.module import LoraGANModule
 from lora_gan.optimization import OptimizationSettings
 from lora_gan.rewards import FunctionReward, NormalizeThenSum
-from lora_gan.types import PromptBatch
+from lora_gan.sampling import sample
+from lora_gan.sentence_encoder import MINILM
+from lora_gan.types import PromptBatch, Rollout
 from tests.conftest import randomise
 from tests.helpers.steps import Build, fit, share_of_a, trainer
 
@@ -156,3 +160,43 @@ def test_a_generator_that_has_learned_nothing_is_tested_with_a_warning(
     runner.fit(module, data, data)
     runner.test(module, data, verbose=False)
     assert "learned nothing" not in caplog.text
+
+
+@torch.no_grad()
+def test_kl_to_the_base_is_that_of_the_samples(trained: LoraGANModule, batch: PromptBatch) -> None:
+    """log p − log p_base of each sampled completion, from plain rows; greedy ones say nothing about it."""
+    found = trained.test_step(batch, 0)
+    assert found["trained"].kl.isnan().all() and found["base"].kl.isnan().all()
+    torch.manual_seed(5)
+    with trained.backbone.generator():
+        output = trained.complete(batch, trained.sampling)
+        torch.manual_seed(5)
+        rollout = sample(trained.backbone, batch.prompt_ids, 1, trained.sampling)
+        mine = completion_logprobs(trained, batch, rollout)
+    with trained.backbone.reference():
+        theirs = completion_logprobs(trained, batch, rollout)
+    wanted = [a - b for a, b in zip(mine, theirs, strict=True)]
+    assert output.kl.tolist() == pytest.approx(wanted, abs=1e-4) and any(abs(x) > 1e-3 for x in wanted)
+    assert measure([output], MINILM)["kl_to_base"] == pytest.approx(sum(wanted) / 3, abs=1e-4)
+    assert "kl_to_base" not in measure([found["trained"]], MINILM)
+
+
+def completion_logprobs(module: LoraGANModule, batch: PromptBatch, rollout: Rollout) -> list[float]:
+    """Log-probability of each sampled completion in the active mode at temperature 1, from plain rows."""
+    return by_rows(module, replace(batch, target_ids=rollout.completion_ids))
+
+
+def test_what_training_forgets_is_in_the_table(build: Build, tmp_path: Path) -> None:
+    """A base that completes statements of its world, and a generator that says something else."""
+    module = build(base="digits", generator_lora=LoraSettings(4, 8), discriminator_lora=LoraSettings(4, 8))
+    data = InstructionDataModule(DigitChains(), tokenizer="digits", batch_size=4)
+    runner = trainer(1, TextMetrics(), default_root_dir=str(tmp_path), limit_test_batches=1)
+    runner.test(module, datamodule=data, verbose=False)
+    known = runner.callback_metrics["test/base/knowledge_probe"]
+    assert 0.5 < known == runner.callback_metrics["test/trained/knowledge_probe"], "it has learned nothing yet"
+    with torch.no_grad():
+        for parameter in module.backbone.parameters_of(GENERATOR):
+            parameter.normal_(0, 0.5)
+    runner.test(module, datamodule=data, verbose=False)
+    assert runner.callback_metrics["test/base/knowledge_probe"] == known
+    assert runner.callback_metrics["test/trained/knowledge_probe"] < 0.2

@@ -12,12 +12,15 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lora_gan.backbone import Backbone
 from lora_gan.checkpointing.state import Checkpointed
+from lora_gan.data.source import Source
 from lora_gan.distributed import in_order, several
 from lora_gan.errors import LoraGANError
 from lora_gan.evaluation import Evaluated
 from lora_gan.final_answer import FinalAnswer
 from lora_gan.lightning_compat import validate_now
+from lora_gan.pretrain import completes, completions
 from lora_gan.results import TITLES, Result, markdown_table, save_result
 from lora_gan.rewards import Evidence, RetrievalReward, answers_of, references_of
 from lora_gan.rewards.answer import is_right
@@ -126,8 +129,19 @@ class TextMetrics(L.Callback):
             step=_trained_steps(module),
             data=str(getattr(trainer.datamodule, "origin", "")),  # type: ignore[attr-defined]
             prompts=sum(len(answered.texts) for answered in self.seen["trained"]),
-            metrics={role: self._measure(role, module) | target_loss(seen) for role, seen in self.seen.items()},
+            metrics=self._table(trainer, module),
         )
+
+    def _table(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, dict[str, float]]:
+        table = {role: self._measure(role, module) | target_loss(seen) for role, seen in self.seen.items()}
+        source = getattr(trainer.datamodule, "source", None)  # type: ignore[attr-defined]
+        probes = source.probes() if isinstance(source, Source) else ()
+        if probes and isinstance(module, Evaluated):
+            backbone = module.backbone
+            for role, mode in (("base", backbone.reference), ("trained", backbone.generator)):
+                with mode():
+                    table[role]["knowledge_probe"] = kept(backbone, probes)
+        return table
 
     def _replaced(self, trainer: L.Trainer) -> bool:
         return [c for c in trainer.callbacks if isinstance(c, TextMetrics)][-1] is not self  # type: ignore[attr-defined]
@@ -195,7 +209,7 @@ def measure(
     metrics |= variety(texts)
     metrics["length"] = sum(len(words(text)) for text in texts) / count
     metrics["truncated"] = sum(int(part.truncated.sum()) for part in answered) / count
-    metrics |= _perplexity(answered)
+    metrics |= _perplexity(answered) | _kl_to_base(answered)
     for function in own:
         _add_own(metrics, function, texts, [example.target for example in examples])
     return metrics
@@ -212,6 +226,20 @@ def _answers(
         if answers_of(example, final_answer)
     ]
     return {"answer": sum(right) / len(right)} if right else {}
+
+
+def kept(backbone: Backbone, probes: Sequence[tuple[str, str]], most: int = 256) -> float:
+    """Share of statements that greedy decoding in the active mode completes; of many, evenly spaced ones."""
+    chosen = probes[:: -(-len(probes) // most)]
+    asked = completions(backbone.tokenizer, chosen)
+    model, device = backbone.causal_lm, backbone.device
+    return float(completes(model, asked.ids.to(device), asked.labels.to(device)).float().mean())
+
+
+def _kl_to_base(answered: Sequence[EvalOutput]) -> dict[str, float]:
+    """Mean of log p − log p_base over sampled completions, an estimate of KL(p‖base) in nats a completion."""
+    values = torch.cat([part.kl.double() for part in answered])
+    return {"kl_to_base": float(values.mean())} if len(values) and values.isfinite().all() else {}
 
 
 def target_loss(answered: Sequence[EvalOutput]) -> dict[str, float]:

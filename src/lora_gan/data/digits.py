@@ -103,7 +103,12 @@ def facts(documents: int = DOCUMENTS, seed: int = 0) -> tuple[Fact, ...]:
     """The text for the pretraining, and single steps and chains to probe what was learned."""
     random = Random(seed)
     read = [_fact("text", _document(random)) for _ in range(documents)]
-    return (*_single_steps(), *_chains_behind_their_list(Random(seed + 1)), *read)
+    return (*probe_facts(seed), *read)
+
+
+def probe_facts(seed: int = 0) -> tuple[Fact, ...]:
+    """Single steps and chains behind their operations."""
+    return (*_single_steps(), *_chains_behind_their_list(Random(seed + 1)))
 
 
 def _document(random: Random) -> str:

@@ -45,6 +45,10 @@ class Source(ABC):
         """A limitation of this data that a reader of the results must know; empty where there is none."""
         return ""
 
+    def probes(self) -> Sequence[tuple[str, str]]:
+        """Beginnings of statements of its world, and how they go on, to measure what training forgets; often none."""
+        return ()
+
     @property
     def prompt_templates(self) -> tuple[str, ...]:
         """The templates of its prompts, each with its own fields; inference writes prompts with them, too."""

@@ -349,7 +349,7 @@ def answered(*rows: tuple[str, str], **more: Any) -> EvalOutput:
     count = len(rows)
     examples = tuple(Example("Q", target, (target,)) for _, target in rows)
     texts, ones = tuple(a for a, _ in rows), torch.ones(count)
-    return EvalOutput(examples, texts, torch.arange(count) == 0, ones, 2 * ones, -ones, ones.long())
+    return EvalOutput(examples, texts, torch.arange(count) == 0, ones, 2 * ones, -ones, ones.long(), ones * torch.nan)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 from lora_gan.data.source import Source
@@ -37,6 +37,9 @@ class BuiltinWorld(Source):
     @property
     def prompt_templates(self) -> tuple[str, ...]:
         return (self.template,)
+
+    def probes(self) -> Sequence[tuple[str, str]]:
+        return [(fact.cues[0], fact.object) for fact in facts()]
 
     def rows(self) -> Iterator[Example]:
         """Every fact in every phrasing of its question."""

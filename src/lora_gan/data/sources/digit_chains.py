@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from random import Random
 from typing import Literal
 
-from lora_gan.data.digits import Chain, answer, draw, question, worked
+from lora_gan.data.digits import Chain, answer, draw, probe_facts, question, worked
 from lora_gan.data.source import Source
 from lora_gan.data.templates import default_template
 from lora_gan.errors import LoraGANError
@@ -60,6 +60,9 @@ class DigitChains(Source):
     @property
     def prompt_templates(self) -> tuple[str, ...]:
         return (TEMPLATE,)
+
+    def probes(self) -> Sequence[tuple[str, str]]:
+        return [(fact.cues[0], fact.object) for fact in probe_facts()]
 
     def rows(self) -> Iterator[Example]:
         self.forget_counts()

@@ -24,7 +24,7 @@ from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling, sample
 from lora_gan.types import PromptBatch
-from tests.conftest import randomise
+from tests.conftest import CONFIGS, randomise
 from tests.helpers.steps import Build, fit, share_of_a, trainer
 
 LETTERS = "lora_gan.rewards.FunctionReward"
@@ -122,6 +122,13 @@ def test_the_table_is_printed_and_saved(build: Build, batch: PromptBatch, tmp_pa
     assert "| metric | base | trained | trained, sampled | best by agreement | best by logprob |" in (
         next(tmp_path.rglob("held_out.md")).read_text(encoding="utf-8")
     )
+
+
+@pytest.mark.parametrize("given", [["--best_of=3"], ["--best_of", "3"]])
+def test_a_training_command_has_a_short_name(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["test", f"--config={CONFIGS / 'qa.yaml'}", *given, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["best_of"] == 3
 
 
 # in generate and chat

@@ -24,9 +24,10 @@ from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling, sample
 from lora_gan.types import PromptBatch
-from tests.conftest import CONFIGS, randomise
+from tests.conftest import randomise
 from tests.helpers.steps import Build, fit, share_of_a, trainer
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 LETTERS = "lora_gan.rewards.FunctionReward"
 
 

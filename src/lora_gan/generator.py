@@ -36,6 +36,8 @@ class GeneratorSettings:
             where ``coefficients.coupled`` is not 0.
         value_clip: How far the value head's prediction may move in a step before its gradient is cut off.
         mask_truncated: Whether completions that the length limit cut off are left out of the policy's losses.
+        supervised_minibatches: Optimizer steps in a training step without a policy loss, each on a part of the prompts.
+            Few targets are learned better, and not by heart, one at a time.
         lora: Shape of its adapter.
         optimizer: Its optimizer; by default AdamW at a learning rate of 0.001, without weight decay.
         scheduler: Schedule of its learning rate, stepped once in each training step in which it learned.
@@ -46,12 +48,17 @@ class GeneratorSettings:
     straight_through: StraightThrough | None = None
     value_clip: float = 0.2
     mask_truncated: bool = False
+    supervised_minibatches: int = 1
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerCallable = adamw
     scheduler: LRSchedulerCallable | None = None
     adapter: str | None = None
 
     def __post_init__(self) -> None:
+        if self.supervised_minibatches < 1:
+            raise LoraGANError(
+                f"generator.supervised_minibatches must be at least 1, got {self.supervised_minibatches}"
+            )
         if not self.value_clip > 0:
             raise LoraGANError(
                 f"generator.value_clip must be > 0, got {self.value_clip}; a large one, 1e9, never clips"
@@ -144,14 +151,14 @@ class Generator(nn.Module):
         for chosen in self._minibatches(prompts, bool(coefficients.policy)):
             part = minibatch.of(chosen)
             if not any_of(bool(self._weights(part, coefficients))):
-                return {}
+                continue  # there is nothing to learn from
             with backbone.generator():
                 reports.append(self._backward(backbone, part, coefficients, model, optimization))
                 if "loss/generator" not in reports[-1]:
                     break
                 optimization.step(GENERATOR)
         metrics = {name: torch.stack([m[name] for m in reports if name in m]).mean() for m in reports for name in m}
-        if coefficients.policy and self.updates_per_step > 1:
+        if reports and coefficients.policy and self.updates_per_step > 1:
             metrics["policy/updates"] = torch.tensor(float(sum("loss/generator" in m for m in reports)))
             metrics[APPROX_KL] = reports[-1][APPROX_KL]
         return metrics
@@ -265,7 +272,7 @@ class Generator(nn.Module):
         """Which prompts each optimizer step learns from."""
         iterations, parts = self.policy_loss.num_iterations, self.policy_loss.num_minibatches
         if not policy:
-            iterations = parts = 1
+            iterations, parts = 1, self.settings.supervised_minibatches
         for _ in range(iterations):
             if parts == 1:
                 yield list(prompts)

@@ -98,7 +98,7 @@ def test_the_default_experiment_resumes_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("experiment", "control"),
     [
-        *(("gan", name) for name in ("answered_only", "agreement", "few_supervised")),
+        *(("gan", name) for name in ("answered_only", "agreement", "worked_only")),
         ("digits", "self_training"),
     ],
 )

@@ -659,6 +659,35 @@ def losses(module: LoraGANModule, minibatch: Minibatch) -> dict[str, Tensor]:
     return {name: term.loss for name, term in found.items()}
 
 
+@pytest.mark.parametrize(("parts", "steps"), [(1, 1), (2, 2), (99, 3)])
+def test_targets_may_be_learned_in_parts(parts: int, steps: int, build: Build, batch: PromptBatch) -> None:
+    """Of three prompts with targets; in a step with a policy loss its own settings count, and a step counts once."""
+    for policy, wanted in ((0.0, steps), (1.0, 1)):
+        mine = Stepper()
+        module = build(generator_optimizer=mine, supervised_minibatches=parts, policy=policy)
+        recorder, runner = fit(module, [batch], 2)
+        assert (mine.count, runner.global_step) == (2 * wanted, 2)
+        assert all(math.isfinite(report["loss/supervised"]) for report in recorder.reports)
+    with pytest.raises(LoraGANError, match="supervised_minibatches must be at least 1, got 0"):
+        build(supervised_minibatches=0)
+
+
+def test_a_part_without_a_target_takes_no_step(build: Build, make_batch: Callable[..., PromptBatch]) -> None:
+    """One target in three prompts, each a part: one optimizer step, whichever comes first."""
+    some = make_batch(("Say a", ""), ("2+2=", "4"), ("Hi", ""))
+    for seed in range(3):
+        mine = Stepper()
+        module = build(generator_optimizer=mine, supervised_minibatches=3, policy=0.0, discriminator_updates=0)
+        module.seed = seed
+        recorder, _ = fit(module, [some], 1)
+        assert mine.count == 1 and recorder.reports[0]["loss/supervised"] > 0
+    none = make_batch(("Say a", ""), ("2+2=", ""))
+    mine = Stepper()
+    module = build(generator_optimizer=mine, supervised_minibatches=2, policy=0.0, discriminator_updates=0)
+    recorder, _ = fit(module, [none], 1)
+    assert mine.count == 0 and "loss/generator" not in recorder.reports[0]
+
+
 def test_minibatches_together_are_the_batch(build: Build, batch: PromptBatch) -> None:
     """Every term is a mean over tokens: those of the num_minibatches, weighted by their tokens, are that of the batch.
 

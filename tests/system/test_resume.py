@@ -303,7 +303,7 @@ class Experiment:
 
     def checkpoints(self, run: str) -> Path:
         """Of the newest run: one that is killed before its first file starts anew."""
-        return max((self.folder / run).glob("gan/*/checkpoints"), default=self.folder)
+        return max((self.folder / run).glob("qa/*/checkpoints"), default=self.folder)
 
 
 def fit_by_command(arguments: list[str], log: Path) -> None:
@@ -362,7 +362,7 @@ def kill_and_compare(experiment: Experiment, kills: int) -> None:
 
 def steps_lost(experiment: Experiment, run: str) -> int:
     """Steps that were computed and are in no file."""
-    files = (experiment.folder / run).glob("gan/*/checkpoints/*.ckpt")
+    files = (experiment.folder / run).glob("qa/*/checkpoints/*.ckpt")
     saved = max((read_checkpoint(file)["global_step"] for file in files), default=0)
     return max((line["step"] for line in experiment.records(run)), default=0) - int(saved)
 

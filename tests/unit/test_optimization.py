@@ -149,9 +149,13 @@ def test_the_discriminators_gradient_is_exact_for_every_objective(
         settings |= {"supervised": 0.0, "policy": 0.0, "discriminator_updates": updates}
         results.append(gradients(build, uneven, size, Objectives(), steps=len(OBJECTIVES), **settings))
     ((_, wanted), whole), ((_, found), reports) = results
-    assert len(wanted) == updates * len(OBJECTIVES) and min(float(gradient.norm()) for gradient in wanted) > 1e-3
+    assert len(wanted) == updates * len(OBJECTIVES)
     for n, name in enumerate(OBJECTIVES):
         these = slice(updates * n, updates * (n + 1))
+        if name == "auxiliary" and model == "likelihood":  # which has no such head, and is refused with it
+            assert not any(gradient.any() for gradient in [*wanted[these], *found[these]])
+            continue
+        assert min(float(gradient.norm()) for gradient in wanted[these]) > 1e-3
         assert difference(found[these], wanted[these]) < 1e-6, name
         assert reports[n] == pytest.approx(whole[n], rel=1e-4, abs=1e-5), name
 

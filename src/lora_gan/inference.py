@@ -422,10 +422,12 @@ def _by_logprob(saved: Saved, prompts: Sequence[Tensor], rollout: Rollout) -> Te
     return rollout.logprobs.sum(-1)
 
 
+@torch.no_grad()
 def _by_discriminator(saved: Saved, prompts: Sequence[Tensor], rollout: Rollout) -> Tensor:
-    k = rollout.num_generations
-    made = zip(rollout.completion_ids, range(len(rollout)), strict=True)
-    return torch.tensor([score_of(saved.backbone, prompts[n // k], ids) for ids, n in made])
+    backbone = saved.backbone
+    ended = rollout.ended(len(prompts), backbone.tokenizer.eos_token_id)
+    with backbone.discriminator():
+        return backbone.score_branches(grow(prompts, {"completion": ended}))["completion"][:, 0]
 
 
 @torch.no_grad()

@@ -240,7 +240,7 @@ class Scores:
 
 
 def _known(total: Tensor, applies: Mapping[str, Tensor]) -> Tensor:
-    some = torch.stack([x.to(total.device) for x in applies.values()]).any(0) if applies else total.new_zeros(()).bool()
+    some = torch.stack(list(applies.values())).any(0) if applies else total.new_zeros(()).bool()
     return torch.where(some, total, torch.nan)
 
 

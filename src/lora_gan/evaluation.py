@@ -130,7 +130,8 @@ class Evaluated(Checkpointed):
         target = self.target_logprobs(batch) if target is None else target
         rollout = sample(self.backbone, batch.prompt_ids, 1, how)
         output, base = self._judged(batch, rollout, target)
-        return replace(output, kl=(rollout.logprobs - base).sum(-1)) if how.do_sample else output
+        plain = how.do_sample and how.num_beams == 1
+        return replace(output, kl=(rollout.logprobs - base).sum(-1)) if plain else output
 
     def _judged(self, batch: PromptBatch, rollout: Rollout, target: Tensor) -> tuple[EvalOutput, Tensor]:
         """What is known about one completion for each prompt, and log-probabilities under the base (B, T)."""

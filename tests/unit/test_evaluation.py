@@ -179,6 +179,9 @@ def test_kl_to_the_base_is_that_of_the_samples(trained: LoraGANModule, batch: Pr
     assert output.kl.tolist() == pytest.approx(wanted, abs=1e-4) and any(abs(x) > 1e-3 for x in wanted)
     assert measure([output], MINILM)["kl_to_base"] == pytest.approx(sum(wanted) / 3, abs=1e-4)
     assert "kl_to_base" not in measure([found["trained"]], MINILM)
+    with trained.backbone.generator():
+        beams = trained.complete(batch, replace(trained.sampling, num_beams=2))
+    assert beams.kl.isnan().all(), "the best beam is no sample of the policy"
 
 
 def completion_logprobs(module: LoraGANModule, batch: PromptBatch, rollout: Rollout) -> list[float]:

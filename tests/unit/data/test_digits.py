@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from random import Random
 
 import pytest
 
 from lora_gan.data import DigitChains
-from lora_gan.data.digits import Chain, draw, facts, question, step, valid_steps, worked
+from lora_gan.data.digits import STEP, Chain, draw, facts, question, step, valid_steps, worked
 from lora_gan.errors import LoraGANError
 from lora_gan.types import Example
 
@@ -76,7 +77,7 @@ def test_held_out_questions_are_the_same_and_never_trained_on() -> None:
 def test_mistakes() -> None:
     with pytest.raises(LoraGANError, match="worked and answers must be at least 0, and one of them 1"):
         DigitChains(worked=0, answers=0)
-    with pytest.raises(LoraGANError, match="length must be at least 1"):
+    with pytest.raises(LoraGANError, match="length and worked_length must be at least 1, got 0 and 0"):
         DigitChains(length=0)
     with pytest.raises(LoraGANError, match="there are no 400 different chains of length 1"):
         list(DigitChains(length=1).rows())
@@ -102,3 +103,20 @@ def test_prompts_of_which_nothing_is_known_are_half_of_the_rows() -> None:
     assert {example.prompt for example in fewer} == asked[0] | asked[1], "the same ones are known without them"
     with pytest.raises(LoraGANError, match="prompts must be at least 0, got -1"):
         DigitChains(prompts=-1)
+
+
+def test_worked_questions_can_be_shorter_than_those_that_are_asked() -> None:
+    found = by_split(DigitChains(worked=24, answers=16, prompts=200, worked_length=3))
+    steps = [len(STEP.findall(example.target)) for example in found["train"] if example.target]
+    assert set(steps) == {3} and len(steps) == 4 * 24
+    assert {len(STEP.findall(example.target)) for split in ("test", "validation") for example in found[split]} == {4}
+    assert sum(bool(example.answers) and not example.target for example in found["train"]) == 6 * 16
+    asked = {example.prompt for example in found["train"] if not example.target}
+    assert {len(re.findall("plus|minus|times", prompt)) for prompt in asked} == {4} and len(asked) == 216
+    with pytest.raises(LoraGANError, match="length and worked_length must be at least 1, got 4 and 0"):
+        DigitChains(worked_length=0)
+
+
+def test_few_answers_are_repeated_beside_more_worked_questions() -> None:
+    train = by_split(DigitChains(worked=24, answers=8))["train"]
+    assert [sum(bool(example.target) == with_work for example in train) for with_work in (True, False)] == [24, 24]

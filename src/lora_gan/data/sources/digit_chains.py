@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from random import Random
 from typing import Literal
 
@@ -29,16 +28,18 @@ class DigitChains(Source):
         length: int = 4,
         seed: int = 0,
         prompts: int = 0,
+        worked_length: int | None = None,
     ) -> None:
         """
         Args:
             worked: Training questions with the work as target; they are repeated so that they are half of the rows.
-            answers: Training questions with a final answer alone.
+            answers: Training questions with a final answer alone; likewise repeated if they are fewer.
             target: What a question without work has as target: none, for a policy gradient, or the answer's sentence.
             length: Operations in a chain.
             seed: Of the training questions; those of validation and test are always the same.
             prompts: Training questions of which nothing is known. The others are repeated so that they are half of the
                 rows.
+            worked_length: Operations in a training question with the work; by default ``length``.
 
         Raises:
             LoraGANError: There is no training question, or a chain has no operation.
@@ -46,12 +47,13 @@ class DigitChains(Source):
         super().__init__()
         if worked < 0 or answers < 0 or worked + answers < 1:
             raise LoraGANError(f"worked and answers must be at least 0, and one of them 1; got {worked} and {answers}")
-        if length < 1:
-            raise LoraGANError(f"length must be at least 1, got {length}")
+        worked_length = length if worked_length is None else worked_length
+        if min(length, worked_length) < 1:
+            raise LoraGANError(f"length and worked_length must be at least 1, got {length} and {worked_length}")
         if prompts < 0:
             raise LoraGANError(f"prompts must be at least 0, got {prompts}")
         self.worked, self.answers, self.target, self.length, self.seed = worked, answers, target, length, seed
-        self.prompts = prompts
+        self.prompts, self.worked_length = prompts, worked_length
 
     @property
     def name(self) -> str:
@@ -69,16 +71,17 @@ class DigitChains(Source):
         held_out = _different(Random(FIRST), self.length, TEST + VALIDATION, set())
         for place, chain in enumerate(held_out):
             yield self._example(chain, worked(chain), "test" if place < TEST else "validation")
-        count = self.worked + self.answers + self.prompts
-        trained = iter(_different(Random(self.seed), self.length, count, set(held_out)))
-        shown = [self._example(chain, worked(chain), "train") for chain in islice(trained, self.worked)]
-        known = islice(trained, self.answers)
-        answered = [self._example(chain, answer(chain) if self.target == "answer" else "", "train") for chain in known]
-        answered = _repeated(answered, self.prompts / 2)
-        yield from _repeated(shown, len(answered))
-        yield from answered
-        for chain in trained:
-            yield self._asked(chain)
+        random = Random(self.seed)
+        with_work = _different(random, self.worked_length, self.worked, set(held_out))
+        others = _different(random, self.length, self.answers + self.prompts, {*held_out, *with_work})
+        shown = [self._example(chain, worked(chain), "train") for chain in with_work]
+        known = [self._answered(chain) for chain in others[: self.answers]]
+        known = _repeated(known, max(self.prompts / 2, len(shown)))
+        yield from (*_repeated(shown, len(known)), *known)
+        yield from (self._asked(chain) for chain in others[self.answers :])
+
+    def _answered(self, chain: Chain) -> Example:
+        return self._example(chain, answer(chain) if self.target == "answer" else "", "train")
 
     def _asked(self, chain: Chain) -> Example:
         asked = question(chain)
@@ -98,10 +101,10 @@ def _repeated(examples: list[Example], wanted: float) -> list[Example]:
 def _different(random: Random, length: int, count: int, taken: set[Chain]) -> list[Chain]:
     """Chains that differ from each other and from those that are taken."""
     found: dict[Chain, None] = {}
-    for _ in range(1000 * count):
+    for _ in range(1000 * count + 1):
         if len(found) == count:
             return list(found)
         chain = draw(random, length)
         if chain not in taken:
             found[chain] = None
-    raise LoraGANError(f"there are no {count} different chains of length {length} beside the held-out ones; take fewer")
+    raise LoraGANError(f"there are no {count} different chains of length {length} beside the others; take fewer")

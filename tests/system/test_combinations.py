@@ -39,6 +39,7 @@ from lora_gan.discriminator.objectives import (
     DiscriminatorObjective,
     GanBCE,
     ListwiseSoftmax,
+    RewardRanking,
     RewardRegression,
 )
 from lora_gan.errors import LoraGANError
@@ -54,6 +55,7 @@ OBJECTIVES: dict[str, Callable[[], DiscriminatorObjective]] = {
     "score": ClosenessRegression,
     "grades": ClosenessOrdinal,
     "real or generated": GanBCE,
+    "ranking by reward": RewardRanking,
     "Bradley–Terry": BradleyTerry,
     "pair softmax": ListwiseSoftmax,
     "auxiliary": lambda: Auxiliary("share_of_a"),

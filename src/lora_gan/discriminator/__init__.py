@@ -37,6 +37,7 @@ from lora_gan.discriminator.objectives import (
     DiscriminatorObjective,
     GanBCE,
     ListwiseSoftmax,
+    RewardRanking,
     RewardRegression,
 )
 from lora_gan.discriminator.replay import Replay
@@ -72,6 +73,7 @@ __all__ = [
     "Refusal",
     "Repetition",
     "Replay",
+    "RewardRanking",
     "RewardRegression",
     "ShuffledWords",
     "StraightThrough",

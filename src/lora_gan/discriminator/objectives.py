@@ -160,6 +160,27 @@ class BradleyTerry(DiscriminatorObjective):
         return _mean_of(outputs, losses, "discriminator/error_")
 
 
+class RewardRanking(DiscriminatorObjective):
+    """Rank the completions of a prompt by their reward: mean of −log σ(score of the better − score of the worse).
+
+    The pair loss of reward models (arXiv 2203.02155, eq. 1) on samples and targets. What all completions of a prompt
+    have in common, such as the prompt's difficulty or the length of its answers, cannot help to tell them apart, as it
+    can where every completion is judged by itself (:class:`ClosenessBCE`).
+    """
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        rewarded = [(x, reward, known) for _, x, reward, known in _rewarded(outputs)]
+        if not rewarded:
+            return _mean_of(outputs, {}, "discriminator/error_")
+        score, prompt, reward = (
+            torch.cat(values)
+            for values in zip(*((x.score[known], x.prompt[known], r[known]) for x, r, known in rewarded), strict=True)
+        )
+        better = (prompt[:, None] == prompt[None, :]) & (reward[:, None] > reward[None, :])
+        losses = softplus(score[None, :] - score[:, None])[better]
+        return _mean_of(outputs, {"ranking": losses.mean()} if len(losses) else {}, "discriminator/error_")
+
+
 class ListwiseSoftmax(DiscriminatorObjective):
     """Find the target among the other completions to its prompt: cross-entropy of a softmax over all of their scores.
 

@@ -18,6 +18,7 @@ from lora_gan.discriminator.objectives import (
     DiscriminatorObjective,
     GanBCE,
     ListwiseSoftmax,
+    RewardRanking,
     RewardRegression,
     discriminator_metrics,
 )
@@ -253,6 +254,30 @@ def test_bradley_terry_by_hand() -> None:
 def test_samples_need_not_be_over_negatives() -> None:
     found = BradleyTerry(samples_over_negatives=False)(ranked())
     assert found.loss.item() == pytest.approx(((cost(1) + cost(0)) / 2 + cost(2)) / 2)
+
+
+def test_reward_ranking_by_hand() -> None:
+    """Prompt 0: the target (1) over both samples (0 and ½), and ½ over 0. Prompt 1: equal rewards rank nothing.
+
+    Prompt 2: nothing is known of its sample. The hard negative has no reward.
+    """
+    nan = math.nan
+    found = RewardRanking()(
+        {
+            "target": output([2.0], prompt=[0], reward=[1.0], is_target=[True]),
+            "sampled": output([1.0, 3.0, 5.0, 7.0, 9.0], prompt=[0, 0, 1, 1, 2], reward=[0.0, 0.5, 1.0, 1.0, nan]),
+            "hard": output([0.0], prompt=[0]),
+        }
+    )
+    assert found.loss.item() == pytest.approx((cost(2 - 1) + cost(2 - 3) + cost(3 - 1)) / 3)
+    assert list(found.metrics) == ["discriminator/error_ranking"]
+
+
+def test_reward_ranking_without_a_pair_is_zero() -> None:
+    alike = {"target": output([], reward=[]), "sampled": output([1.0, 3.0], prompt=[0, 0], reward=[1.0, 1.0])}
+    for outputs_ in (alike, {"target": output([]), "sampled": output([1.0])}):
+        found = RewardRanking()(outputs_)
+        assert found.loss.item() == 0 and found.loss.requires_grad
 
 
 def test_bradley_terry_ranks_the_opponent_as_it_ranks_a_sample() -> None:

@@ -63,12 +63,12 @@ class AgainstTarget(AdversarialReward):
 
 
 class WeightedVote(AdversarialReward):
-    """Probability that the best of the prompt's completions has this one's final answer: a vote by credibility.
+    """Share of the prompt's σ(D) that stands behind the completion's final answer: a vote by credibility.
 
-    In [0, 1]: agreement as in :class:`~lora_gan.rewards.SelfConsistency`, in which a completion counts exp(D), its
-    odds (the verifier-weighted vote of DiVeRSe, arXiv 2206.02336, as a reward). So the discriminator can outvote a
-    wrong majority, its mistakes about single completions average out, and what it says of all of them alike counts
-    for nothing. A completion without a final answer gets 0.
+    In [0, 1]: agreement as in :class:`~lora_gan.rewards.SelfConsistency`, in which a completion counts as much as the
+    discriminator believes it (the verifier-weighted vote of DiVeRSe, arXiv 2206.02336, as a reward). So the
+    discriminator can outvote a wrong majority, and its mistakes about single completions average out. A completion
+    without a final answer gets 0.
     """
 
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
@@ -77,8 +77,8 @@ class WeightedVote(AdversarialReward):
         number = {vote: place for place, vote in enumerate(dict.fromkeys(votes), 1)}
         answers = disc_scores.sampled.new_tensor([number[vote] if vote else 0 for vote in votes]).view(-1, k)
         same = (answers[:, :, None] == answers[:, None, :]) & (answers > 0)[:, :, None]  # (B, K, K)
-        weight = disc_scores.per_prompt.softmax(-1)
-        return (same * weight[:, None, :]).sum(-1).flatten()
+        weight = disc_scores.per_prompt.sigmoid()
+        return ((same * weight[:, None, :]).sum(-1) / weight.sum(-1, keepdim=True)).flatten()
 
 
 class WinRate(AdversarialReward):

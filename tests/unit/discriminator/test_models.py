@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from lora_gan.advantages import MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
 from lora_gan.discriminator import (
     AdapterDiscriminator,
@@ -33,6 +34,7 @@ from lora_gan.discriminator import (
 from lora_gan.discriminator.inputs import completion_leads
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import AfterMarker
+from lora_gan.sampling import Sampling
 from lora_gan.types import DiscriminatorBatch, PromptBatch
 from tests.conftest import randomise
 from tests.helpers.steps import Build, fit, moved, state
@@ -530,16 +532,19 @@ def separable(make_batch: Callable[..., PromptBatch]) -> Callable[[int, int], Pr
 def test_a_critic_names_the_target_whichever_place_it_has(
     build: Build, separable: Callable[[int, int], PromptBatch]
 ) -> None:
-    """Trained on 16 prompts, asked about 30 others."""
+    """Trained on 32 prompts, asked about 60 others."""
     module = build(
         model=PairwiseDiscriminator(),
         objective=PairwisePayoff(),
         policy=0.0,
         supervised=0.0,
+        sampling=Sampling(max_new_tokens=2),
+        num_generations=1,
+        advantage=MovingAverage(),
         discriminator_optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0),
     )
-    fit(module, [separable(0, 16)], 40)
-    others = separable(20, 50)
+    fit(module, [separable(0, 32)], 40)
+    others = separable(40, 100)
     asked = DiscriminatorBatch(
         others.prompt_ids, others.target_ids, {"hard": [list(row) for row in others.negative_ids]}
     )

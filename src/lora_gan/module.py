@@ -165,6 +165,12 @@ class LoraGANModule(Evaluated):
                     f"{type(part).__name__} compares a prompt's completions: num_generations must be at least 2; "
                     f"got {self.num_generations}"
                 )
+        if self.adversarial_reward.needs_comparison and not self.discriminator.model.compares:
+            raise LoraGANError(
+                f"{type(self.adversarial_reward).__name__} needs a discriminator that compares a completion with its "
+                f"target, such as PairwiseDiscriminator; {type(self.discriminator.model).__name__} does not: choose "
+                "another discriminator, or another adversarial_reward"
+            )
         if self.configured_coefficients.coupled and not self.discriminator.model.differentiable:
             raise LoraGANError(
                 "coefficients.coupled needs a differentiable discriminator, such as AdapterDiscriminator that reads "

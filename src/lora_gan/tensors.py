@@ -50,6 +50,14 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return r.exp() - r - 1
 
 
+def davidson(margin: Tensor, tie_logit: Tensor) -> Tensor:
+    """Probabilities that a side of a comparison wins, loses and ties (Davidson 1970): (M,), (M,) → (3, M).
+
+    P(win) ∝ e^{s/2}, P(loss) ∝ e^{−s/2} and P(tie) ∝ e^t for the side's margin s and the tie's logit t.
+    """
+    return torch.stack([margin / 2, -margin / 2, tie_logit]).softmax(0)
+
+
 def pad(rows: Sequence[Tensor], value: int = 0) -> Tensor:
     """Rows of unequal length → (len(rows), longest), filled with ``value`` on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

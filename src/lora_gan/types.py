@@ -328,6 +328,7 @@ class DiscriminatorScores:
     num_generations: int
     metrics: Mapping[str, Tensor]  # scalars to log
     answers: tuple[str | None, ...] = ()  # N final answers of the sampled completions, None where there is none
+    tie_logit: Tensor | None = None  # (N,) of a tie of sampled completion and target; None if none are compared
 
     @property
     def per_prompt(self) -> Tensor:

@@ -28,6 +28,7 @@ from lora_gan.discriminator import (
     HiddenStatesDiscriminator,
     LikelihoodDiscriminator,
     OwnBaseDiscriminator,
+    PairwiseDiscriminator,
 )
 from lora_gan.discriminator.objectives import (
     Auxiliary,
@@ -39,6 +40,7 @@ from lora_gan.discriminator.objectives import (
     DiscriminatorObjective,
     GanBCE,
     ListwiseSoftmax,
+    PairwisePayoff,
     RewardRanking,
     RewardRegression,
 )
@@ -58,6 +60,7 @@ OBJECTIVES: dict[str, Callable[[], DiscriminatorObjective]] = {
     "ranking by reward": RewardRanking,
     "Bradley–Terry": BradleyTerry,
     "pair softmax": ListwiseSoftmax,
+    "payoff": PairwisePayoff,
     "auxiliary": lambda: Auxiliary("share_of_a"),
     "combined": lambda: Combined([BradleyTerry(), Auxiliary("share_of_a")], [1.0, 0.5]),
 }
@@ -74,6 +77,7 @@ MODELS: dict[str, Callable[[str], DiscriminatorModel]] = {
     "own base": lambda base: OwnBaseDiscriminator(base, LoraSettings(2, 4)),
     "hidden states": lambda base: HiddenStatesDiscriminator(width=8, layers=1, heads=2),
     "likelihood": lambda base: LikelihoodDiscriminator(),
+    "pairwise": lambda base: PairwiseDiscriminator(),
 }
 INTERCEPT = "discriminator.model.intercept"  # of the likelihood, which objectives that compare scores do not move
 
@@ -95,7 +99,8 @@ def parameters(module: LoraGANModule) -> dict[str, Tensor]:
 def learners(module: LoraGANModule, model: str) -> set[str]:
     """Groups of parameters that a step has to move."""
     values = {"generator.value_head."} if module.generator.value_head is not None else set()
-    adapters = {"adapter": {".discriminator.", "backbone.score_head."}, "likelihood": {".discriminator."}}
+    adapter = {".discriminator.", "backbone.score_head."}
+    adapters = {"adapter": adapter, "pairwise": adapter, "likelihood": {".discriminator."}}
     theirs = adapters.get(model, {"discriminator.model."})
     return {f".{GENERATOR}."} | values | theirs
 
@@ -108,6 +113,10 @@ def test_every_combination_runs_a_step(
     """All advantages with both policy losses: the report is finite, both roles move, and nothing else does."""
     if OBJECTIVES[objective]().needs_auxiliary and not MODELS[model](bases["llama"]).has_auxiliary:
         with pytest.raises(LoraGANError, match="has no auxiliary head for the objective Auxiliary; choose another"):
+            build(model=MODELS[model](bases["llama"]), objective=OBJECTIVES[objective]())
+        return
+    if OBJECTIVES[objective]().needs_comparison and not MODELS[model](bases["llama"]).compares:
+        with pytest.raises(LoraGANError, match="does not compare a completion with its target"):
             build(model=MODELS[model](bases["llama"]), objective=OBJECTIVES[objective]())
         return
     batch = make_batch(("Say a", "a", "b"), ("Hi", "yes", "no"))

@@ -15,7 +15,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lora_gan.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-EXPERIMENTS = ["qa", "reinforce", "ppo", "twin", "lora_gan", "rlgaf", "gad", "self_play", "online", "chat_gan"]
+EXPERIMENTS = [
+    "qa",
+    "reinforce",
+    "ppo",
+    "twin",
+    "lora_gan",
+    "rlgaf",
+    "gad",
+    "raro",
+    "self_play",
+    "online",
+    "chat_gan",
+]
 VARIANTS = {
     "textgail": "reinforce",
     "own_discriminator": "reinforce",

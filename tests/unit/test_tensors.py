@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_gan.tensors import (
+    davidson,
     group_normalise,
     in_float32,
     kl_k3,
@@ -38,6 +39,14 @@ def test_masked_values_get_no_gradient() -> None:
     masked_mean(x, MASK).backward()
     assert x.grad is not None
     assert torch.equal(x.grad, MASK / 3)
+
+
+def test_davidson_by_hand() -> None:
+    """Margin 2·ln 3 and tie e^t = ⅔: 3, ⅓ and ⅔ of 4. Margin 0 and e^t = 2: 1, 1 and 2 of 4. Turned, the sides swap."""
+    margin, tie = torch.tensor([2 * math.log(3), 0.0]), torch.tensor([2 / 3, 2.0]).log()
+    found = davidson(margin, tie)
+    torch.testing.assert_close(found, torch.tensor([[3 / 4, 1 / 4], [1 / 12, 1 / 4], [1 / 6, 1 / 2]]))
+    torch.testing.assert_close(davidson(-margin, tie), found[[1, 0, 2]])
 
 
 def test_k3_by_hand() -> None:

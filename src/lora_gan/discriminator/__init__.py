@@ -6,6 +6,7 @@ from lora_gan.discriminator.inputs import (
     CompletionOnly,
     InputFormat,
     PromptAndCompletion,
+    TargetAndCompletion,
     WorkOnly,
 )
 from lora_gan.discriminator.models import (
@@ -14,6 +15,7 @@ from lora_gan.discriminator.models import (
     HiddenStatesDiscriminator,
     LikelihoodDiscriminator,
     OwnBaseDiscriminator,
+    PairwiseDiscriminator,
 )
 from lora_gan.discriminator.negatives import (
     CutShort,
@@ -37,6 +39,7 @@ from lora_gan.discriminator.objectives import (
     DiscriminatorObjective,
     GanBCE,
     ListwiseSoftmax,
+    PairwisePayoff,
     RewardRanking,
     RewardRegression,
 )
@@ -69,6 +72,8 @@ __all__ = [
     "Negatives",
     "OtherCompletions",
     "OwnBaseDiscriminator",
+    "PairwiseDiscriminator",
+    "PairwisePayoff",
     "PromptAndCompletion",
     "Refusal",
     "Repetition",
@@ -78,5 +83,6 @@ __all__ = [
     "ShuffledWords",
     "StraightThrough",
     "Swapped",
+    "TargetAndCompletion",
     "WorkOnly",
 ]

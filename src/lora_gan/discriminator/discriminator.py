@@ -79,6 +79,11 @@ class Discriminator(nn.Module):
                 f"{type(self.model).__name__} has no auxiliary head for the objective Auxiliary; choose another "
                 "discriminator, such as AdapterDiscriminator, or another objective"
             )
+        if self.objective.needs_comparison and not self.model.compares:
+            raise LoraGANError(
+                f"{type(self.model).__name__} does not compare a completion with its target, as the objective "
+                "PairwisePayoff needs; choose PairwiseDiscriminator, or another objective"
+            )
         kinds = [source.kind for source in self.negatives]
         twice = {kind for kind in kinds if kinds.count(kind) > 1}
         if twice:
@@ -128,7 +133,15 @@ class Discriminator(nn.Module):
                 optimization.step(DISCRIMINATOR)
         self.remember(shown)
         theirs = fresh[OPPONENT].score if OPPONENT in fresh else scores.total[:0]
-        return DiscriminatorScores(fresh[SAMPLED].score, fresh[TARGET].score, theirs, rollout.num_generations, metrics)
+        sampled = fresh[SAMPLED]
+        return DiscriminatorScores(
+            sampled=sampled.score,
+            target=fresh[TARGET].score,
+            opponent=theirs,
+            num_generations=rollout.num_generations,
+            metrics=metrics,
+            tie_logit=sampled.auxiliary if self.model.compares else None,
+        )
 
     def can_judge(self, backbone: Backbone) -> bool:
         """Whether it has learned, and can score a completion of which no target is known."""

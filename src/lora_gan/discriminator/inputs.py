@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_gan.data.tokenizer import encode_completions
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import FinalAnswer
-from lora_gan.types import DiscriminatorBatch
+from lora_gan.types import DiscriminatorBatch, as_lists
 
 Branches = Mapping[str, Sequence[Sequence[Tensor]]]
 
@@ -81,6 +82,65 @@ class CompletionAndTarget(InputFormat):
             for kind, rows in batch.completions.items()
         }
         return DiscriminatorInput([begin] * len(batch.prompts), branches)
+
+
+class TargetAndCompletion(InputFormat):
+    """The prompt, then target and completion as two candidates, in an order that says nothing about which is which.
+
+    A completion to a prompt without a target stands beside an empty one.
+
+    Args:
+        before: Text between the prompt and the first candidate.
+        between: Text between the two.
+        after: Text behind the second, before EOS.
+    """
+
+    reads_target = True
+    keeps_tokens = False
+
+    def __init__(self, before: str = " A: ", between: str = " B: ", after: str = "") -> None:
+        self.before = before
+        self.between = between
+        self.after = after
+
+    def __call__(self, batch: DiscriminatorBatch, tokenizer: PreTrainedTokenizerBase) -> DiscriminatorInput:
+        before, between, after = (
+            batch.prompts[0].new_tensor(tokenizer.encode(text, add_special_tokens=False))
+            for text in (self.before, self.between, self.after)
+        )
+
+        def joined(completion: Tensor, target: Tensor, leads: bool) -> Tensor:
+            first, second = (completion, target) if leads else (target, completion)
+            return torch.cat([before, first[:-1], between, second[:-1], after, second[-1:]])
+
+        branches = {
+            kind: [
+                [joined(completion, target, leads) for completion, leads in zip(completions, row, strict=True)]
+                for completions, target, row in zip(batch.completions[kind], batch.targets, rows, strict=True)
+            ]
+            for kind, rows in completion_leads(batch).items()
+        }
+        return DiscriminatorInput(batch.prompts, branches)
+
+
+def completion_leads(batch: DiscriminatorBatch) -> dict[str, list[list[bool]]]:
+    """By kind, for each prompt, which of its completions stand before the target.
+
+    A hash of the tokens decides: half of the pairs, the same ones whenever they are read. The prompt takes part, so
+    that one target and completion (yes, no) do not have the same order everywhere.
+    """
+    known = list(zip(as_lists(batch.prompts), as_lists(batch.targets), strict=True))
+    return {
+        kind: [
+            [_coin((pair, completion)) for completion in as_lists(row)] for pair, row in zip(known, rows, strict=True)
+        ]
+        for kind, rows in batch.completions.items()
+    }
+
+
+def _coin(ids: object) -> bool:
+    """A bit of a cryptographic hash; a bit of a checksum is a parity of the ids' bits, so alike pairs fall alike."""
+    return sha256(repr(ids).encode()).digest()[0] % 2 == 0
 
 
 class WorkOnly(InputFormat):

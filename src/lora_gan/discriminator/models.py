@@ -31,7 +31,13 @@ from lora_gan.backbone import (
 )
 from lora_gan.context import model_context
 from lora_gan.data.tokenizer import encode_completions, load_tokenizer
-from lora_gan.discriminator.inputs import DiscriminatorInput, InputFormat, PromptAndCompletion
+from lora_gan.discriminator.inputs import (
+    DiscriminatorInput,
+    InputFormat,
+    PromptAndCompletion,
+    TargetAndCompletion,
+    completion_leads,
+)
 from lora_gan.errors import LoraGANError
 from lora_gan.number_formats import AUTO
 from lora_gan.tensors import in_float32
@@ -48,7 +54,8 @@ class DiscriminatorModel(nn.Module, ABC):
         input_format: What it reads; by default the completion after its prompt.
     """
 
-    has_auxiliary = True  # False: its auxiliary prediction is always 0
+    has_auxiliary = True  # False: its auxiliary prediction is always 0, or the logit of a tie
+    compares = False  # True: a score is a completion's margin over its target, and auxiliary the logit of a tie
     differentiable = False  # True: defines `tree` and `score_embedded`, so that a gradient can reach the generator
 
     def __init__(self, input_format: InputFormat | None = None) -> None:
@@ -127,6 +134,34 @@ class AdapterDiscriminator(DiscriminatorModel):
 
     def start_from_generator(self, backbone: Backbone) -> None:
         backbone.copy_adapter(GENERATOR, DISCRIMINATOR)
+
+
+class PairwiseDiscriminator(AdapterDiscriminator):
+    """The second adapter as a critic that reads target and completion side by side: which is the target, or a tie?
+
+    The critic of RARO (arXiv 2511.21667) with the two outputs of the linear head in place of a written verdict: a
+    margin s of the first over the second, and the logit t of a tie; the probabilities are Davidson's (1970), see
+    :func:`lora_gan.tensors.davidson`. The score is the margin in favour of the completion, so a target has the score
+    0, as has a completion that equals it: below 0 the completion loses. A score says nothing where there is no target.
+    Its objective is :class:`PairwisePayoff`, its reward :class:`lora_gan.rewards.Payoff`.
+
+    Args:
+        input_format: How the two stand behind the prompt.
+    """
+
+    differentiable = False
+    has_auxiliary = False
+    compares = True
+
+    def __init__(self, input_format: TargetAndCompletion | None = None) -> None:
+        super().__init__(input_format or TargetAndCompletion())
+
+    def forward(self, backbone: Backbone, batch: DiscriminatorBatch) -> dict[str, Tensor]:
+        leads = completion_leads(batch)
+        return {
+            kind: torch.stack([x[:, 0] * _sides(batch, kind, leads[kind]).to(x), x[:, 1]], -1)
+            for kind, x in super().forward(backbone, batch).items()
+        }
 
 
 class LikelihoodDiscriminator(AdapterDiscriminator):
@@ -274,6 +309,12 @@ class HiddenStatesDiscriminator(DiscriminatorModel):
         encoded = self.encoder(self.project(states), src_key_padding_mask=~mask)
         mean = torch.where(mask[..., None], encoded.float(), 0).sum(1) / mask.sum(1, keepdim=True)
         return in_float32(self.head, mean)
+
+
+def _sides(batch: DiscriminatorBatch, kind: str, leads: list[list[bool]]) -> Tensor:
+    """(M,) 1 for a completion before its target, −1 for one behind it, and 0 for the target itself."""
+    first = torch.tensor([lead for row in leads for lead in row], dtype=torch.bool)
+    return torch.where(torch.tensor(batch.are_targets(kind), dtype=torch.bool), 0, first * 2 - 1)
 
 
 def _warn_of_unused_head(lm: PeftModel) -> None:

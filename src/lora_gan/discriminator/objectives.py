@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 from lora_gan.errors import LoraGANError
+from lora_gan.tensors import davidson
 from lora_gan.types import ACCURACY, DiscriminatorOutput, LossTerm
 
 SAMPLED, TARGET, OPPONENT = "sampled", "target", "opponent"
@@ -20,6 +21,7 @@ class DiscriminatorObjective(ABC):
     """Turns the discriminator's outputs into its loss."""
 
     needs_auxiliary = False  # True: needs a model with an auxiliary head
+    needs_comparison = False  # True: needs a model that compares completion and target
 
     @abstractmethod
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
@@ -199,6 +201,44 @@ class ListwiseSoftmax(DiscriminatorObjective):
         return _mean_of(outputs, {"softmax": losses.mean()} if len(losses) else {}, "discriminator/error_")
 
 
+class PairwisePayoff(DiscriminatorObjective):
+    """Name the target among two: the expected payoff, 1 if it is named and ``tie`` for a tie (RARO, arXiv 2511.21667).
+
+    RARO estimates its gradient from sampled verdicts; three probabilities give it exactly. The loss is
+    −mean(payoff + entropy·H) over all pairs of a target and another completion to its prompt, with the entropy H of
+    the three outcomes. A completion that equals the target is left out: there is nothing to tell apart, and a ``tie``
+    below ½ would teach that such a pair is none.
+
+    Args:
+        tie: What a tie pays, in [0, 1]; above ½ it pays to call a tie when in doubt.
+        entropy: Weight of H, at least 0. Before anything is learned, a tie above ½ pays best; with 0 it soon has all of
+            the probability, and there the payoff has no slope.
+    """
+
+    needs_comparison = True
+
+    def __init__(self, tie: float = 0.55, entropy: float = 0.2) -> None:
+        if not 0 <= tie <= 1:
+            raise LoraGANError(f"tie of PairwisePayoff must be in [0, 1], got {tie}")
+        if not entropy >= 0:
+            raise LoraGANError(f"entropy of PairwisePayoff must be at least 0, got {entropy}")
+        self.tie, self.entropy = tie, entropy
+
+    def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
+        known, score, tie_logit = outputs[TARGET].prompt, [], []
+        for x in (x for kind, x in outputs.items() if kind != TARGET):
+            paired = torch.isin(x.prompt, known) & ~x.is_target
+            score.append(x.score[paired])
+            tie_logit.append(x.auxiliary[paired])
+        outcomes = davidson(-torch.cat(score), torch.cat(tie_logit))
+        named, _, tied = outcomes
+        if not len(named):
+            return _mean_of(outputs, {}, "")
+        payoff, entropy = (named + self.tie * tied).mean(), torch.special.entr(outcomes).sum(0).mean()
+        found = {"discriminator/payoff": payoff.detach(), "discriminator/ties": tied.detach().mean()}
+        return LossTerm(-payoff - self.entropy * entropy, found)
+
+
 class Auxiliary(DiscriminatorObjective):
     """Predict one part of the reward, such as perplexity, with the auxiliary head: mean squared error.
 
@@ -233,6 +273,7 @@ class Combined(DiscriminatorObjective):
         self.objectives = objectives
         self.weights = weights or [1.0] * len(objectives)
         self.needs_auxiliary = any(objective.needs_auxiliary for objective in objectives)
+        self.needs_comparison = any(objective.needs_comparison for objective in objectives)
         if not objectives or len(self.weights) != len(objectives):
             raise LoraGANError(
                 f"need at least one objective and a weight for each, got {len(objectives)} objectives and "

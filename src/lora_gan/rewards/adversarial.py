@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lora_gan.errors import LoraGANError
+from lora_gan.tensors import davidson
 from lora_gan.text_metrics import normalise
 from lora_gan.types import DiscriminatorScores
 
@@ -16,6 +17,7 @@ class AdversarialReward(ABC):
     """Turns the discriminator's scores of the sampled completions into a reward, (N,)."""
 
     needs_opponent = False  # True: needs completions of an earlier generator to the same prompts
+    needs_comparison = False  # True: needs a discriminator that compares completion and target
 
     @abstractmethod
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
@@ -54,12 +56,31 @@ class AgainstTarget(AdversarialReward):
     """σ(D(completion) − D(target)), in [0, 1]: the probability of a pair softmax (TextGAIL, arXiv 2004.13796)."""
 
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
-        if len(disc_scores.target) != len(disc_scores.per_prompt):
-            raise LoraGANError(
-                f"AgainstTarget needs a target for each prompt, got {len(disc_scores.target)} targets for "
-                f"{len(disc_scores.per_prompt)} prompts; choose another adversarial reward"
-            )
+        _require_targets(self, disc_scores)
         return (disc_scores.per_prompt - disc_scores.target[:, None]).sigmoid().flatten()
+
+
+class Payoff(AdversarialReward):
+    """P(the completion is named as the target) + ``tie``·P(tie), in [0, 1] (RARO, arXiv 2511.21667).
+
+    Args:
+        tie: What a tie pays, in [0, 1].
+    """
+
+    needs_comparison = True
+
+    def __init__(self, tie: float = 0.5) -> None:
+        if not 0 <= tie <= 1:
+            raise LoraGANError(f"tie of Payoff must be in [0, 1], got {tie}")
+        self.tie = tie
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        _require_targets(self, disc_scores)
+        if disc_scores.tie_logit is None:
+            raise LoraGANError("Payoff needs the logits of ties, which PairwiseDiscriminator gives; got none")
+        named, _, tied = davidson(disc_scores.sampled, disc_scores.tie_logit)
+        payoff: Tensor = named + self.tie * tied
+        return payoff
 
 
 class WeightedVote(AdversarialReward):
@@ -93,3 +114,11 @@ class WinRate(AdversarialReward):
         mine, theirs = disc_scores.per_prompt, disc_scores.opponent.view(-1, disc_scores.num_generations)
         lead = mine[:, :, None] - theirs[:, None, :]  # (B, K, K)
         return (lead.sign() / 2 + 0.5).mean(-1).flatten()
+
+
+def _require_targets(reward: AdversarialReward, disc_scores: DiscriminatorScores) -> None:
+    if len(disc_scores.target) != len(disc_scores.per_prompt):
+        raise LoraGANError(
+            f"{type(reward).__name__} needs a target for each prompt, got {len(disc_scores.target)} targets for "
+            f"{len(disc_scores.per_prompt)} prompts; choose another adversarial reward"
+        )

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from lora_gan.advantages import MovingAverage
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, LoraSettings
 from lora_gan.discriminator import (
     AdapterDiscriminator,
@@ -24,11 +25,16 @@ from lora_gan.discriminator import (
     InputFormat,
     LikelihoodDiscriminator,
     OwnBaseDiscriminator,
+    PairwiseDiscriminator,
+    PairwisePayoff,
     PromptAndCompletion,
+    TargetAndCompletion,
     WorkOnly,
 )
+from lora_gan.discriminator.inputs import completion_leads
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import AfterMarker
+from lora_gan.sampling import Sampling
 from lora_gan.types import DiscriminatorBatch, PromptBatch
 from tests.conftest import randomise
 from tests.helpers.steps import Build, fit, moved, state
@@ -409,7 +415,13 @@ def test_scores_are_in_float32_under_bf16_mixed(name: str, backbone: Backbone, d
 def test_only_the_adapter_can_be_differentiated_through() -> None:
     found: list[type[DiscriminatorModel]] = [
         j
-        for j in (AdapterDiscriminator, HiddenStatesDiscriminator, OwnBaseDiscriminator, LikelihoodDiscriminator)
+        for j in (
+            AdapterDiscriminator,
+            HiddenStatesDiscriminator,
+            OwnBaseDiscriminator,
+            LikelihoodDiscriminator,
+            PairwiseDiscriminator,
+        )
         if j.differentiable
     ]
     assert found == [AdapterDiscriminator]
@@ -458,3 +470,96 @@ def test_likelihood_learns_with_its_adapter_and_its_intercept_alone(build: Build
     for beta in (0.0, float("inf")):
         with pytest.raises(LoraGANError, match="beta must be a finite number above 0"):
             LikelihoodDiscriminator(beta)
+
+
+# target and completion side by side
+
+
+def test_both_candidates_stand_behind_the_prompt(
+    disc_batch: DiscriminatorBatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reading = TargetAndCompletion(after=" ?")(disc_batch, tokenizer)
+    assert reading.beginnings == disc_batch.prompts
+    leads = completion_leads(disc_batch)
+    seen = set()
+    for kind, rows in ANSWERS.items():
+        for b, row in enumerate(rows):
+            for completion, found, first in zip(row, reading.branches[kind][b], leads[kind][b], strict=True):
+                pair = (completion, TARGETS[b]) if first else (TARGETS[b], completion)
+                assert tokenizer.decode(found) == " A: {} B: {} ?".format(*pair) + END
+                seen.add(first)
+    assert seen == {True, False}
+
+
+def test_half_of_the_pairs_stand_in_each_order_and_each_always_in_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Neither the place in the batch nor the kind decides, and one pair of answers has no order of its own."""
+    prompts = tuple(encode(tokenizer, f"Q{n}: ") for n in range(400))
+    yes, no = (encode(tokenizer, text + END) for text in ("yes", "no"))
+    batch = DiscriminatorBatch(prompts, (yes,) * 400, {"sampled": [[no]] * 400, "hard": [[yes, no]] * 400})
+    found = completion_leads(batch)
+    order = [row[0] for row in found["sampled"]]
+    assert 150 < sum(order) < 250
+    assert order == [row[1] for row in found["hard"]]
+    chosen = list(range(7, 400, 3))
+    assert completion_leads(batch.of(chosen))["sampled"] == [[order[b]] for b in chosen]
+
+
+@torch.no_grad()
+def test_a_score_is_the_margin_in_favour_of_the_completion(backbone: Backbone, disc_batch: DiscriminatorBatch) -> None:
+    """From a plain row of its own: the head's first number, turned where the completion is second, 0 for a copy."""
+    model = PairwiseDiscriminator()
+    leads = completion_leads(disc_batch)
+    with model.mode(backbone):
+        found = model(backbone, disc_batch)
+        for kind, rows in ANSWERS.items():
+            wanted = []
+            for b, row in enumerate(rows):
+                for text, first in zip(row, leads[kind][b], strict=True):
+                    pair = (text, TARGETS[b]) if first else (TARGETS[b], text)
+                    ids = encode(backbone.tokenizer, PROMPTS[b] + " A: {} B: {}".format(*pair) + END)
+                    states = backbone.causal_lm.base_model(input_ids=ids[None]).last_hidden_state[0, -1]
+                    margin, tie = backbone.score_head(states).tolist()
+                    wanted.append([0.0 if text == TARGETS[b] else margin if first else -margin, tie])
+            torch.testing.assert_close(found[kind], torch.tensor(wanted).view(-1, 2), atol=1e-4, rtol=1e-4)
+    assert found["sampled"][2, 0] == 0.0
+
+
+@pytest.fixture
+def separable(make_batch: Callable[..., PromptBatch]) -> Callable[[int, int], PromptBatch]:
+    return lambda first, last: make_batch(*((f"Q{n}", f"a{n % 7}a", f"z{n % 5}z") for n in range(first, last)))
+
+
+def test_a_critic_names_the_target_whichever_place_it_has(
+    build: Build, separable: Callable[[int, int], PromptBatch]
+) -> None:
+    """Trained on 32 prompts, asked about 60 others."""
+    module = build(
+        model=PairwiseDiscriminator(),
+        objective=PairwisePayoff(),
+        policy=0.0,
+        supervised=0.0,
+        sampling=Sampling(max_new_tokens=2),
+        num_generations=1,
+        advantage=MovingAverage(),
+        discriminator_optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0),
+    )
+    fit(module, [separable(0, 32)], 40)
+    others = separable(40, 100)
+    asked = DiscriminatorBatch(
+        others.prompt_ids, others.target_ids, {"hard": [list(row) for row in others.negative_ids]}
+    )
+    leads = torch.tensor(completion_leads(asked)["hard"])[:, 0]
+    with module.discriminator.model.mode(module.backbone), torch.no_grad():
+        score = module.discriminator.model(module.backbone, asked)["hard"][:, 0]
+    assert leads.any() and not leads.all()
+    for place in (leads, ~leads):
+        assert (score[place] < 0).float().mean() > 0.9
+
+
+def test_a_pairwise_objective_needs_a_pairwise_model(build: Build) -> None:
+    with pytest.raises(LoraGANError, match=r"AdapterDiscriminator does not compare .*choose PairwiseDiscriminator"):
+        build(objective=PairwisePayoff())
+    module = build(model=PairwiseDiscriminator(), objective=PairwisePayoff())
+    assert not module.discriminator.can_judge(module.backbone)
+    with pytest.raises(LoraGANError, match="coupled needs a differentiable discriminator"):
+        build(model=PairwiseDiscriminator(), objective=PairwisePayoff(), coupled=1.0)

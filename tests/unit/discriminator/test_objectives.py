@@ -18,6 +18,7 @@ from lora_gan.discriminator.objectives import (
     DiscriminatorObjective,
     GanBCE,
     ListwiseSoftmax,
+    PairwisePayoff,
     RewardRanking,
     RewardRegression,
     discriminator_metrics,
@@ -360,6 +361,59 @@ def test_combined_is_the_weighted_sum() -> None:
     for objectives, weights in (([], None), ([ListwiseSoftmax()], [1.0, 2.0])):
         with pytest.raises(LoraGANError, match="a weight for each, got"):
             Combined(objectives, weights)
+
+
+# two beside each other
+
+
+def comparisons() -> dict[str, DiscriminatorOutput]:
+    """Prompt 0 has a target and three completions, of which one is the target; prompt 1 has none."""
+    sampled = output([-2 * LN3, 5.0, 9.0], prompt=[0, 0, 1], is_target=[False, True, False])
+    return {
+        "target": output([0.0], prompt=[0], is_target=[True]),
+        "sampled": replace(sampled, auxiliary=torch.tensor([2 / 3, 7.0, 7.0]).log()),
+        "hard": replace(output([0.0], prompt=[0]), auxiliary=torch.tensor([2.0]).log()),
+    }
+
+
+def test_the_payoff_by_hand() -> None:
+    """The target is named with ¾ and ¼, ties have 1/6 and ½; with 0.6 for a tie (0.85 + 0.55)/2."""
+    result = PairwisePayoff(tie=0.6, entropy=0.0)(comparisons())
+    assert result.loss.item() == pytest.approx(-0.7)
+    entropies = [-sum(p * math.log(p) for p in row) for row in ((3 / 4, 1 / 12, 1 / 6), (1 / 4, 1 / 4, 1 / 2))]
+    open_ = PairwisePayoff(tie=0.6, entropy=0.2)(comparisons())
+    assert open_.loss.item() == pytest.approx(-0.7 - 0.2 * sum(entropies) / 2)
+    assert shown(result) == pytest.approx({"discriminator/payoff": 0.7, "discriminator/ties": 1 / 3})
+    found = discriminator_metrics(comparisons())
+    assert found["discriminator/accuracy_sampled"] == 1.0 and found["discriminator/accuracy_hard"] == 0.5
+    assert found["discriminator/accuracy"] == 0.75
+
+
+def test_nothing_is_learned_without_a_pair() -> None:
+    """From a copy of the target and from a prompt without a target."""
+    given = comparisons()
+    PairwisePayoff()(given).loss.backward()
+    slopes = given["sampled"].score.grad
+    assert slopes is not None and slopes[0] > 0 and not slopes[1:].any()
+    alone = PairwisePayoff()(given | {"target": output([]), "hard": output([])})
+    assert alone.loss.item() == 0.0 and alone.loss.requires_grad and not alone.metrics
+
+
+def test_a_doubtful_pair_is_called_a_tie_where_that_pays() -> None:
+    """At margin 0 naming pays ½: the logit of a tie rises above that, falls below, and stays at it."""
+    for tie, sign in ((0.3, -1), (0.5, 0), (0.8, 1)):
+        logit = torch.zeros(1, requires_grad=True)
+        pair = {"target": output([0.0]), "sampled": replace(output([0.0]), auxiliary=logit)}
+        PairwisePayoff(tie, entropy=0.0)(pair).loss.backward()
+        assert logit.grad is not None and logit.grad.neg().round(decimals=6).sign().item() == sign
+
+
+def test_the_payoff_is_checked() -> None:
+    with pytest.raises(LoraGANError, match=r"tie of PairwisePayoff must be in \[0, 1\], got -1"):
+        PairwisePayoff(-1.0)
+    with pytest.raises(LoraGANError, match="entropy of PairwisePayoff must be at least 0, got -1"):
+        PairwisePayoff(entropy=-1.0)
+    assert Combined([BradleyTerry(), PairwisePayoff()]).needs_comparison and not Combined([GanBCE()]).needs_comparison
 
 
 # how good was it

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_gan.discriminator import PairwiseDiscriminator, PairwisePayoff
+from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import Pattern
 from lora_gan.rewards.adversarial import (
     AdversarialReward,
@@ -15,6 +17,7 @@ from lora_gan.rewards.adversarial import (
     GailReward,
     Logit,
     LogProbability,
+    Payoff,
     Probability,
     WeightedVote,
     WinRate,
@@ -59,6 +62,40 @@ def test_against_the_target_of_the_same_prompt() -> None:
     """Two prompts with targets 1 and 0 and two completions each: σ(0), σ(ln 3), σ(−ln 3), σ(0)."""
     found = AgainstTarget()(disc_scores([1.0, 1 + LN3, -LN3, 0.0], [1.0, 0.0], [], 2))
     torch.testing.assert_close(found, torch.tensor([1 / 2, 3 / 4, 1 / 4, 1 / 2]))
+
+
+def test_a_payoff_is_being_named_and_a_part_of_a_tie() -> None:
+    """Score −2·ln 3 with a tie of ⅔ wins 1/12 and ties 1/6; score 0 with a tie of 2 wins ¼ and ties ½."""
+    scored = replace(disc_scores([-2 * LN3, 0.0], [0.0], [], 2), tie_logit=torch.tensor([2 / 3, 2.0]).log())
+    torch.testing.assert_close(Payoff()(scored), torch.tensor([1 / 6, 1 / 2]))
+    torch.testing.assert_close(Payoff(tie=0.0)(scored), torch.tensor([1 / 12, 1 / 4]))
+    torch.testing.assert_close(Payoff(tie=1.0)(scored), torch.tensor([1 / 4, 3 / 4]))
+    with pytest.raises(LoraGANError, match=r"tie of Payoff must be in \[0, 1\], got 2"):
+        Payoff(tie=2.0)
+
+
+def test_a_payoff_needs_a_comparison_with_a_target(build: Build) -> None:
+    with pytest.raises(LoraGANError, match="Payoff needs a target for each prompt, got 1 targets for 2 prompts"):
+        Payoff()(replace(disc_scores([0.0, 0.0], [0.0], [], 1), tie_logit=torch.zeros(2)))
+    with pytest.raises(LoraGANError, match="needs the logits of ties, which PairwiseDiscriminator gives"):
+        Payoff()(disc_scores([0.0], [0.0], [], 1))
+    with pytest.raises(LoraGANError, match="AdapterDiscriminator does not: choose another discriminator"):
+        build(adversarial_reward=Payoff())
+
+
+def test_the_generator_earns_its_payoff(build: Build, batch: PromptBatch) -> None:
+    module = build(
+        model=PairwiseDiscriminator(),
+        objective=PairwisePayoff(),
+        adversarial_reward=Payoff(),
+        adversarial=1.0,
+    )
+    recorder, _ = fit(module, [batch], 3)
+    for output, report in zip(recorder.outputs, recorder.reports, strict=True):
+        assert output.discriminator is not None and not output.discriminator.target.any()
+        payoff = Payoff()(output.discriminator)
+        assert report["reward/adversarial"] == pytest.approx(payoff.mean().item(), abs=1e-6)
+        assert payoff.min() > 0 and payoff.max() < 1
 
 
 def test_a_win_is_the_share_of_the_opponents_completions_that_are_beaten() -> None:

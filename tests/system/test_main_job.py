@@ -28,7 +28,7 @@ def test_the_default_run_learns_more_than_the_worked_questions_teach(tmp_path: P
     base, trained = held_out("gan", None, "answer", tmp_path)
     _, imitated = held_out("gan", "worked_only", "answer", tmp_path)
     assert base < 0.1
-    assert trained >= 0.9 and trained > imitated + 0.05
+    assert trained >= 0.93 and trained > imitated + 0.05
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -220,20 +221,18 @@ class PairwisePayoff(DiscriminatorObjective):
     def __init__(self, tie: float = 0.55, entropy: float = 0.2) -> None:
         if not 0 <= tie <= 1:
             raise LoraGANError(f"tie of PairwisePayoff must be in [0, 1], got {tie}")
-        if not entropy >= 0:
-            raise LoraGANError(f"entropy of PairwisePayoff must be at least 0, got {entropy}")
+        if not 0 <= entropy < math.inf:
+            raise LoraGANError(f"entropy of PairwisePayoff must be at least 0 and finite, got {entropy}")
         self.tie, self.entropy = tie, entropy
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
-        known, score, tie_logit = outputs[TARGET].prompt, [], []
-        for x in (x for kind, x in outputs.items() if kind != TARGET):
-            paired = torch.isin(x.prompt, known) & ~x.is_target
-            score.append(x.score[paired])
-            tie_logit.append(x.auxiliary[paired])
-        outcomes = davidson(-torch.cat(score), torch.cat(tie_logit))
-        named, _, tied = outcomes
-        if not len(named):
+        others = [x for kind, x in outputs.items() if kind != TARGET]
+        paired = [torch.isin(x.prompt, outputs[TARGET].prompt) & ~x.is_target for x in others]
+        if not any(pairs.any() for pairs in paired):
             return _mean_of(outputs, {}, "")
+        of_pairs = [davidson(-x.score[pairs], x.auxiliary[pairs]) for x, pairs in zip(others, paired, strict=True)]
+        outcomes = torch.cat(of_pairs, 1)  # (3, M)
+        named, _, tied = outcomes
         payoff, entropy = (named + self.tie * tied).mean(), torch.special.entr(outcomes).sum(0).mean()
         found = {"discriminator/payoff": payoff.detach(), "discriminator/ties": tied.detach().mean()}
         return LossTerm(-payoff - self.entropy * entropy, found)

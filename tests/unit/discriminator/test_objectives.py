@@ -411,8 +411,9 @@ def test_a_doubtful_pair_is_called_a_tie_where_that_pays() -> None:
 def test_the_payoff_is_checked() -> None:
     with pytest.raises(LoraGANError, match=r"tie of PairwisePayoff must be in \[0, 1\], got -1"):
         PairwisePayoff(-1.0)
-    with pytest.raises(LoraGANError, match="entropy of PairwisePayoff must be at least 0, got -1"):
-        PairwisePayoff(entropy=-1.0)
+    for entropy in (-1.0, math.inf, math.nan):
+        with pytest.raises(LoraGANError, match="entropy of PairwisePayoff must be at least 0 and finite, got"):
+            PairwisePayoff(entropy=entropy)
     assert Combined([BradleyTerry(), PairwisePayoff()]).needs_comparison and not Combined([GanBCE()]).needs_comparison
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,7 +70,5 @@ def choose(scores: Tensor, logprobs: Tensor, n: int) -> list[int]:
 
 def without_answers(batch: PromptBatch) -> PromptBatch:
     """The prompts alone, as they are where nothing is known about good completions."""
-    asked = tuple(
-        replace(example, target="", references=(), answers=(), negatives=(), label=None) for example in batch.examples
-    )
+    asked = tuple(example.without_answer() for example in batch.examples)
     return PromptBatch(asked, batch.prompt_ids, batch.target_ids, ((),) * len(asked))

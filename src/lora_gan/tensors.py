@@ -41,6 +41,23 @@ def group_normalise(x: Tensor, k: int, epsilon: float) -> Tensor:
     return (centred / (groups.std(1, keepdim=True) + epsilon)).flatten()
 
 
+def ranking_auc(scores: Tensor, values: Tensor, counted: Tensor, k: int) -> Tensor:
+    """How often, of two of a prompt's k completions, the one of higher value has the higher score, in [0, 1].
+
+    Equal scores count half; pairs of equal value do not count. 1 where there is no pair, ().
+
+    Args:
+        scores: (B·k,)
+        values: (B·k,)
+        counted: (B·k,) bool, the completions that count.
+        k: Completions for each prompt.
+    """
+    score, value, there = (x.view(-1, k) for x in (scores, values, counted))
+    pairs = (value[:, :, None] > value[:, None, :]) & there[:, :, None] & there[:, None, :]
+    won = (score[:, :, None] - score[:, None, :]).sign() / 2 + 0.5
+    return torch.where(pairs.any(), masked_mean(won, pairs), 1.0)
+
+
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(π‖reference) at each sampled token: exp(r) − r − 1, r = log reference − log π.
 

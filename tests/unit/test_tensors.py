@@ -16,6 +16,7 @@ from lora_gan.tensors import (
     masked_mean,
     masked_row_mean,
     pad,
+    ranking_auc,
     scaled_gradient,
     whiten,
 )
@@ -82,6 +83,16 @@ def test_whiten_by_hand() -> None:
 def test_equal_numbers_are_whitened_to_zero() -> None:
     assert whiten(torch.full((2, 3), 5.0), MASK[:2]).tolist() == [[0.0] * 3] * 2
     assert whiten(X, torch.zeros_like(MASK)).tolist() == [[0.0] * 3] * 3
+
+
+def test_ranking_auc_by_hand() -> None:
+    """Of a group of three and its pairs of unequal value: 3 > 1 is won, 3 = 3 a half, and 1 < 3 lost."""
+    scores, values = torch.tensor([3.0, 3.0, 1.0, 0.0, 9.0, 9.0]), torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    first = torch.tensor([True] * 3 + [False] * 3)
+    assert ranking_auc(scores, values, first, 3).item() == pytest.approx(0.75)
+    assert ranking_auc(scores, values, torch.ones(6, dtype=torch.bool), 3).item() == pytest.approx((0.5 + 1) / 4)
+    assert ranking_auc(scores, torch.ones(6), first, 3).item() == 1, "no pair"
+    assert ranking_auc(scores[:0], scores[:0], first[:0], 3).item() == 1
 
 
 def test_group_normalise_by_hand() -> None:

@@ -24,7 +24,7 @@ from lora_gan.data.sampler import BucketSampler, EpochPosition
 from lora_gan.data.source import Source
 from lora_gan.data.sources.builtin import BuiltinWorld
 from lora_gan.data.sources.standard import StandardFormat
-from lora_gan.data.splits import SMALLEST, SPLITS, SplitExamples, assign_splits, digest, one_wording_each
+from lora_gan.data.splits import SMALLEST, SPLITS, SplitExamples, assign_splits, digest, few_answered, one_wording_each
 from lora_gan.data.tokenizer import Encoded, encode
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.lightning_compat import share_of_process
@@ -65,6 +65,7 @@ class InstructionDataModule(TextDataModule):
         bucket_batches: int = 1,
         seed: int = 0,
         num_workers: int = 0,
+        answered: float = 1.0,
         **shared: Any,
     ) -> None:
         """
@@ -80,11 +81,15 @@ class InstructionDataModule(TextDataModule):
             bucket_batches: Batches among which prompts are sorted by length, against padding; 1: none are.
             seed: Decides the split and the order of training.
             num_workers: Processes that prepare batches; 0 does it in the main process.
+            answered: Share of the training groups that keep their answers; the others become prompts of which nothing
+                is known, and the first are repeated so that they are half of the rows. To try how few answers do.
             shared: The settings of :class:`TextDataModule`.
         """
         super().__init__(**shared)
         check_sizes({"max_validation": max_validation, "max_test": max_test, "bucket_batches": bucket_batches})
         _check_fractions(validation, test)
+        if not 0 <= answered <= 1:
+            raise LoraGANError(f"answered must be a share from 0 to 1, got {answered}; set data.init_args.answered")
         if num_workers < 0:
             raise LoraGANError(f"num_workers must be at least 0, got {num_workers}; 0 uses the main process")
         if path is None:
@@ -96,6 +101,7 @@ class InstructionDataModule(TextDataModule):
         self.bucket_batches = bucket_batches
         self.seed = seed
         self.num_workers = num_workers
+        self.answered = answered
         self.splits: dict[str, Split] = {}
         self.fitted_to: LengthLimits | None = None
         self.trains = False  # whether this run has been set up to train
@@ -130,7 +136,9 @@ class InstructionDataModule(TextDataModule):
             )
         self.has_dialogues = all(example.messages for example in examples)
         self.fitted_to = self.limits
-        split = {name: self._fit(placed) for name, placed in assign_splits(examples, self.fractions, self.seed).items()}
+        placed = assign_splits(examples, self.fractions, self.seed)
+        placed["train"] = few_answered(placed["train"], self.answered, self.seed)
+        split = {name: self._fit(part) for name, part in placed.items()}
         held_out = {name: self._thin(name, split[name]) for name in SPLITS[1:]}
         self.splits = split | held_out
         if not any(split.items for split in self.splits.values()):
@@ -279,6 +287,10 @@ class InstructionDataModule(TextDataModule):
         lines.append(f"  rows repaired: {format_counts(self.source.repaired)}")
         lines.append(f"  prompts: {describe_prompts(self)}")
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
+        if self.answered < 1:
+            train = [item.example for item in self.splits["train"].items]
+            known = len({example.group for example in train if example != example.without_answer()})
+            lines.append(f"  answered: {known:,} groups of the training split keep their answers, and are repeated")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})
             repaired = f" (repaired: {format_counts(split.repaired)})" * bool(+split.repaired)

@@ -82,6 +82,31 @@ def _bucket(group: str, seed: int) -> int:
     return int(digest(seed, group), 16) % BUCKETS
 
 
+def few_answered(split: SplitExamples, share: float, seed: int) -> SplitExamples:
+    """The examples, of which only some keep their answers; those are repeated so that they are half of the rows.
+
+    Args:
+        split: Training examples.
+        share: Of the groups, in [0, 1], that keep their answers; drawn by hash, so a smaller share is a part of a
+            larger one. The other examples become prompts of which nothing is known.
+        seed: Seed of the hash.
+
+    Raises:
+        DataError: The share is above 0, and none of the groups is drawn.
+    """
+    if share == 1:
+        return split
+    known = [one for one in split.examples if _bucket(f"answered {one.group}", seed) < round(share * BUCKETS)]
+    if share and not known:
+        groups = len({example.group for example in split.examples})
+        raise DataError(
+            f"data.init_args.answered {share} leaves an answer to none of {groups} training groups; raise it"
+        )
+    kept = {example.group for example in known}
+    asked = [example.without_answer() for example in split.examples if example.group not in kept]
+    return SplitExamples(known * max(1, round(len(asked) / max(1, len(known)))) + asked, split.dropped)
+
+
 def one_wording_each(examples: Sequence[Example], seed: int) -> list[int]:
     """Indices of the examples to evaluate, ordered by hash; only the first of the examples with the same item."""
     order = sorted(range(len(examples)), key=lambda i: digest(seed, examples[i].group, examples[i].prompt))

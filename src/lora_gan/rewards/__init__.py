@@ -14,6 +14,7 @@ from lora_gan.rewards.adversarial import (
 from lora_gan.rewards.answer import AnswerReward, MathReward
 from lora_gan.rewards.base import (
     AdversarialElsewhere,
+    Guarded,
     NormalizeThenSum,
     Reward,
     RewardAggregation,
@@ -55,6 +56,7 @@ __all__ = [
     "ExactReward",
     "FunctionReward",
     "GailReward",
+    "Guarded",
     "LengthReward",
     "LogProbability",
     "Logit",

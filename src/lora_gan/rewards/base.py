@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_gan.errors import LoraGANError, RewardError
 from lora_gan.final_answer import FinalAnswer, find_answer
-from lora_gan.tensors import group_normalise
+from lora_gan.tensors import group_normalise, ranking_auc
 from lora_gan.types import Example, PromptBatch, RewardContext
 
 
@@ -198,6 +198,42 @@ class AdversarialElsewhere(RewardAggregation):
         known = torch.stack([applies.get(name, everywhere) for name in others]).any(0)
         summed = WeightedSum()(others, weights, applies, k)
         return torch.where(known, summed, weights[ADVERSARIAL] * parts[ADVERSARIAL])
+
+
+class Guarded(RewardAggregation):
+    """One reward where it applies; elsewhere the others, as far as they rank as it does where both are known.
+
+    For few prompts of which the right answer is known: agreement, or the discriminator's score, can cease to mean
+    right while the policy learns from it. On the known prompts of each step the AUC is measured: how often, of two
+    completions of a prompt of which the trusted reward prefers one, the others prefer the same one (equal: half).
+    Elsewhere the reward is their weighted sum times max(0, 2·AUC − 1): 1 for a perfect order, 0 from chance on
+    downwards. Where there is no such pair, nothing speaks against them, and the factor is 1.
+
+    Args:
+        trusted: Name of the reward that is right where it applies.
+    """
+
+    needs_group = True
+
+    def __init__(self, trusted: str = "answer") -> None:
+        self.trusted = trusted
+
+    def __call__(
+        self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
+    ) -> Tensor:
+        if self.trusted not in parts:
+            raise LoraGANError(
+                f"Guarded trusts the reward {self.trusted!r}, and there is none of that name among {', '.join(parts)}; "
+                "set aggregation.init_args.trusted, or add the reward"
+            )
+        right = parts[self.trusted]
+        known = applies.get(self.trusted, torch.ones_like(right, dtype=torch.bool))
+        others = {name: part for name, part in parts.items() if name != self.trusted}
+        if not others:
+            return WeightedSum()(parts, weights, applies, k)
+        summed = WeightedSum()(others, weights, applies, k)
+        trust = (2 * ranking_auc(summed, right, known, k) - 1).clamp(min=0)
+        return torch.where(known, weights[self.trusted] * right, trust * summed)
 
 
 # computing one reward

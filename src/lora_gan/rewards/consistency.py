@@ -25,18 +25,28 @@ class SelfConsistency(Reward):
         weight: Factor in the total reward.
         name: Name in the logs, ``reward/<name>``.
         unanswered: Leave out the prompts of which an answer is known, for example to ``AnswerReward``.
+        majority: 1 for the completions with the most frequent answer and 0 for the others, in place of the share
+            (TTRL, arXiv 2504.16084). If several answers are as frequent, all of them get 1; an answer given once gets
+            0.
     """
 
-    def __init__(self, weight: float = 1.0, name: str = "consistency", unanswered: bool = False) -> None:
+    def __init__(
+        self, weight: float = 1.0, name: str = "consistency", unanswered: bool = False, majority: bool = False
+    ) -> None:
         super().__init__(weight, name)
         self.unanswered = unanswered
+        self.majority = majority
 
     def applies_in(self, batch: PromptBatch, context: RewardContext) -> list[bool]:
         wanted = context.num_generations > 1
         return [wanted and not (self.unanswered and answers_of(e, context.final_answer)) for e in batch.examples]
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        return agreement(completions, context.num_generations, context.final_answer)
+        shares = agreement(completions, context.num_generations, context.final_answer)
+        if not self.majority:
+            return shares
+        groups = shares.view(-1, context.num_generations)
+        return ((groups == groups.amax(-1, keepdim=True)) & (groups > 0)).float().flatten()
 
 
 class SemanticConsistency(Reward):

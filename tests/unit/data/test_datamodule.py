@@ -358,6 +358,31 @@ def test_builtin_world_is_evaluated_in_one_wording(build: Callable[..., Instruct
     assert 0.65 < share < 0.75
 
 
+def test_few_answers_are_half_of_the_rows(build: Callable[..., InstructionDataModule]) -> None:
+    """The share is one of groups, the held-out splits keep their answers, and a smaller share is part of a larger."""
+    whole, few, fewer = (build(answered=share) for share in (1.0, 0.15, 0.05))
+    for name in ("validation", "test"):
+        assert few.splits[name] == whole.splits[name]
+    rows = [item.example for item in few.splits["train"].items]
+    known = {example.group for example in rows if example.target}
+    bare = [example for example in rows if not example.target]
+    assert 0.4 < len(bare) / len(rows) < 0.6
+    assert {example.group for example in bare} | known == {i.example.group for i in whole.splits["train"].items}
+    assert not known & {example.group for example in bare}
+    assert not any(example.references or example.answers or example.negatives for example in bare)
+    assert 0.12 < len(known) / len({example.group for example in rows}) < 0.18
+    assert {item.example.group for item in fewer.splits["train"].items if item.example.target} < known
+    assert f"answered: {len(known)} groups" in few._summary()
+    assert not any(item.example.target for item in build(answered=0.0).splits["train"].items)
+
+
+def test_answers_that_are_none_are_refused(build: Callable[..., InstructionDataModule]) -> None:
+    with pytest.raises(DataError, match=r"answered 0.0001 leaves an answer to none of \d+ training groups; raise it"):
+        build(answered=0.0001)
+    with pytest.raises(LoraGANError, match="answered must be a share from 0 to 1"):
+        build(answered=1.5)
+
+
 # Splits
 
 

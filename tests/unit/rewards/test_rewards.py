@@ -20,6 +20,7 @@ from lora_gan.rewards import (
     ContainsReward,
     ExactReward,
     FunctionReward,
+    Guarded,
     LengthReward,
     MeteorReward,
     NormalizeThenSum,
@@ -620,3 +621,29 @@ def test_the_adversarial_reward_alone_where_no_other_applies() -> None:
     assert torch.equal(AdversarialElsewhere()(alone, weights, applies, 2), WeightedSum()(alone, weights, applies, 2))
     only = {"adversarial": parts["adversarial"]}
     torch.testing.assert_close(AdversarialElsewhere()(only, weights, {}, 2), 0.5 * parts["adversarial"])
+
+
+def test_a_guarded_reward_counts_as_far_as_it_ranks_right_where_that_is_known() -> None:
+    """Two known prompts and an unknown one. Right over wrong: .9 > .1 twice, .4 = .4, .4 < .6: the AUC is 2.5 / 4."""
+    right = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    known = {"answer": torch.tensor([True] * 6 + [False] * 3)}
+    weights = {"answer": 2.0, "consistency": 0.5}
+
+    def guarded(*agreement: float) -> list[float]:
+        parts = {"answer": right, "consistency": torch.tensor([*agreement, 1.0, 0.6, 0.0])}
+        return Guarded()(parts, weights, known, 3).tolist()
+
+    assert guarded(0.9, 0.1, 0.1, 0.4, 0.4, 0.6) == pytest.approx([2, 0, 0, 2, 0, 0, 0.125, 0.075, 0])  # (2·⅝ − 1)·0.5
+    assert guarded(0.9, 0.1, 0.1, 0.9, 0.4, 0.6)[6:] == pytest.approx([0.5, 0.3, 0]), "a perfect order counts whole"
+    assert guarded(0.0, 0.1, 0.1, 0.9, 0.9, 0.9)[6:] == [0, 0, 0], "below chance it does not count, nor negatively"
+    alone = {"answer": right}
+    assert Guarded()(alone, weights, known, 3).tolist() == (2 * right).tolist()
+    parts = {"answer": torch.ones(9), "consistency": torch.full((9,), 0.6)}
+    assert Guarded()(parts, weights, known, 3)[6:].tolist() == pytest.approx([0.3] * 3), "nothing speaks against it"
+    with pytest.raises(LoraGANError, match="trusts the reward 'answer', and there is none of that name among semantic"):
+        Guarded()({"semantic": right}, {"semantic": 1.0}, {}, 3)
+
+
+def test_the_majority_gets_one_and_the_others_nothing() -> None:
+    said = ("a", "a", "b", "c", *("a", "a", "b", "b"), *("a", "b", "c", "d"))
+    assert score_texts(SelfConsistency(majority=True), *said, k=4) == [1, 1, 0, 0] + [1] * 4 + [0] * 4

@@ -81,6 +81,11 @@ class Example:
             name = min(misplaced)
             raise DataError(f"an example's {name} is a field of its own: Example(…, {name}=…), not meta[{name!r}]")
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether anything is known about good completions."""
+        return self != self.without_answer()
+
     def without_answer(self) -> Example:
         """The prompt alone, as it is where nothing is known about good completions."""
         return replace(self, target="", references=(), answers=(), negatives=(), label=None)

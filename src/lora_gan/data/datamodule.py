@@ -289,7 +289,7 @@ class InstructionDataModule(TextDataModule):
         lines.append(f"  {'split':<12}{'kept':>8}{'groups':>8}  dropped")
         if self.answered < 1:
             train = [item.example for item in self.splits["train"].items]
-            known = len({example.group for example in train if example != example.without_answer()})
+            known = len({example.group for example in train if example.is_answered})
             lines.append(f"  answered: {known:,} groups of the training split keep their answers, and are repeated")
         for name, split in self.splits.items():
             groups = len({item.example.group for item in split.items})

@@ -97,12 +97,15 @@ def _share_that_fits(splits: Iterable[Split]) -> float:
 
 
 def _counts(data: InstructionDataModule) -> dict[str, list[str]]:
-    """Examples by source and split; the last row counts groups."""
+    """Examples by source and split, those with an answer where some have none, and groups."""
     by_split = [Counter(item.example.source for item in data.splits[name].items) for name in SPLITS]
     total: Counter[str] = sum(by_split, Counter())
     rows = {source: [count[source] for count in by_split] + [total[source]] for source in sorted(total)}
     if len(total) > 1:
         rows["all"] = [count.total() for count in by_split] + [total.total()]
+    answered = [sum(item.example.is_answered for item in data.splits[name].items) for name in SPLITS]
+    if sum(answered) < total.total():
+        rows["with an answer"] = [*answered, sum(answered)]
     groups = [{item.example.group for item in data.splits[name].items} for name in SPLITS]
     rows["groups"] = [len(each) for each in groups] + [len(set[str]().union(*groups))]
     return {name: [f"{count:,}" for count in row] for name, row in rows.items()}

@@ -56,6 +56,14 @@ def test_a_file_in_a_usual_format_needs_no_configuration(name: str, capsys: pyte
     assert "\\n" not in printed  # group and counts are shown in one line
 
 
+def test_the_report_counts_what_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "--config", str(ROOT / "configs" / "sft.yaml"), "--data.answered", "0.05", "--data.max_test", "100"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("with an answer"))
+    train, validation, test, total = (int(count.replace(",", "")) for count in line.split()[3:])
+    assert (validation, test, total) == (128, 100, train + 228)
+    assert 3000 < train < 6000, "half of the rows"
+
+
 def test_counts_are_printed_once(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="lora_gan")
     run("--data.path", str(FIXTURES / "alpaca.json"))

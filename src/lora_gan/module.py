@@ -366,6 +366,12 @@ class LoraGANModule(Evaluated):
 
     def on_train_start(self) -> None:
         self.optimization.check_schedules()
+        bare: int = getattr(self.trainer.datamodule, "bare_prompts", 0)  # type: ignore[attr-defined]
+        if bare and self.adversarial_reward.needs_target:
+            raise LoraGANError(
+                f"{type(self.adversarial_reward).__name__} needs a target for each prompt, and {bare:,} training "
+                "examples have none: leave them out, or choose another adversarial_reward"
+            )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.optimization.clip(optimizer)

@@ -26,7 +26,10 @@ class Teacher(ABC):
     """Predicts completions in place of the base. A subclass says with which model, and after which prompts."""
 
     def check(self, student: Backbone) -> None:  # noqa: B027
-        """Refuse a student whose tokens this teacher cannot read."""
+        """Refuse wrong settings, and a student whose tokens this teacher cannot read.
+
+        The module calls it: an error where settings are parsed ends in a traceback.
+        """
 
     @abstractmethod
     def backbone(self, student: Backbone) -> Backbone:
@@ -73,7 +76,7 @@ class TeacherModel(Teacher):
 
     @cached_property
     def model(self) -> Backbone:
-        """Loaded by the module's check: where settings are parsed, an error of loading would end in a traceback."""
+        """Loaded by :meth:`check`."""
         unused = LoraSettings(rank=1)  # a backbone has adapters; as the reference it runs without them
         return Backbone(self.base, unused, unused, self.settings)
 
@@ -96,9 +99,11 @@ class HintedBase(Teacher):
     """
 
     def __init__(self, hint: str) -> None:
-        if not hint.strip():
-            raise LoraGANError("the hint of HintedBase is empty, so the teacher would be the base; write one")
         self.hint = hint
+
+    def check(self, student: Backbone) -> None:
+        if not self.hint.strip():
+            raise LoraGANError("the hint of HintedBase is empty, so the teacher would be the base; write one")
 
     def backbone(self, student: Backbone) -> Backbone:
         return student

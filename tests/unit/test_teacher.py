@@ -93,7 +93,7 @@ def test_distillation_lowers_the_reverse_kl(other: str, build: Build, batch: Pro
 
 def test_mistakes(other: str, build: Build, batch: PromptBatch) -> None:
     with pytest.raises(LoraGANError, match="the hint of HintedBase is empty"):
-        HintedBase(" ")
+        build(kl_reference=HintedBase(" "))
     with pytest.raises(LoraGANError, match="has another tokenizer"):
         build(kl_reference=TeacherModel("builtin"))
     with pytest.raises(LoraGANError, match="cannot load base 'nowhere/at-all'"):

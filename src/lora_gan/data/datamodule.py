@@ -212,6 +212,11 @@ class InstructionDataModule(TextDataModule):
             "source (or path, or splits)": digest(*(item.example.prompt for item in items)),
         }
 
+    @property
+    def bare_prompts(self) -> int:
+        """How many training examples have no target."""
+        return sum(not item.example.target for item in self.splits["train"].items)
+
     def val_dataloader(self) -> DataLoader[Encoded]:
         return self._eval_dataloader("validation")
 

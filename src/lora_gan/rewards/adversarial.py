@@ -17,6 +17,7 @@ class AdversarialReward(ABC):
     """Turns the discriminator's scores of the sampled completions into a reward, (N,)."""
 
     needs_opponent = False  # True: needs completions of an earlier generator to the same prompts
+    needs_target = False  # True: needs a target for each prompt
     needs_comparison = False  # True: needs a discriminator that compares completion and target
 
     @abstractmethod
@@ -55,6 +56,8 @@ class GailReward(AdversarialReward):
 class AgainstTarget(AdversarialReward):
     """σ(D(completion) − D(target)), in [0, 1]: the probability of a pair softmax (TextGAIL, arXiv 2004.13796)."""
 
+    needs_target = True
+
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
         _require_targets(self, disc_scores)
         return (disc_scores.per_prompt - disc_scores.target[:, None]).sigmoid().flatten()
@@ -67,9 +70,10 @@ class Payoff(AdversarialReward):
         tie: What a tie pays, in [0, 1].
     """
 
+    needs_target = True
     needs_comparison = True
 
-    def __init__(self, tie: float = 0.5) -> None:
+    def __init__(self, tie: float = 0.55) -> None:
         if not 0 <= tie <= 1:
             raise LoraGANError(f"tie of Payoff must be in [0, 1], got {tie}")
         self.tie = tie

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
+from lora_gan.data import InstructionDataModule
 from lora_gan.discriminator import PairwiseDiscriminator, PairwisePayoff
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import Pattern
@@ -67,7 +70,8 @@ def test_against_the_target_of_the_same_prompt() -> None:
 def test_a_payoff_is_being_named_and_a_part_of_a_tie() -> None:
     """Score −2·ln 3 with a tie of ⅔ wins 1/12 and ties 1/6; score 0 with a tie of 2 wins ¼ and ties ½."""
     scored = replace(disc_scores([-2 * LN3, 0.0], [0.0], [], 2), tie_logit=torch.tensor([2 / 3, 2.0]).log())
-    torch.testing.assert_close(Payoff()(scored), torch.tensor([1 / 6, 1 / 2]))
+    torch.testing.assert_close(Payoff(tie=0.5)(scored), torch.tensor([1 / 6, 1 / 2]))
+    assert Payoff().tie == PairwisePayoff().tie, "both sides are paid the same"
     torch.testing.assert_close(Payoff(tie=0.0)(scored), torch.tensor([1 / 12, 1 / 4]))
     torch.testing.assert_close(Payoff(tie=1.0)(scored), torch.tensor([1 / 4, 3 / 4]))
     with pytest.raises(LoraGANError, match=r"tie of Payoff must be in \[0, 1\], got 2"):
@@ -81,6 +85,15 @@ def test_a_payoff_needs_a_comparison_with_a_target(build: Build) -> None:
         Payoff()(disc_scores([0.0], [0.0], [], 1))
     with pytest.raises(LoraGANError, match="AdapterDiscriminator does not: choose another discriminator"):
         build(adversarial_reward=Payoff())
+
+
+def test_prompts_without_targets_are_refused_before_the_first_step(build: Build, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "AB", "completion": "cd"}\n{"prompt": "CD", "answer": "7"}\n')
+    data = InstructionDataModule(path=str(rows), batch_size=2, validation=0.0, test=0.0)
+    module = build(adversarial_reward=AgainstTarget())
+    with pytest.raises(LoraGANError, match="AgainstTarget needs a target for each prompt, and 1 training examples"):
+        L.Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path).fit(module, data)
 
 
 def test_the_generator_earns_its_payoff(build: Build, batch: PromptBatch) -> None:

@@ -117,20 +117,33 @@ def test_distillation_follows_its_teacher(bases: dict[str, str], rows: Path, tmp
     assert all(map(math.isfinite, logged["policy/kl"])) and any(logged["loss/policy"])
 
 
-@pytest.mark.parametrize("control", [None, "answers_only", "worked_only", "self_training"])
-def test_answers_without_the_work(control: str | None, tmp_path: Path) -> None:
-    """On the real base: the final answer is the reward; controls that only imitate sample nothing."""
-    config = yaml.safe_load((CONFIGS / "digits.yaml").read_text(encoding="utf-8"))
-    (curriculum,) = config["trainer"]["callbacks+"]
-    curriculum["init_args"]["phases"][1]["start"] = 2
+@pytest.mark.parametrize(
+    ("experiment", "control"),
+    [
+        *(("digits", control) for control in (None, "answers_only", "worked_only", "self_training")),
+        *(("gan", control) for control in (None, "answered_only", "agreement", "majority", "worked_only")),
+    ],
+)
+def test_final_answers_on_the_real_base(experiment: str, control: str | None, tmp_path: Path) -> None:
+    """The final answer is the reward from the second phase on; controls that only imitate sample nothing."""
+    files = [CONFIGS / f"{experiment}.yaml", *([CONFIGS / "control" / f"{control}.yaml"] if control else [])]
+    config, *overlays = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
+    for part in (config, *overlays):
+        for callback in part.get("trainer", {}).get("callbacks+", []):
+            for phase in callback["init_args"]["phases"][1:]:
+                phase["start"] = 2
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
-    short = tmp_path / "short.yaml"
     limits = {"max_steps": 4, "val_check_interval": 4, "limit_val_batches": 1, "limit_test_batches": 1}
-    short.write_text(yaml.safe_dump({"trainer": limits | {"log_every_n_steps": 1}}), encoding="utf-8")
-    overlays = [CONFIGS / "control" / f"{control}.yaml"] if control else []
-    logged = fit(config, tmp_path, *overlays, short)
+    best_of = {"init_args": {"best_of": 1}}
+    overlays.append({"trainer": limits | {"log_every_n_steps": 1}, "model": best_of, "test_after_fit": not control})
+    paths = [tmp_path / f"overlay_{number}.yaml" for number, _ in enumerate(overlays)]
+    for path, overlay in zip(paths, overlays, strict=True):
+        path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    logged = fit(config, tmp_path, *paths)
     imitates = control in ("answers_only", "worked_only")
     assert ("reward/answer" in logged) != imitates and len(logged["text/answer"]) == 2
+    assert ("loss/discriminator" in logged) == (experiment == "gan" and control is None)
+    assert ("reward/consistency" in logged) == (control in ("agreement", "majority"))
     assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
 
 

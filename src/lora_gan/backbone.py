@@ -281,6 +281,14 @@ class Backbone(nn.Module):
                 )
             weights[name].copy_(given)
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two adapters have the same weights."""
+        weights = dict(self.lm.named_parameters())
+        pairs = [
+            (w, weights.get(_ADAPTER.sub(rf"\g<1>{other}", n))) for n, w in weights.items() if adapter_of(n) == one
+        ]
+        return all(theirs is not None and torch.equal(ours, theirs) for ours, theirs in pairs)
+
     # passes
 
     def logprobs(self, tree: PromptTree, temperature: Mapping[str, float] | None = None) -> dict[str, Tensor]:

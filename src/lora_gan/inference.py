@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_gan.atomic import atomic_file, check_file_writable
-from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettings, LoraSettings, has_learned
+from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, Backbone, BackboneSettings, LoraSettings, adapter_of
 from lora_gan.best_of import WAYS, BestOf, agreement, choose
 from lora_gan.checkpointing.files import intact_checkpoint, newest_run, read_checkpoint
 from lora_gan.checkpointing.state import CHECKPOINT_VERSION, vocabulary_of
@@ -27,6 +27,8 @@ from lora_gan.data.dialogues import dialogue
 from lora_gan.data.files import FORMATS, Row, clean, read_lines, read_rows
 from lora_gan.data.templates import PromptFormat
 from lora_gan.data.tokenizer import prompt_ids
+from lora_gan.discriminator.models import DiscriminatorModel
+from lora_gan.discriminator.restored import restore, score
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import FinalAnswer
 from lora_gan.number_formats import default_device, use_tensor_cores
@@ -39,11 +41,6 @@ log = logging.getLogger("lora_gan")
 
 STDOUT = ("-", "/dev/stdout")
 RUNS = "lightning_logs"  # where runs lie by default
-# the only discriminator that needs nothing but the backbone to score
-SCORED_BY = {
-    "class": "AdapterDiscriminator",
-    "input_format": "PromptAndCompletion",
-}
 COMMANDS = """/reset forgets the conversation
 /base switches between the trained generator and its base
 /temperature 0.7 samples at this temperature; 0 takes the most likely token each time
@@ -65,6 +62,7 @@ class Saved:
     prompts: PromptFormat
     sampling: Sampling
     config: Mapping[str, Any]  # configuration of the run; empty if its file is missing
+    weights: Mapping[str, Tensor]  # what it has trained, by the names of the module
 
     @property
     def scores(self) -> bool:
@@ -74,12 +72,30 @@ class Saved:
     @property
     def no_scores(self) -> str:
         """Why the discriminator cannot score completions here; empty if it can."""
-        if self.model != SCORED_BY:
-            model = "{class} that reads {input_format}".format(**self.model)
-            return f"the discriminator of this run is a {model}; use predict for completions with rewards"
-        return (
-            "" if has_learned(self.backbone, DISCRIMINATOR) else "the discriminator of this run has never been trained"
-        )
+        return self._discriminator if isinstance(self._discriminator, str) else ""
+
+    @cached_property
+    def _discriminator(self) -> DiscriminatorModel | str:
+        """The discriminator, or why it cannot score completions here."""
+        chosen = (self.settings("model").get("discriminator") or {}).get("model")
+        try:
+            return restore(chosen, self.model, self.weights, self.backbone)
+        except LoraGANError as error:
+            return str(error)
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> Tensor:
+        """(N,) the discriminator's scores of completions (T,), some for each of B prompts (P,).
+
+        As in training, a completion ends in EOS.
+
+        Raises:
+            LoraGANError: It cannot score completions here.
+        """
+        if isinstance(self._discriminator, str):
+            raise LoraGANError(self._discriminator)
+        ended = [[_ended(self.backbone, one) for one in row] for row in completions]
+        return score(self._discriminator, self.backbone, prompts, ended)
 
     @cached_property
     def final_answer(self) -> FinalAnswer | None:
@@ -167,7 +183,10 @@ def load_saved(ckpt_path: str, base: str | None = None, dequantize: bool = False
         )
     backbone = _load_base(described, base, None if dequantize else _quantization(described))
     prefix = "backbone."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    state = checkpoint["state_dict"]
+    if any(adapter_of(name) == SNAPSHOT for name in state):
+        backbone.add_snapshot()
+    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     backbone.load_state_dict(weights, strict=False)
     use_tensor_cores(default_device())
     backbone.to(default_device())
@@ -182,6 +201,7 @@ def load_saved(ckpt_path: str, base: str | None = None, dequantize: bool = False
         prompts,
         Sampling(**described["sampling"]),
         _configuration_of(path),
+        {name: value for name, value in state.items() if not name.startswith(prefix)},
     )
 
 
@@ -374,7 +394,7 @@ class _Session:
         if find is not None and find(text) is not None and find.work(text).strip():
             notes.append(f"final answer {find(text)}")
         if self.saved.scores:
-            notes.append(f"discriminator {score_of(self.saved.backbone, prompt, completion):.2f}")
+            notes.append(f"discriminator {self.saved.score([prompt], [[completion]]).item():.2f}")
         return f"   ({', '.join(notes)})" * bool(notes)
 
     def _prompt(self, turns: list[Message], asked: Example) -> Tensor:
@@ -422,12 +442,8 @@ def _by_logprob(saved: Saved, prompts: Sequence[Tensor], rollout: Rollout) -> Te
     return rollout.logprobs.sum(-1)
 
 
-@torch.no_grad()
 def _by_discriminator(saved: Saved, prompts: Sequence[Tensor], rollout: Rollout) -> Tensor:
-    backbone = saved.backbone
-    ended = rollout.ended(len(prompts), backbone.tokenizer.eos_token_id)
-    with backbone.discriminator():
-        return backbone.score_branches(grow(prompts, {"completion": ended}))["completion"][:, 0]
+    return saved.score(prompts, rollout.by_prompt(len(prompts)))
 
 
 @torch.no_grad()
@@ -458,15 +474,11 @@ SCORES: Mapping[str, Callable[[Saved, Sequence[Tensor], Rollout], Tensor]] = {
 }
 
 
-@torch.no_grad()
-def score_of(backbone: Backbone, prompt: Tensor, completion: Tensor) -> float:
-    """The discriminator's score of a completion (T,) to a prompt (P,); as in training, the completion ends in EOS."""
+def _ended(backbone: Backbone, completion: Tensor) -> Tensor:
+    """A completion (T,) with EOS at its end, in place of another token that ends it."""
     eos = completion.new_tensor([backbone.tokenizer.eos_token_id])
-    ended = torch.cat(
-        [completion[:-1] if len(completion) and int(completion[-1]) in eos_ids(backbone) else completion, eos]
-    )
-    with backbone.discriminator():
-        return float(backbone.score_branches(grow([prompt], {"completion": [[ended]]}))["completion"][0, 0])
+    done = len(completion) and int(completion[-1]) in eos_ids(backbone)
+    return torch.cat([completion[:-1] if done else completion, eos])
 
 
 def _stream(backbone: Backbone, prompt: Tensor, how: Sampling) -> tuple[Tensor, str]:
@@ -596,8 +608,7 @@ def _completed(saved: Saved, prompts: Sequence[Tensor], how: Sampling, best: Bes
         rollout = sample_best(saved, prompts, how, best)
     columns: list[Sequence[Any]] = [rollout.texts]
     if saved.scores:
-        made = zip(prompts, rollout.completion_ids, strict=True)
-        columns.append([score_of(saved.backbone, prompt, ids) for prompt, ids in made])
+        columns.append(saved.score(prompts, [[ids] for ids in rollout.completion_ids]).tolist())
     if saved.final_answer is not None:
         columns.append([saved.final_answer(text) for text in rollout.texts])
     return list(zip(*columns, strict=True))

@@ -16,10 +16,17 @@ import yaml
 from lora_gan.best_of import agreement, choose, without_answers
 from lora_gan.callbacks import TextMetrics
 from lora_gan.cli import main
-from lora_gan.discriminator import AdapterDiscriminator, CompletionAndTarget, HiddenStatesDiscriminator
+from lora_gan.discriminator import (
+    AdapterDiscriminator,
+    CompletionAndTarget,
+    DiscriminatorModel,
+    HiddenStatesDiscriminator,
+    LikelihoodDiscriminator,
+)
+from lora_gan.discriminator.restored import score
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import AfterMarker
-from lora_gan.inference import chat, generate, load_saved, score_of
+from lora_gan.inference import chat, generate, load_saved
 from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward
 from lora_gan.sampling import Sampling, sample
@@ -79,13 +86,12 @@ def test_a_test_has_a_column_for_each_way_of_choosing(module: LoraGANModule, bat
     with module.backbone.generator():
         rollout = sample(module.backbone, batch.prompt_ids, 4, module.sampling)
     likely = rollout.logprobs.sum(-1)
-    prompts = [p for p in batch.prompt_ids for _ in range(4)]
-    scores = [score_of(module.backbone, p, ids) for p, ids in zip(prompts, rollout.completion_ids, strict=True)]
+    ended = rollout.ended(len(batch), module.backbone.tokenizer.eos_token_id)
     wanted = {
         "agreement": agreement(rollout.texts, 4, None),
         "logprob": likely,
         "reward": torch.tensor([share_of_a(text, "") for text in rollout.texts]),
-        "discriminator": torch.tensor(scores),
+        "discriminator": score(module.discriminator.model, module.backbone, batch.prompt_ids, ended),
     }
     preferred = module.preferences(batch, rollout)
     chosen = module.best(batch, rollout, torch.zeros(len(batch)))
@@ -176,7 +182,7 @@ def test_generate_and_chat_take_the_best_one(
     values = {
         "agreement": agreement(rollout.texts, 6, None),
         "logprob": likely,
-        "discriminator": torch.tensor([score_of(saved.backbone, prompt, ids) for ids in rollout.completion_ids]),
+        "discriminator": saved.score([prompt], [rollout.completion_ids]),
         "reward": torch.tensor([longest(text, "") for text in rollout.texts]),
     }
     wanted = rollout.texts[choose(values[way], likely, 6)[0]]
@@ -233,3 +239,57 @@ def test_mistakes(
 def test_a_module_samples_at_least_one(build: Build) -> None:
     with pytest.raises(LoraGANError, match="best_of must be at least 1, got 0"):
         build(best_of=0)
+
+
+# the discriminator outside of training
+
+MODELS = "lora_gan.discriminator."
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen"),
+    [
+        (LikelihoodDiscriminator(0.3), {"class_path": f"{MODELS}LikelihoodDiscriminator", "init_args": {"beta": 0.3}}),
+        (
+            HiddenStatesDiscriminator(8, 1, 1),
+            {
+                "class_path": f"{MODELS}HiddenStatesDiscriminator",
+                "init_args": {"width": 8, "layers": 1, "heads": 1},
+            },
+        ),
+    ],
+)
+def test_any_discriminator_that_reads_no_target_scores_as_in_training(
+    model: DiscriminatorModel, chosen: dict[str, Any], build: Build, batch: PromptBatch, tmp_path: Path
+) -> None:
+    module = build(model=model)
+    randomise(module.backbone)
+    module.backbone.take_snapshot()
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    fit(module, [batch], 1)[1].save_checkpoint(path)
+    config = {"model": {"init_args": {"discriminator": {"model": chosen}}}, "data": {}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    saved = load_saved(str(path))
+    with module.backbone.generator():
+        rollout = sample(module.backbone, batch.prompt_ids, 2, module.sampling)
+    wanted = module.discriminator.judge(module.backbone, batch, rollout, [range(len(batch))])
+    found = saved.score(batch.prompt_ids, rollout.by_prompt(len(batch)))
+    assert wanted.std() > 0
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    (tmp_path / "run" / "config.yaml").unlink()
+    reason = f"{type(model).__name__} that reads .*config.yaml is missing or another run's"
+    with pytest.raises(LoraGANError, match=reason):
+        load_saved(str(path)).score(batch.prompt_ids, rollout.by_prompt(len(batch)))
+
+
+def test_a_likelihood_that_equals_its_reference_has_not_learned(build: Build) -> None:
+    model = LikelihoodDiscriminator()
+    backbone = build(model=model).backbone
+    assert not model.has_learned(backbone)
+    randomise(backbone)
+    assert model.has_learned(backbone), "the base is the reference"
+    backbone.copy_adapter("generator", "discriminator")
+    backbone.take_snapshot()
+    assert not model.has_learned(backbone)
+    randomise(backbone)
+    assert model.has_learned(backbone)

@@ -23,9 +23,10 @@ from lora_gan.cli import main
 from lora_gan.data import TWON, Alpaca, InstructionDataModule, OwnFile, Source
 from lora_gan.data.files import clean
 from lora_gan.discriminator import AdapterDiscriminator, CompletionAndTarget
+from lora_gan.discriminator.restored import score
 from lora_gan.errors import LoraGANError
 from lora_gan.export import export
-from lora_gan.inference import Saved, _Printer, chat, generate, load_saved, score_of
+from lora_gan.inference import Saved, _Printer, chat, generate, load_saved
 from lora_gan.sampling import Sampling, eos_ids, sample
 from lora_gan.types import PromptBatch
 from tests.conftest import CONFIGS, randomise
@@ -74,7 +75,8 @@ def greedy(run: str | Backbone, text: str, role: str = "generator", tokens: int 
     prompt = torch.tensor(backbone.tokenizer.encode(text))
     with backbone.generator() if role == "generator" else backbone.reference():
         rollout = sample(backbone, [prompt], 1, Sampling(max_new_tokens=tokens, do_sample=False))
-    return rollout.texts[0], score_of(backbone, prompt, rollout.completion_ids[0])
+    ended = rollout.ended(1, backbone.tokenizer.eos_token_id)
+    return rollout.texts[0], score(AdapterDiscriminator(), backbone, [prompt], ended).item()
 
 
 def test_chat_compares_with_the_base(

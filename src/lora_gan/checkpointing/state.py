@@ -17,6 +17,7 @@ from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, Backbone, adap
 from lora_gan.coefficients import Coefficients
 from lora_gan.data.base import TextDataModule
 from lora_gan.data.templates import PromptFormat
+from lora_gan.discriminator.restored import describe
 from lora_gan.distributed import gathered
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import is_fitting, refuse_other_weights
@@ -153,7 +154,7 @@ class Checkpointed(StepModule):
             "quantization": self.backbone.settings.quantization,
             "weights": self._frozen_weights,
             "vocabulary": self._vocabulary,
-            "model": {"class": type(model).__name__, "input_format": type(model.input_format).__name__},
+            "model": describe(model),
             "optimization": self._optimizer_settings(),
             "lora": {role: asdict(settings) for role, settings in lora.items()},
         }

@@ -18,6 +18,7 @@ from lora_gan.attention import TreeForward
 from lora_gan.backbone import (
     DISCRIMINATOR,
     GENERATOR,
+    SNAPSHOT,
     Backbone,
     LoraSettings,
     check_no_dropout,
@@ -197,6 +198,10 @@ class LikelihoodDiscriminator(AdapterDiscriminator):
         found = {kind: x.sum(-1) - reference[kind].sum(-1) for kind, x in backbone.logprobs(tree).items()}
         scores = {kind: self.intercept + self.beta * x for kind, x in found.items()}
         return {kind: torch.stack([score, torch.zeros_like(score)], -1) for kind, score in scores.items()}
+
+    def has_learned(self, backbone: Backbone) -> bool:
+        """Not while it equals its reference, from which it starts."""
+        return super().has_learned(backbone) and not (backbone.has_snapshot and backbone.same(DISCRIMINATOR, SNAPSHOT))
 
     def trainable(self, backbone: Backbone) -> list[nn.Parameter]:
         head = {id(parameter) for parameter in backbone.score_head.parameters()}

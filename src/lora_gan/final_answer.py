@@ -29,7 +29,7 @@ class FinalAnswer(ABC):
 
 
 class AfterMarker(FinalAnswer):
-    """The text after the last occurrence of a marker, as GSM8K ends with ``#### 72``.
+    """The text after the last occurrence of a marker, as GSM8K ends with ``#### 72``, without a final full stop.
 
     Args:
         marker: The text before the final answer.
@@ -43,7 +43,7 @@ class AfterMarker(FinalAnswer):
 
     def split(self, text: str) -> tuple[str, str]:
         work, found, answer = text.rpartition(self.marker)
-        return (work, answer) if found else (text, "")
+        return (work, answer.strip().removesuffix(".")) if found else (text, "")
 
 
 class AfterThinking(FinalAnswer):

@@ -16,6 +16,13 @@ from lora_gan.final_answer import AfterMarker, AfterThinking, Boxed, FinalAnswer
         (AfterMarker(), "3 + 4 = 7", None, "3 + 4 = 7"),
         (AfterMarker(), "3 + 4 = 7 #### ", None, "3 + 4 = 7"),
         (AfterMarker("so:"), "so: 7", "7", ""),
+        (
+            AfterMarker("The last digit is"),
+            "1 plus 2 is 3. The last digit is 3.",
+            "3",
+            "1 plus 2 is 3.",
+        ),  # no full stop
+        (AfterMarker(), "#### 3.5", "3.5", ""),
         (AfterThinking(), "<think>three, four</think>\n\n7", "7", "<think>three, four"),
         (AfterThinking(), "<think>a</think> b </think> c", "b </think> c", "<think>a"),
         (AfterThinking(), "<think>three, four", None, "<think>three, four"),

@@ -54,20 +54,34 @@ class LeaveOneOut(AdvantageEstimator):
         return _spread((groups - others).flatten(), rollout)
 
 
+SCALES = ("group", "batch", "none")
+
+
 class GroupNormalised(AdvantageEstimator):
-    """Reward minus the mean of the prompt's completions, divided by their standard deviation (GRPO, arXiv 2402.03300).
+    """Reward minus the mean of the prompt's completions, divided by a standard deviation (GRPO, arXiv 2402.03300).
 
     Args:
         epsilon: Added to the standard deviation, so that a group of equal rewards gives 0.
+        scale_rewards: Whose standard deviation: "group", the prompt's own completions; "batch", all completions of the
+            step in this process (arXiv 2508.08221), so prompts that are nearly solved or hopeless do not count more;
+            "none": it is not divided (Dr. GRPO, arXiv 2503.20783). The names are TRL's.
     """
 
     needs_group = True
 
-    def __init__(self, epsilon: float = 1e-4) -> None:
+    def __init__(self, epsilon: float = 1e-4, scale_rewards: str = "group") -> None:
+        if scale_rewards not in SCALES:
+            raise LoraGANError(f"scale_rewards must be group, batch or none, got {scale_rewards!r}")
         self.epsilon = epsilon
+        self.scale_rewards = scale_rewards
 
     def __call__(self, rollout: Rollout, rewards: TokenRewards) -> Advantages:
-        return _spread(group_normalise(rewards.returns, rollout.num_generations, self.epsilon), rollout)
+        if self.scale_rewards == "group":
+            return _spread(group_normalise(rewards.returns, rollout.num_generations, self.epsilon), rollout)
+        groups = rewards.returns.view(-1, rollout.num_generations)
+        centred = (groups - groups.mean(1, keepdim=True)).flatten()
+        scale = rewards.returns.std() + self.epsilon if self.scale_rewards == "batch" else 1.0
+        return _spread(centred / scale, rollout)
 
 
 class PredictedReward(AdvantageEstimator):

@@ -16,7 +16,7 @@ from lora_gan.discriminator import DiscriminatorModel, StraightThrough
 from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import any_of, shares
 from lora_gan.errors import LoraGANError
-from lora_gan.losses import PolicyLoss, Reinforce, approx_kl, kl_loss, value_loss
+from lora_gan.losses import POLICY_METRICS, PolicyLoss, Reinforce, approx_kl, kl_loss, value_loss
 from lora_gan.optimization import Optimization, adamw
 from lora_gan.tensors import in_float32, join, masked_mean
 from lora_gan.tree import PromptTree, grow_parts, grow_scored
@@ -72,6 +72,7 @@ class Generator(nn.Module):
         settings: Its parts; what is left out gets its default.
         value_head_size: Hidden size of the base, where the advantage needs a value head; 0: none is made.
         temperature: At which completions are sampled, so by which their log-probabilities are computed.
+        max_new_tokens: Length limit of a completion.
         exact: Whether the policy that samples is the one that learns, but for rounding; else the importance ratios have
             a limit.
 
@@ -80,7 +81,12 @@ class Generator(nn.Module):
     """
 
     def __init__(
-        self, settings: GeneratorSettings, value_head_size: int = 0, temperature: float = 1.0, exact: bool = True
+        self,
+        settings: GeneratorSettings,
+        value_head_size: int = 0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 1,
+        exact: bool = True,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -90,6 +96,7 @@ class Generator(nn.Module):
                 "with sampling.base the policy that samples is not quite the one that learns: give Reinforce a "
                 f"ratio_cap, such as {RATIO_CAP}, or set sampling.base: null"
             )
+        self.policy_loss.max_new_tokens = max_new_tokens
         self.straight_through = settings.straight_through or StraightThrough()
         self.value_head = nn.Linear(value_head_size, 1, dtype=torch.float32) if value_head_size else None
         self.temperature = {SAMPLED: temperature}
@@ -230,7 +237,9 @@ class Generator(nn.Module):
         They weight the means of several passes and processes, so that together they are the mean of all.
         """
         batch, rollout = minibatch.batch, minibatch.rollout
-        counts = dict.fromkeys(self._losses, int(self._counted(rollout).mask.sum()))
+        mask = self._counted(rollout).mask
+        counts = dict.fromkeys((*self._losses, *POLICY_METRICS), int(mask.sum()))
+        counts["policy"] = self.policy_loss.count(mask)
         counts["supervised"] = sum(len(batch.target_ids[b]) for b in batch.with_target)
         return {**counts, "coupled": len(rollout), APPROX_KL: int(rollout.mask.sum())}
 

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from lora_gan.errors import LoraGANError
-from lora_gan.tensors import kl_k3, masked_mean
+from lora_gan.tensors import kl_k3, masked_mean, masked_row_mean
 from lora_gan.types import Advantages, LossTerm, Rollout
+
+POLICY_METRICS = ("policy/ratio", "policy/ratio_capped", "policy/clip_fraction")  # means over tokens
+LOSS_TYPES = ("bnpo", "grpo", "dr_grpo")
 
 
 class PolicyLoss(ABC):
-    """Raises the probability of tokens with positive advantage; the loss and each metric are means over the tokens.
+    """Raises the probability of tokens with positive advantage; each metric is a mean over the tokens.
+
+    The loss is a mean, too; ``loss_type`` says of what, by the names of TRL. "bnpo": over all tokens, so a long
+    completion counts more. "grpo": over completions, of the mean over their tokens (arXiv 2402.03300, eq. 3), so a
+    token of a long one counts less. "dr_grpo": over completions, of the sum over their tokens divided by the length
+    limit (arXiv 2503.20783), which does not depend on any length.
 
     The completions of a step are used ``num_iterations`` times in ``num_minibatches`` parts, with one optimizer step
     for each part, until KL(policy that sampled‖current policy) exceeds ``target_kl``.
@@ -23,6 +31,25 @@ class PolicyLoss(ABC):
     num_iterations = 1
     num_minibatches = 1
     target_kl = math.inf  # nats per token
+    loss_type = "bnpo"
+    max_new_tokens = 1  # length limit of a completion; the generator sets it
+
+    def __init__(self, loss_type: str = "bnpo") -> None:
+        if loss_type not in LOSS_TYPES:
+            raise LoraGANError(f"loss_type must be {', '.join(LOSS_TYPES[:-1])} or {LOSS_TYPES[-1]}, got {loss_type!r}")
+        self.loss_type = loss_type
+
+    def mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The mean of ``x`` (N, T) where ``mask`` is True, by ``loss_type``; 0 if it is True nowhere."""
+        if self.loss_type == "bnpo":
+            return masked_mean(x, mask)
+        totals = torch.where(mask, x, 0).sum(-1)
+        lengths = mask.sum(-1).clamp(min=1) if self.loss_type == "grpo" else self.max_new_tokens
+        return (totals / lengths).sum() / mask.any(-1).sum().clamp(min=1)
+
+    def count(self, mask: Tensor) -> int:
+        """How many tokens (N, T) or completions :meth:`mean` is a mean of."""
+        return int((mask if self.loss_type == "bnpo" else mask.any(-1)).sum())
 
     @abstractmethod
     def __call__(self, logprobs: Tensor, rollout: Rollout, advantages: Advantages) -> LossTerm:
@@ -36,25 +63,27 @@ class PolicyLoss(ABC):
 
 
 class Reinforce(PolicyLoss):
-    """−A·log π of the sampled tokens (Williams 1992), the mean over all sampled tokens of the batch.
+    """−A·log π of the sampled tokens (Williams 1992).
 
     Args:
+        loss_type: What the loss is a mean of, see :class:`PolicyLoss`.
         ratio_cap: Upper limit of the importance ratios that weight the tokens when the policy is no longer the one that
             sampled (truncated importance sampling, arXiv 1802.01561); null leaves the weights at 1.
     """
 
-    def __init__(self, ratio_cap: float | None = None) -> None:
+    def __init__(self, ratio_cap: float | None = None, loss_type: str = "bnpo") -> None:
+        super().__init__(loss_type)
         if ratio_cap is not None and not ratio_cap > 0:
             raise LoraGANError(f"ratio_cap must be > 0 or null, got {ratio_cap}")
         self.ratio_cap = ratio_cap
 
     def __call__(self, logprobs: Tensor, rollout: Rollout, advantages: Advantages) -> LossTerm:
         if self.ratio_cap is None:
-            return LossTerm(-masked_mean(advantages.per_token * logprobs, rollout.mask), {})
+            return LossTerm(-self.mean(advantages.per_token * logprobs, rollout.mask), {})
         ratio = (logprobs - rollout.logprobs).exp().detach()
         weighted = ratio.clamp(max=self.ratio_cap) * advantages.per_token * logprobs
         cut = masked_mean((ratio > self.ratio_cap).float(), rollout.mask)
-        return LossTerm(-masked_mean(weighted, rollout.mask), {"policy/ratio_capped": cut})
+        return LossTerm(-self.mean(weighted, rollout.mask), {"policy/ratio_capped": cut})
 
 
 class ClippedPPO(PolicyLoss):
@@ -68,6 +97,12 @@ class ClippedPPO(PolicyLoss):
         num_minibatches: Parts of the batch of prompts, with one optimizer step each.
         target_kl: KL in nats per token between the policy that sampled and the current one above which the updates of a
             step stop; null never stops them.
+        loss_type: What the loss is a mean of, see :class:`PolicyLoss`.
+        importance_sampling_level: "token", or "sequence": one ratio for a completion, the geometric mean of its tokens'
+            (GSPO, arXiv 2507.18071, eq. 7, with loss_type grpo and an ε of about 3e-4).
+        dual_clip: Largest ratio that counts for a token with a negative advantage, above 1 + ε′: max(…, c·A) (arXiv
+            1912.09729, eq. 5; often 3). Without it, such a token pulls the harder the likelier it has become. null sets
+            no limit.
     """
 
     def __init__(
@@ -77,7 +112,11 @@ class ClippedPPO(PolicyLoss):
         num_iterations: int = 4,
         num_minibatches: int = 1,
         target_kl: float | None = None,
+        loss_type: str = "bnpo",
+        importance_sampling_level: str = "token",
+        dual_clip: float | None = None,
     ) -> None:
+        super().__init__(loss_type)
         if not 0 < epsilon < 1 or (epsilon_high is not None and not epsilon_high > 0):
             raise LoraGANError(f"epsilon must be in (0, 1) and epsilon_high > 0, got {epsilon} and {epsilon_high}")
         if num_iterations < 1 or num_minibatches < 1:
@@ -86,21 +125,35 @@ class ClippedPPO(PolicyLoss):
             )
         if target_kl is not None and not target_kl > 0:
             raise LoraGANError(f"target_kl must be > 0 or null, got {target_kl}")
+        if importance_sampling_level not in ("token", "sequence"):
+            raise LoraGANError(
+                f"importance_sampling_level must be token or sequence, got {importance_sampling_level!r}"
+            )
         self.low, self.high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+        if dual_clip is not None and not dual_clip > self.high:
+            raise LoraGANError(
+                f"dual_clip must be above {self.high:g}, where the clip range ends, or null; got {dual_clip}"
+            )
+        self.by_sequence = importance_sampling_level == "sequence"
+        self.dual_clip = math.inf if dual_clip is None else dual_clip
         self.num_iterations = num_iterations
         self.num_minibatches = num_minibatches
         self.target_kl = math.inf if target_kl is None else target_kl
 
     def __call__(self, logprobs: Tensor, rollout: Rollout, advantages: Advantages) -> LossTerm:
-        ratio = (logprobs - rollout.logprobs).exp()
-        clipped = ratio.clamp(self.low, self.high)
-        gain = torch.minimum(ratio * advantages.per_token, clipped * advantages.per_token)
-        unused = (ratio * advantages.per_token > clipped * advantages.per_token).float()
+        moved = logprobs - rollout.logprobs
+        if self.by_sequence:
+            moved = masked_row_mean(moved, rollout.mask)[:, None].expand_as(moved)
+        ratio = moved.exp()
+        given, clipped = advantages.per_token, ratio.clamp(self.low, self.high)
+        counted = torch.where(given < 0, ratio.clamp(max=self.dual_clip), ratio)
+        gain = torch.minimum(counted * given, clipped * given)
+        unused = ((counted * given > clipped * given) | (counted < ratio)).float()
         metrics = {
             "policy/ratio": masked_mean(ratio.detach(), rollout.mask),
             "policy/clip_fraction": masked_mean(unused, rollout.mask),
         }
-        return LossTerm(-masked_mean(gain, rollout.mask), metrics)
+        return LossTerm(-self.mean(gain, rollout.mask), metrics)
 
 
 def kl_loss(logprobs: Tensor, rollout: Rollout, reference: Tensor) -> Tensor:

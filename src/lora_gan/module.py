@@ -145,7 +145,9 @@ class LoraGANModule(Evaluated):
         self.discriminator = Discriminator(discriminator)
         self.discriminator.model.build(self.backbone)
         values = self.backbone.hidden_size if self.advantage.needs_values else 0
-        self.generator = Generator(generator, values, sampling.temperature, exact=sampling.base is None)
+        self.generator = Generator(
+            generator, values, sampling.temperature, sampling.max_new_tokens, exact=sampling.base is None
+        )
         for role, adapter in ((GENERATOR, generator.adapter), (DISCRIMINATOR, discriminator.adapter)):
             if adapter is not None:
                 load_role(self, role, adapter)

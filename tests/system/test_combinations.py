@@ -66,11 +66,16 @@ OBJECTIVES: dict[str, Callable[[], DiscriminatorObjective]] = {
 ADVANTAGES: list[Callable[[], AdvantageEstimator]] = [
     MovingAverage,
     LeaveOneOut,
-    GroupNormalised,
+    lambda: GroupNormalised(scale_rewards="batch"),
     PredictedReward,
     ValueGAE,
 ]
-POLICY_LOSSES: list[Callable[[], PolicyLoss]] = [Reinforce, lambda: ClippedPPO(num_iterations=1, num_minibatches=2)]
+POLICY_LOSSES: list[Callable[[], PolicyLoss]] = [
+    Reinforce,
+    lambda: ClippedPPO(num_iterations=1, num_minibatches=2, dual_clip=3.0),
+    lambda: Reinforce(loss_type="dr_grpo"),
+    lambda: ClippedPPO(3e-4, num_iterations=1, loss_type="grpo", importance_sampling_level="sequence"),
+]
 MODELS: dict[str, Callable[[str], DiscriminatorModel]] = {
     "adapter": lambda base: AdapterDiscriminator(),
     "own base": lambda base: OwnBaseDiscriminator(base, LoraSettings(2, 4)),

@@ -62,7 +62,20 @@ def test_group_normalised_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([-a, a, 0.0, 0.0]))
 
 
-@pytest.mark.parametrize("estimator", [LeaveOneOut(), GroupNormalised()])
+def test_scales_of_group_advantages_by_hand() -> None:
+    """Rewards 1, 3 and 7, 7: the batch's standard deviation is that of all four, √9; unscaled it is reward − mean."""
+    rewards = [1.0, 3.0, 7.0, 7.0]
+    unscaled = returns(credit(GroupNormalised(scale_rewards="none"), rewards, 2))
+    torch.testing.assert_close(unscaled, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+    batch = returns(credit(GroupNormalised(epsilon=0.0, scale_rewards="batch"), rewards, 2))
+    torch.testing.assert_close(batch, torch.tensor([-1.0, 1.0, 0.0, 0.0]) / 3)
+    with pytest.raises(LoraGANError, match="scale_rewards must be group, batch or none, got 'all'"):
+        GroupNormalised(scale_rewards="all")
+
+
+@pytest.mark.parametrize(
+    "estimator", [LeaveOneOut(), *(GroupNormalised(scale_rewards=scale) for scale in ("group", "batch", "none"))]
+)
 def test_centred_advantages_sum_to_zero_in_each_group(estimator: AdvantageEstimator) -> None:
     torch.manual_seed(0)
     found = returns(credit(estimator, torch.randn(12).tolist(), 4)).view(3, 4)

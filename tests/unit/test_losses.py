@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,54 @@ def test_ppos_first_gradient_is_reinforces() -> None:
     assert wanted.abs().max() > 1e-3
 
 
+def test_a_dual_clip_limits_the_pull_of_a_bad_token() -> None:
+    """c = 3: a bad token of ratio 5 counts as 3 and has no gradient; one of 2, and a good one of 5, count as ever."""
+    term, gradient = ppo([5.0, 2.0, 5.0], [-1.0, -1.0, 1.0], ClippedPPO(epsilon=0.2, dual_clip=3.0))
+    assert term.loss.item() == pytest.approx((3.0 + 2.0 - 1.2) / 3)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 2.0, 0.0]) / 3)
+    assert term.metrics["policy/clip_fraction"].item() == pytest.approx(2 / 3)
+    assert term.metrics["policy/ratio"].item() == pytest.approx(4.0)
+
+
+def test_sequence_ratios_by_hand() -> None:
+    """GSPO: ratios 2 and ½ of a completion make 1, so A = 2 counts as 2; 1.44 alone is cut to 1.2."""
+    old = torch.zeros(2, 2)
+    logprobs = torch.tensor([[2.0, 0.5], [1.44, 99.0]]).log().requires_grad_()
+    mask = torch.tensor([[True, True], [True, False]])
+    given = Advantages(torch.tensor([[2.0, 2.0], [1.0, 1.0]]), {})
+    loss = ClippedPPO(epsilon=0.2, loss_type="grpo", importance_sampling_level="sequence")
+    term = loss(logprobs, rollout(old, mask), given)
+    assert term.loss.item() == pytest.approx(-(2.0 + 1.2) / 2)
+    (gradient,) = torch.autograd.grad(term.loss, logprobs)
+    # of the first: A·s/|y| for each token, over two completions; the second is clipped
+    torch.testing.assert_close(gradient, torch.tensor([[-0.5, -0.5], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "loss", "gradient"),
+    [
+        ("bnpo", 4.0, [[-2 / 3, -2 / 3], [1.0, 0.0]]),
+        ("grpo", 4.5, [[-0.5, -0.5], [1.5, 0.0]]),  # (3 + 6) / 2: each token of the first counts ½·½
+        ("dr_grpo", 1.5, [[-0.25, -0.25], [0.375, 0.0]]),  # (6 + 6) / (2·4)
+    ],
+)
+def test_what_the_loss_is_a_mean_of(loss_type: str, loss: float, gradient: list[list[float]]) -> None:
+    """Completions of two tokens with A = 2 and −log π of 1 and 2, and of one with A = −3 and −log π of −2."""
+    logprobs = torch.tensor([[-1.0, -2.0], [2.0, -9.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    given = Advantages(torch.tensor([[2.0, 2.0], [-3.0, 7.0]]), {})
+    objective = Reinforce(loss_type=loss_type)
+    objective.max_new_tokens = 4
+    term = objective(logprobs, rollout(logprobs, mask), given)
+    assert term.loss.item() == pytest.approx(loss)
+    (found,) = torch.autograd.grad(term.loss, logprobs)
+    torch.testing.assert_close(found, torch.tensor(gradient))
+    assert objective.count(mask) == (3 if loss_type == "bnpo" else 2)
+    assert objective.count(mask & torch.tensor([[False], [True]])) == 1, "a completion that is masked does not count"
+    empty = Rollout.empty(torch.device("cpu"))
+    assert objective(empty.logprobs, empty, Advantages(empty.logprobs, {})).loss.item() == 0.0
+
+
 def test_a_ratio_cap_cuts_the_weights_and_gives_them_no_gradient() -> None:
     """Ratios ½, 1 and 4 with a cap of 2 weigh ½, 1 and 2: the gradient of each is −weight·A/3."""
     term, gradient = ppo([0.5, 1.0, 4.0], [1.0, -3.0, 5.0], Reinforce(ratio_cap=2.0))
@@ -149,9 +198,12 @@ def test_a_ratio_cap_cuts_the_weights_and_gives_them_no_gradient() -> None:
         (ClippedPPO, {"num_iterations": 0}, "num_iterations"),
         (ClippedPPO, {"num_minibatches": 0}, "num_minibatches"),
         (ClippedPPO, {"target_kl": 0.0}, "target_kl"),
+        (ClippedPPO, {"dual_clip": 1.2}, "dual_clip must be above 1.2, where the clip range ends"),
+        (ClippedPPO, {"importance_sampling_level": "word"}, "must be token or sequence, got 'word'"),
+        (ClippedPPO, {"loss_type": "mean"}, "loss_type must be bnpo, grpo or dr_grpo, got 'mean'"),
     ],
 )
-def test_settings_are_checked(loss: type[PolicyLoss], settings: dict[str, float], message: str) -> None:
+def test_settings_are_checked(loss: type[PolicyLoss], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(LoraGANError, match=message):
         loss(**settings)
 

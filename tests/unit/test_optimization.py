@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 from torch.optim.lr_scheduler import ReduceLROnPlateau as PlateauOfTorch
 from torch.utils.data import DataLoader
 
-from lora_gan.advantages import GroupNormalised, MovingAverage, PredictedReward, ValueGAE
+from lora_gan.advantages import GroupNormalised, LeaveOneOut, MovingAverage, PredictedReward, ValueGAE
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR
 from lora_gan.discriminator import BradleyTerry
 from lora_gan.discriminator.replay import Replay
@@ -112,6 +112,20 @@ GENERATOR_CASES: dict[str, dict[str, Any]] = {
         "advantage": GroupNormalised(),
         "mask_truncated": True,
         "kl": 0.2,
+    },
+    "by completion": {
+        "policy_loss": Reinforce(ratio_cap=1.0, loss_type="grpo"),
+        "advantage": GroupNormalised(scale_rewards="batch"),
+        "mask_truncated": True,
+    },
+    "dr_grpo": {
+        "policy_loss": Reinforce(loss_type="dr_grpo"),
+        "advantage": GroupNormalised(scale_rewards="none"),
+        "kl": 0.2,
+    },
+    "sequences": {
+        "policy_loss": ClippedPPO(3e-4, None, 2, 2, 10.0, "grpo", "sequence", 3.0),
+        "advantage": LeaveOneOut(),
     },
     "ppo": {
         "policy_loss": ClippedPPO(num_iterations=2, num_minibatches=2, target_kl=10.0),

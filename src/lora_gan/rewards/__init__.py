@@ -27,7 +27,7 @@ from lora_gan.rewards.base import (
 )
 from lora_gan.rewards.consistency import SelfConsistency, SemanticConsistency
 from lora_gan.rewards.function import FunctionReward
-from lora_gan.rewards.length import LengthReward, RepetitionPenalty
+from lora_gan.rewards.length import LengthReward, OverlongPenalty, RepetitionPenalty
 from lora_gan.rewards.model import RewardModel
 from lora_gan.rewards.overlap import (
     BleuReward,
@@ -63,6 +63,7 @@ __all__ = [
     "MathReward",
     "MeteorReward",
     "NormalizeThenSum",
+    "OverlongPenalty",
     "Payoff",
     "PerplexityReward",
     "Probability",

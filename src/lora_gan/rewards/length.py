@@ -59,3 +59,28 @@ class LengthReward(Reward):
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
         length = context.mask.sum(-1).clamp(min=1).float()
         return torch.minimum(length / self.shortest, self.longest / length).clamp(max=1)
+
+
+class OverlongPenalty(Reward):
+    """0 up to ``longest`` − ``ramp`` tokens, from there a line to −1 at ``longest`` (DAPO, arXiv 2503.14476, eq. 13).
+
+    A completion that is cut off at the limit is then not the first one that is punished: those shortly before it are,
+    too, and the policy learns where to end.
+
+    Args:
+        longest: Length in tokens, EOS included, from which the penalty is −1; such as ``sampling.max_new_tokens``.
+        ramp: Tokens before it on which the penalty grows.
+        weight: Factor in the total reward.
+        name: Name in the logs, ``reward/<name>``.
+    """
+
+    def __init__(self, longest: int, ramp: int, weight: float = 1.0, name: str = "overlong") -> None:
+        super().__init__(weight, name)
+        if not 1 <= ramp <= longest:
+            raise LoraGANError(f"need 1 <= ramp <= longest, got {ramp} and {longest}")
+        self.longest = longest
+        self.ramp = ramp
+
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        length = context.mask.sum(-1).float()
+        return ((self.longest - self.ramp - length) / self.ramp).clamp(-1, 0)

@@ -24,6 +24,7 @@ from lora_gan.rewards import (
     LengthReward,
     MeteorReward,
     NormalizeThenSum,
+    OverlongPenalty,
     PerplexityReward,
     RepetitionPenalty,
     Reward,
@@ -407,6 +408,15 @@ def test_length_by_hand() -> None:
     assert found.tolist() == [0.25, 0.5, 1, 1, 0.5]
     with pytest.raises(LoraGANError, match="shortest <= longest, got 9 and 8"):
         LengthReward(9, 8)
+
+
+def test_the_overlong_penalty_is_a_ramp() -> None:
+    """Completions of 1, 5, 6, 8 and 10 tokens, a limit of 9 and a ramp of 4: none up to 5, a quarter for each more."""
+    mask = torch.arange(10) < torch.tensor([1, 5, 6, 8, 10])[:, None]
+    found = OverlongPenalty(9, 4)([""] * 5, PromptBatch.empty(), RewardContext(1, torch.zeros(5, 10), mask))
+    assert found.tolist() == [0, 0, -0.25, -0.75, -1]
+    with pytest.raises(LoraGANError, match="ramp <= longest, got 9 and 8"):
+        OverlongPenalty(8, 9)
 
 
 # agreement of a prompt's completions

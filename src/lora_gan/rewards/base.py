@@ -229,7 +229,7 @@ class Guarded(RewardAggregation):
         right = parts[self.trusted]
         known = applies.get(self.trusted, torch.ones_like(right, dtype=torch.bool))
         others = {name: part for name, part in parts.items() if name != self.trusted}
-        if not others:
+        if not others or not len(right):
             return WeightedSum()(parts, weights, applies, k)
         summed = WeightedSum()(others, weights, applies, k)
         trust = (2 * ranking_auc(summed, right, known, k) - 1).clamp(min=0)

@@ -650,6 +650,8 @@ def test_a_guarded_reward_counts_as_far_as_it_ranks_right_where_that_is_known() 
     assert Guarded()(alone, weights, known, 3).tolist() == (2 * right).tolist()
     parts = {"answer": torch.ones(9), "consistency": torch.full((9,), 0.6)}
     assert Guarded()(parts, weights, known, 3)[6:].tolist() == pytest.approx([0.3] * 3), "nothing speaks against it"
+    nothing = {"answer": torch.zeros(0), "consistency": torch.zeros(0)}
+    assert Guarded()(nothing, weights, {}, 0).tolist() == [], "a step that samples nothing"
     with pytest.raises(LoraGANError, match="trusts the reward 'answer', and there is none of that name among semantic"):
         Guarded()({"semantic": right}, {"semantic": 1.0}, {}, 3)
 

@@ -26,6 +26,7 @@ from lora_gan.coefficients import Coefficients, CoefficientState
 from lora_gan.discriminator import Discriminator, DiscriminatorSettings
 from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import mean_of_all
+from lora_gan.dynamic_sampling import Scored, replace_uninformative
 from lora_gan.errors import LoraGANError
 from lora_gan.evaluation import Evaluated
 from lora_gan.final_answer import FinalAnswer, find_answer
@@ -93,6 +94,9 @@ class LoraGANModule(Evaluated):
             completion is the answer.
         best_of: Completions that a test samples for each prompt, to choose one by agreement, likelihood, discriminator
             and reward, each a column of its table; 1 leaves them out.
+        dynamic_sampling: How often in a step of the policy gradient other training prompts are drawn in place of those
+            whose completions all get the same rewards, which teach it nothing (DAPO, arXiv 2503.14476). The step learns
+            from what is found, targets included. Where the adversarial reward counts, nothing is replaced.
     """
 
     def __init__(
@@ -113,12 +117,18 @@ class LoraGANModule(Evaluated):
         optimization: OptimizationSettings = OptimizationSettings(),
         final_answer: FinalAnswer | None = None,
         best_of: int = 1,
+        dynamic_sampling: int = 0,
     ) -> None:
         super().__init__()
         if num_generations < 1:
             raise LoraGANError(f"num_generations must be at least 1, got {num_generations}")
         if best_of < 1:
             raise LoraGANError(f"best_of must be at least 1, got {best_of}")
+        if dynamic_sampling < 0 or (dynamic_sampling and num_generations < 2):
+            raise LoraGANError(
+                f"dynamic_sampling must be at least 0, and needs num_generations of at least 2; got {dynamic_sampling} "
+                f"and {num_generations}"
+            )
         if not math.isfinite(truncated_penalty):
             raise LoraGANError(f"truncated_penalty must be a finite number, got {truncated_penalty}")
         if isinstance(kl_reference, str) and kl_reference not in REFERENCES:
@@ -137,6 +147,7 @@ class LoraGANModule(Evaluated):
         self.truncated_penalty = truncated_penalty
         self.final_answer = final_answer
         self.best_of = best_of
+        self.dynamic_sampling = dynamic_sampling
         self.advantage = advantage or MovingAverage()
         self.kl_reference = kl_reference
         self.configured_coefficients = coefficients
@@ -167,6 +178,12 @@ class LoraGANModule(Evaluated):
                     f"{type(part).__name__} compares a prompt's completions: num_generations must be at least 2; "
                     f"got {self.num_generations}"
                 )
+        if self.dynamic_sampling and not self.advantage.needs_group:
+            raise LoraGANError(
+                "dynamic_sampling replaces prompts whose completions get equal rewards, and "
+                f"{type(self.advantage).__name__} learns from them, too: set it to 0, or choose LeaveOneOut or "
+                "GroupNormalised"
+            )
         if self.adversarial_reward.needs_comparison and not self.discriminator.model.compares:
             raise LoraGANError(
                 f"{type(self.adversarial_reward).__name__} needs a discriminator that compares a completion with its "
@@ -209,11 +226,15 @@ class LoraGANModule(Evaluated):
 
     def run_step(self, batch: PromptBatch) -> StepOutput:
         """The step itself; the caller seeds, counts and logs it."""
+        self._seconds = {}
         with self._timed("sample"):
             rollout = self.sample_rollout(batch)
-            opponent = self.sample_opponent(batch)
         with self._timed("score"):
-            scores = self.score(rollout, batch, with_targets=self.discriminator_active)
+            scored = Scored(batch, rollout, self.score(rollout, batch, with_targets=self.discriminator_active))
+        with self._timed("sample"):
+            scored, replaced = self.replace_uninformative(scored)
+            batch, rollout, scores = scored.batch, scored.rollout, scored.scores
+            opponent = self.sample_opponent(batch)
         with self._timed("discriminator"):
             disc_scores = self.update_discriminator(rollout, opponent, scores, batch)
         with self._timed("generator"):
@@ -226,11 +247,12 @@ class LoraGANModule(Evaluated):
             **learned,
             **advantages.metrics,
             **step_metrics(rollout, scores, rewards),
+            **replaced,
             **adversarial_metrics(disc_scores, self.adversarial_reward),
             **optimized,
             **{f"coefficient/{name}": value.clone() for name, value in self.coefficients.named_buffers()},
         }
-        return StepOutput(mean_of_all(metrics), rollout, scores, disc_scores, dict(self._seconds))
+        return StepOutput(mean_of_all(metrics), rollout, scores, disc_scores, dict(self._seconds), batch)
 
     def sample_rollout(self, batch: PromptBatch) -> Rollout:
         """Completions for each prompt, no gradient; none in a step that has no use for them."""
@@ -246,6 +268,19 @@ class LoraGANModule(Evaluated):
             return Rollout.empty(self.device)
         with self.backbone.snapshot():
             return sample(self.backbone, batch.prompt_ids, self.num_generations, self.sampling)
+
+    def replace_uninformative(self, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
+        """The prompts to learn from: see ``dynamic_sampling``; and what is logged of it."""
+        now = self.coefficients
+        if not (self.dynamic_sampling and now.policy and self.rewards) or now.adversarial:
+            return scored, {}
+        return replace_uninformative(scored, self._other_prompts, self.dynamic_sampling)
+
+    def _other_prompts(self, count: int) -> Scored:
+        """Training prompts, drawn at random, with completions and rewards."""
+        batch = self.trainer.datamodule.draw(count).to(self.device)  # type: ignore[attr-defined]
+        rollout = self.sample_rollout(batch)
+        return Scored(batch, rollout, self.score(rollout, batch, with_targets=self.discriminator_active))
 
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the completions and, if wanted, of the targets; the reference pass happens here."""
@@ -358,7 +393,7 @@ class LoraGANModule(Evaluated):
         """Keep how long a phase of the step took."""
         begun = self.clock()
         yield
-        self._seconds[phase] = self.clock() - begun
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + self.clock() - begun
 
     # optimization
 
@@ -368,6 +403,11 @@ class LoraGANModule(Evaluated):
 
     def on_train_start(self) -> None:
         self.optimization.check_schedules()
+        if self.dynamic_sampling and not hasattr(self.trainer.datamodule, "draw"):  # type: ignore[attr-defined]
+            raise LoraGANError(
+                "dynamic_sampling draws other prompts from an InstructionDataModule, and this run has none: set "
+                "dynamic_sampling to 0"
+            )
         bare: int = getattr(self.trainer.datamodule, "bare_prompts", 0)  # type: ignore[attr-defined]
         if bare and self.adversarial_reward.needs_target:
             raise LoraGANError(

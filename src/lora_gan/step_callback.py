@@ -58,7 +58,9 @@ class StepCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.after_step(trainer, step_module(pl_module, self), outputs[OUTPUT], batch)
+        module = step_module(pl_module, self)
+        output: StepOutput = outputs[OUTPUT]
+        self.after_step(trainer, module, output, output.batch or batch)
 
 
 def step_module(module: L.LightningModule, callback: L.Callback) -> StepModule:

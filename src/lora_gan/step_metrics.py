@@ -13,7 +13,8 @@ def step_metrics(rollout: Rollout, scores: Scores, rewards: TokenRewards) -> dic
     """Rewards, KL and entropy (nats per token), length (tokens) of the samples; the reward of the targets.
 
     ``reward/<name>`` is the reward before its weight, but ``reward/adversarial`` is what the discriminator adds to
-    ``reward/total``.
+    ``reward/total``. ``reward/frac_reward_zero_std`` (TRL's name) is the share of prompts whose completions
+    all have the same reward.
     """
     metrics = {}
     if len(scores.target_total):
@@ -21,6 +22,9 @@ def step_metrics(rollout: Rollout, scores: Scores, rewards: TokenRewards) -> dic
     if len(rollout):
         metrics |= {f"reward/{name}": masked_mean(x, scores.applies[name]) for name, x in scores.parts.items()}
         metrics[REWARD] = rewards.returns.mean()
+        if rollout.num_generations > 1:
+            groups = rewards.returns.view(-1, rollout.num_generations)
+            metrics["reward/frac_reward_zero_std"] = (groups == groups[:, :1]).all(1).float().mean()
         if rewards.adversarial is not None:
             metrics["reward/adversarial"] = rewards.adversarial.mean()
         metrics[KL] = masked_mean(kl_k3(rollout.logprobs, scores.reference_logprobs), rollout.mask)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lora_gan.data.base import (
@@ -211,6 +212,12 @@ class InstructionDataModule(TextDataModule):
             "bucket_batches": self.bucket_batches,
             "source (or path, or splits)": digest(*(item.example.prompt for item in items)),
         }
+
+    def draw(self, count: int) -> PromptBatch:
+        """Training examples by the random numbers of torch, none twice unless there are too few."""
+        items = self.splits["train"].items
+        order = [int(i) for _ in range(-(-count // len(items))) for i in torch.randperm(len(items))[:count]]
+        return collate([items[i] for i in order[:count]])
 
     @property
     def bare_prompts(self) -> int:

@@ -94,7 +94,13 @@ class WeightedVote(AdversarialReward):
     discriminator believes it (the verifier-weighted vote of DiVeRSe, arXiv 2206.02336, as a reward). So the
     discriminator can outvote a wrong majority, and its mistakes about single completions average out. A completion
     without a final answer gets 0.
+
+    Args:
+        majority: 1 for the completions with the answer of the greatest share and 0 for the others, in place of the share.
     """
+
+    def __init__(self, majority: bool = False) -> None:
+        self.majority = majority
 
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
         k = disc_scores.num_generations
@@ -103,7 +109,10 @@ class WeightedVote(AdversarialReward):
         answers = disc_scores.sampled.new_tensor([number[vote] if vote else 0 for vote in votes]).view(-1, k)
         same = (answers[:, :, None] == answers[:, None, :]) & (answers > 0)[:, :, None]  # (B, K, K)
         weight = disc_scores.per_prompt.sigmoid()
-        return ((same * weight[:, None, :]).sum(-1) / weight.sum(-1, keepdim=True)).flatten()
+        shares = (same * weight[:, None, :]).sum(-1) / weight.sum(-1, keepdim=True)
+        if self.majority:
+            return ((shares >= shares.amax(-1, keepdim=True) * (1 - 1e-6)) & (shares > 0)).to(shares.dtype).flatten()
+        return shares.flatten()
 
 
 class WinRate(AdversarialReward):

@@ -131,6 +131,9 @@ def test_a_vote_counts_by_credibility() -> None:
     answered = replace(scored, answers=("7", "8", " 8.", None, "5", "5", "5", "6"))
     found = WeightedVote()(answered)
     torch.testing.assert_close(found, torch.tensor([3, 3, 3, 0, 6, 6, 6, 2]) / 8)
+    assert WeightedVote(majority=True)(answered).tolist() == [1, 1, 1, 0, 1, 1, 1, 0]
+    alone = replace(scored, answers=("7", None, None, None, *(None,) * 4))
+    assert WeightedVote(majority=True)(alone).tolist() == [1] + [0] * 7, "no answer wins nothing"
 
 
 def test_the_module_gives_the_final_answers(build: Build, batch: PromptBatch) -> None:

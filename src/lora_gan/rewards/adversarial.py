@@ -96,7 +96,7 @@ class WeightedVote(AdversarialReward):
     without a final answer gets 0.
 
     Args:
-        majority: 1 for the completions with the answer of the greatest share and 0 for the others, in place of the share.
+        majority: 1 for the completions with the answer of the greatest share, 0 for the others, in place of the share.
     """
 
     def __init__(self, majority: bool = False) -> None:

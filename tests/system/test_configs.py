@@ -147,6 +147,23 @@ def test_final_answers_on_the_real_base(experiment: str, control: str | None, tm
     assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
 
 
+@pytest.mark.parametrize("control", [None, "facts_agreement", "facts_majority", "facts_discriminator"])
+def test_few_facts_are_known(control: str | None, bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    config = pressed("few_facts", bases["gpt2"], rows, tmp_path)
+    config["data"]["init_args"]["answered"] = 0.3
+    overlays = []
+    if control:
+        overlay = yaml.safe_load((CONFIGS / "control" / f"{control}.yaml").read_text(encoding="utf-8"))
+        for callback in overlay.get("trainer", {}).get("callbacks+", []):
+            callback["init_args"]["phases"][1]["start"] = 1
+        overlays = [tmp_path / "overlay.yaml"]
+        overlays[0].write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    logged = fit(config, tmp_path, *overlays)
+    assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
+    assert len(logged["loss/policy"]) == len(logged["reward/answer"]) == STEPS - 1
+    assert ("reward/consistency" in logged) != ("loss/discriminator" in logged) == (control == "facts_discriminator")
+
+
 def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     config = pressed("evolve", bases["gpt2"], rows, tmp_path)
     settings = config["model"]["init_args"]

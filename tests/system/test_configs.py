@@ -215,6 +215,7 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         *EXPERIMENTS,
         "base",
         "digits",
+        "few_facts",
         "gan",
         "distill",
         "evolve",

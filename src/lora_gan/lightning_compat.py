@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning as L
@@ -200,6 +201,12 @@ def set_version(logger: TensorBoardLogger | CSVLogger, version: int | str) -> No
 
 
 # modules
+
+
+def set_root(trainer: L.Trainer, folder: Path) -> None:
+    """Give a trainer another ``default_root_dir``."""
+    _require(trainer, "_default_root_dir")
+    trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lora_gan.callbacks.last_checkpoint import run_folder
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.errors import LoraGANError
 
@@ -55,6 +56,8 @@ class BestCheckpoint(ModelCheckpoint):
         self.fits = True  # whether there is a best to look for, unlike in a test or a prediction
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.dirpath is None:
+            self.dirpath = str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         self.fits = stage == "fit"
 

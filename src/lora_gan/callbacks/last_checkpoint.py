@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lora_gan.checkpointing.files import LAST, PREVIOUS
@@ -126,11 +127,20 @@ class LastCheckpoint(Checkpoint):
         raise Interrupted(128 + number)
 
 
+WITH_FOLDERS = (TensorBoardLogger, CSVLogger)  # loggers that give each run a folder version_<n>
+
+
 def run_folder(trainer: L.Trainer) -> Path:
-    """Folder of a run's files; with ``fast_dev_run``, which leaves nothing, one that is deleted at the end."""
+    """Folder of a run's files; with ``fast_dev_run``, which leaves nothing, one that is deleted at the end.
+
+    It is that of the first logger that gives each run a folder, else the trainer's ``default_root_dir``, which the
+    command line makes a folder of the run's own.
+    """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return Path(_scratch().name)
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    ours = next((sink for sink in trainer.loggers if isinstance(sink, WITH_FOLDERS)), None)
+    folder = trainer.default_root_dir if ours is None else ours.log_dir
+    return Path(trainer.strategy.broadcast(folder))
 
 
 @cache

@@ -10,9 +10,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lora_gan.backbone import Backbone
+from lora_gan.callbacks.last_checkpoint import run_folder
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.data.source import Source
 from lora_gan.distributed import in_order, several
@@ -111,7 +112,7 @@ class TextMetrics(L.Callback):
         if self._replaced(trainer):
             return
         self._gather(trainer.test_dataloaders)
-        folder = trainer.log_dir  # a broadcast, which every process must join
+        folder = run_folder(trainer)  # a broadcast, which every process must join
         result = self._result(trainer, pl_module)
         logged = {f"test/{p}/{name}": value for p, values in result.metrics.items() for name, value in values.items()}
         pl_module.log_dict(logged | {"step": float(result.step)}, sync_dist=True)
@@ -119,9 +120,8 @@ class TextMetrics(L.Callback):
         self._write(trainer, "held_out", table, result.step)
         if trainer.is_global_zero:
             print(f"\nHeld-out test split, {result.prompts} prompts\n\n{table}\n")
-            if folder:
-                Path(folder, "held_out.md").write_text(table + "\n", encoding="utf-8")
-                save_result(_run_of(trainer.ckpt_path) or Path(folder), result)
+            (folder / "held_out.md").write_text(table + "\n", encoding="utf-8")
+            save_result(_run_of(trainer.ckpt_path) or folder, result)
 
     def _result(self, trainer: L.Trainer, module: L.LightningModule) -> Result:
         return Result(
@@ -161,9 +161,13 @@ class TextMetrics(L.Callback):
         return metrics
 
     def _write(self, trainer: L.Trainer, tag: str, table: str, step: int) -> None:
-        for sink in trainer.loggers:
-            if isinstance(sink, TensorBoardLogger) and not trainer.sanity_checking:
+        for sink in () if trainer.sanity_checking else trainer.loggers:
+            if isinstance(sink, TensorBoardLogger):
                 sink.experiment.add_text(tag, table, step)
+            elif isinstance(sink, WandbLogger):
+                sink.log_text(tag, columns=["table"], data=[[table]], step=step)
+            elif isinstance(sink, MLFlowLogger):
+                sink.experiment.log_text(sink.run_id, table, f"{tag}/{step}.md")
 
 
 def _trained_steps(module: L.LightningModule) -> int:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_gan.atomic import check_writable
+from lora_gan.callbacks.last_checkpoint import WITH_FOLDERS
 from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import has_version, set_version
-
-WITH_FOLDERS = (TensorBoardLogger, CSVLogger)  # loggers that give each run a folder version_<n>
 
 
 def runs_folder(settings: Any) -> Path:

@@ -17,13 +17,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lora_gan.callbacks.last_checkpoint import stopped_by_sigterm
+from lora_gan.callbacks.last_checkpoint import WITH_FOLDERS, run_folder, stopped_by_sigterm
 from lora_gan.checkpointing.files import CheckpointFiles, intact_checkpoint, newest_run
 from lora_gan.cli.configuration import content, last_of_each_kind, pairs
 from lora_gan.cli.hyperparameters import hyperparameters
 from lora_gan.cli.runs import claim_folder, claim_versions, continue_run, require_writable, runs_folder
 from lora_gan.errors import LoraGANError
-from lora_gan.lightning_compat import overrides, subcommand_setting
+from lora_gan.lightning_compat import overrides, set_root, subcommand_setting
 from lora_gan.number_formats import auto_precision, default_device, resolved_dtype, use_tensor_cores
 from lora_gan.program import program_name
 
@@ -51,10 +51,10 @@ class SavedConfiguration(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not self.seen:
-            self.seen = True
+            self.seen, self.folder = True, run_folder(trainer)
             self.config = self.config.clone()
             resumed, self.config["ckpt_path"] = self.config.get("ckpt_path"), None
-            self.overwrite = stage == "fit" and _lies_in(resumed, trainer.log_dir)
+            self.overwrite = stage == "fit" and _lies_in(resumed, self.folder)
             self._refuse_to_replace(trainer)
             if not self.overwrite:
                 super().setup(trainer, pl_module, stage)
@@ -67,6 +67,9 @@ class SavedConfiguration(SaveConfigCallback):
             super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = str(self.folder / self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=self.overwrite, multifile=False)
         settings = hyperparameters(self.config.as_dict())
         for sink in trainer.loggers if stage == "fit" else ():
             if isinstance(sink, TensorBoardLogger):
@@ -75,7 +78,7 @@ class SavedConfiguration(SaveConfigCallback):
                 sink.log_hyperparams(settings)
 
     def _refuse_to_replace(self, trainer: L.Trainer) -> None:
-        path = Path(trainer.log_dir or ".") / self.config_filename
+        path = self.folder / self.config_filename
         there = trainer.strategy.broadcast(path.is_file())
         if there and not self.overwrite:
             raise LoraGANError(
@@ -96,6 +99,7 @@ class CLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=SavedConfiguration,
+            save_config_kwargs={"save_to_log_dir": False},  # which is not the run's folder with every logger
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -167,9 +171,9 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer with a folder of its own, or, on a resume, the run's, that writes checkpoints safely."""
         settings = self.config[self.subcommand]
-        if settings.get("trainer.logger") is False and not settings.get("trainer.fast_dev_run"):
-            kwargs |= self._own_folder(runs_folder(settings))
         trainer = super().instantiate_trainer(**kwargs)
+        if not any(isinstance(sink, WITH_FOLDERS) for sink in trainer.loggers) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._give_folder(trainer, runs_folder(settings))
         use_tensor_cores(trainer.strategy.root_device)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
@@ -181,12 +185,13 @@ class CLI(LightningCLI):
             self._add_writer(trainer)
         return trainer
 
-    def _own_folder(self, runs: Path) -> dict[str, str]:
-        """The root folder of a run without a logger, which would be the working folder."""
+    def _give_folder(self, trainer: L.Trainer, runs: Path) -> None:
+        """A root folder of its own for a run whose loggers give none; it would be the working folder."""
         run = self._resumed_run()
         if run is not None and run.parent == runs.resolve():
-            return {"default_root_dir": str(run)}
-        return {"default_root_dir": str(claim_folder(runs))} if _is_first_process() else {}
+            set_root(trainer, run)
+        elif _is_first_process():
+            set_root(trainer, claim_folder(runs))
 
     def _resumed_run(self) -> Path | None:
         """Folder of the run that ``fit`` goes on with."""
@@ -262,9 +267,9 @@ def _is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _lies_in(checkpoint: str | None, folder: str | None) -> bool:
+def _lies_in(checkpoint: str | None, folder: Path) -> bool:
     """Whether a checkpoint is one of the run in the folder."""
-    return bool(checkpoint and folder) and Path(str(checkpoint)).resolve().parents[1] == Path(str(folder)).resolve()
+    return checkpoint is not None and Path(checkpoint).resolve().parents[1] == folder.resolve()
 
 
 def read_data(arguments: Sequence[str]) -> L.LightningDataModule:

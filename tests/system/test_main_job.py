@@ -40,11 +40,11 @@ def test_questions_are_answered_with_what_the_base_knows(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("control", "least", "most"), [(None, 0.6, 1.0), ("answers_only", 0.0, 0.4)])
+@pytest.mark.parametrize(("control", "least", "most"), [(None, 0.25, 1.0), ("answers_only", 0.0, 0.2)])
 def test_work_that_is_not_shown_is_learned_by_the_policy_gradient_alone(
     control: str | None, least: float, most: float, tmp_path: Path
 ) -> None:
-    """Final answers of 300 held-out questions: most are right after digits.yaml, few after imitating answers."""
+    """Final answers of 300 held-out questions: 0.33 to 0.76 as the draw has it, and chance by imitating answers."""
     base, trained = held_out("digits", control, "answer", tmp_path)
-    assert base < 0.25
+    assert base < 0.1
     assert least <= trained <= most

@@ -25,7 +25,7 @@ LAYERS = [
         "text_metrics",
         "sentence_encoder",
     },
-    {"best_of"},
+    {"best_of", "dynamic_sampling"},
     {"data", "tree", "advantages", "losses", "coefficients", "onednn", "results", "rewards"},
     {"flex"},
     {"attention"},

@@ -272,22 +272,22 @@ class Backbone(nn.Module):
         Raises:
             LoraGANError: Their shapes differ.
         """
-        weights = dict(self.lm.named_parameters())
-        for name in [n for n in weights if adapter_of(n) == destination]:
-            given = weights.get(_ADAPTER.sub(rf"\g<1>{source}", name))
-            if given is None or given.shape != weights[name].shape:
+        for given, weights in self._pairs(source, destination):
+            if given is None or given.shape != weights.shape:
                 raise LoraGANError(
                     f"the adapters {source} and {destination} differ in shape; give both the same rank and targets"
                 )
-            weights[name].copy_(given)
+            weights.copy_(given)
 
     def same(self, one: str, other: str) -> bool:
         """Whether two adapters have the same weights."""
+        return all(given is not None and torch.equal(given, weights) for given, weights in self._pairs(one, other))
+
+    def _pairs(self, source: str, destination: str) -> list[tuple[nn.Parameter | None, nn.Parameter]]:
+        """The weights of the second adapter, each behind that of the first in its place."""
         weights = dict(self.lm.named_parameters())
-        pairs = [
-            (w, weights.get(_ADAPTER.sub(rf"\g<1>{other}", n))) for n, w in weights.items() if adapter_of(n) == one
-        ]
-        return all(theirs is not None and torch.equal(ours, theirs) for ours, theirs in pairs)
+        theirs = [name for name in weights if adapter_of(name) == destination]
+        return [(weights.get(_ADAPTER.sub(rf"\g<1>{source}", name)), weights[name]) for name in theirs]
 
     # passes
 

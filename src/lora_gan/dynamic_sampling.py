@@ -63,15 +63,14 @@ def replace_uninformative(
         The prompts, at most B, and what is logged.
     """
     wanted = len(given.batch)
-    found, skipped = given.of(given.informative), 0
-    spent = 0
+    found = given.of(given.informative)
+    skipped, spent = wanted - len(found.batch), 0
     while len(found.batch) < wanted and spent < rounds:
         spent += 1
         others = draw(wanted - len(found.batch))
-        chosen = others.informative
-        skipped += len(others.batch) - len(chosen)
-        found = found + others.of(chosen)
-    skipped += wanted - len(given.informative)
+        taken = others.of(others.informative)
+        skipped += len(others.batch) - len(taken.batch)
+        found = found + taken
     metrics = {"skipped": skipped, "rounds": spent, "prompts": len(found.batch)}
     return (found if len(found.batch) else given), {
         f"dynamic_sampling/{name}": torch.tensor(float(value)) for name, value in metrics.items()

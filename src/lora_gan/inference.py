@@ -27,7 +27,7 @@ from lora_gan.data.dialogues import dialogue
 from lora_gan.data.files import FORMATS, Row, clean, read_lines, read_rows
 from lora_gan.data.templates import PromptFormat
 from lora_gan.data.tokenizer import prompt_ids
-from lora_gan.discriminator.models import DiscriminatorModel
+from lora_gan.discriminator.models import AdapterDiscriminator, DiscriminatorModel
 from lora_gan.discriminator.restored import restore, score
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import FinalAnswer
@@ -79,9 +79,13 @@ class Saved:
         """The discriminator, or why it cannot score completions here."""
         chosen = (self.settings("model").get("discriminator") or {}).get("model")
         try:
-            return restore(chosen, self.model, self.weights, self.backbone)
+            model: DiscriminatorModel = (
+                AdapterDiscriminator() if chosen is None else _built(DiscriminatorModel, chosen, "discriminator")
+            )
+            restore(model, self.model, self.weights, self.backbone)
         except LoraGANError as error:
             return str(error)
+        return model
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -118,14 +122,7 @@ class Saved:
         chosen = self.settings("model").get("rewards")
         if chosen is None:
             return default_rewards()
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--rewards", type=list[Reward])
-        try:
-            found: list[Reward] = parser.instantiate_classes(parser.parse_object({"rewards": chosen})).rewards
-        except ArgumentError as error:
-            raise LoraGANError(
-                f"the rewards of this run cannot be built: {error}; start from the folder that holds them"
-            ) from error
+        found: list[Reward] = _built(list[Reward], chosen, "rewards", "them")
         return found
 
     def settings(self, part: str) -> dict[str, Any]:
@@ -157,6 +154,22 @@ class Saved:
         tokenizer = self.backbone.tokenizer
         written = self.prompts.write(tokenizer, example) if example.messages else example
         return torch.tensor(prompt_ids(tokenizer, [written])[0], device=self.backbone.device)
+
+
+def _built(kind: Any, chosen: Any, name: str, held: str = "it") -> Any:
+    """What a run's configuration names.
+
+    Raises:
+        LoraGANError: It cannot be built here.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{name}", type=kind)
+    try:
+        return parser.instantiate_classes(parser.parse_object({name: chosen}))[name]
+    except ArgumentError as error:
+        raise LoraGANError(
+            f"the {name} of this run cannot be built: {error}; start from the folder that holds {held}"
+        ) from error
 
 
 def load_saved(ckpt_path: str, base: str | None = None, dequantize: bool = False) -> Saved:

@@ -41,6 +41,12 @@ def group_normalise(x: Tensor, k: int, epsilon: float) -> Tensor:
     return (centred / (groups.std(1, keepdim=True) + epsilon)).flatten()
 
 
+def leaders(shares: Tensor) -> Tensor:
+    """1 where a share (B, k) is the largest of its row, or equal to it but for rounding, and above 0; else 0."""
+    largest = shares.amax(-1, keepdim=True)
+    return ((shares >= largest * (1 - 1e-6)) & (shares > 0)).to(shares.dtype)
+
+
 def ranking_auc(scores: Tensor, values: Tensor, counted: Tensor, k: int) -> Tensor:
     """How often, of two of a prompt's k completions, the one of higher value has the higher score, in [0, 1].
 

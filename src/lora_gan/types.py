@@ -415,7 +415,7 @@ class StepOutput:
     scores: Scores | None  # None in a generation of evolution without refinement
     discriminator: DiscriminatorScores | None  # None in a step without the discriminator
     seconds: Mapping[str, float]  # by phase of the step
-    batch: PromptBatch | None = None  # the prompts, where they are others than the loader's
+    batch: PromptBatch | None = None  # the prompts; None: those of the loader
 
 
 # what callbacks look for in StepOutput.metrics

@@ -222,7 +222,7 @@ class InstructionDataModule(TextDataModule):
     @property
     def bare_prompts(self) -> int:
         """How many training examples have no target."""
-        return sum(not item.example.target for item in self.splits["train"].items)
+        return sum(not item.example.target.strip() for item in self.splits["train"].items)
 
     def val_dataloader(self) -> DataLoader[Encoded]:
         return self._eval_dataloader("validation")

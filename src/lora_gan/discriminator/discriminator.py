@@ -22,6 +22,7 @@ from lora_gan.discriminator.objectives import (
     discriminator_metrics,
 )
 from lora_gan.discriminator.replay import Episode, Replay
+from lora_gan.discriminator.restored import score
 from lora_gan.distributed import any_of
 from lora_gan.errors import LoraGANError
 from lora_gan.optimization import Optimization, adamw
@@ -147,7 +148,6 @@ class Discriminator(nn.Module):
         """Whether it has learned, and can score a completion of which no target is known."""
         return self.model.has_learned(backbone) and not self.model.input_format.reads_target
 
-    @torch.no_grad()
     def judge(self, backbone: Backbone, batch: PromptBatch, rollout: Rollout, parts: Sequence[Sequence[int]]) -> Tensor:
         """(N,) scores of the sampled completions.
 
@@ -157,10 +157,13 @@ class Discriminator(nn.Module):
             rollout: Their completions.
             parts: The prompts of each pass.
         """
-        completions = {SAMPLED: rollout.ended(len(batch), backbone.tokenizer.eos_token_id)}
-        whole = DiscriminatorBatch(batch.prompt_ids, batch.target_ids, completions)
-        with self.model.mode(backbone):
-            return torch.cat([self.model(backbone, whole.of(part))[SAMPLED][:, 0] for part in parts if part])
+        ended = rollout.ended(len(batch), backbone.tokenizer.eos_token_id)
+        scored = [
+            score(self.model, backbone, [batch.prompt_ids[b] for b in part], [ended[b] for b in part])
+            for part in parts
+            if part
+        ]
+        return torch.cat(scored)
 
     def make_batch(
         self,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from lora_gan.backbone import Backbone
-from lora_gan.discriminator.models import AdapterDiscriminator, DiscriminatorModel
+from lora_gan.discriminator.models import DiscriminatorModel
 from lora_gan.errors import LoraGANError
 from lora_gan.types import DiscriminatorBatch
 
@@ -18,12 +16,12 @@ PREFIX = "discriminator.model."  # of its weights in a checkpoint
 
 
 def restore(
-    chosen: Any, described: Mapping[str, str], weights: Mapping[str, Tensor], backbone: Backbone
-) -> DiscriminatorModel:
-    """The discriminator that a run's configuration names, with the weights of its checkpoint.
+    model: DiscriminatorModel, described: Mapping[str, str], weights: Mapping[str, Tensor], backbone: Backbone
+) -> None:
+    """Give the discriminator that a run's configuration names the weights of its checkpoint.
 
     Args:
-        chosen: ``model.discriminator.model`` of the configuration; None is the default.
+        model: As the configuration names it.
         described: Its class and input format according to the checkpoint.
         weights: The checkpoint's ``state_dict``.
         backbone: With the adapters of the checkpoint.
@@ -32,7 +30,6 @@ def restore(
         LoraGANError: It cannot score completions here; the message says why.
     """
     name = "{class} that reads {input_format}".format(**described)
-    model = _built(chosen)
     if described != describe(model):
         raise LoraGANError(
             f"the discriminator of this run is a {name}, and its config.yaml is missing or another run's"
@@ -44,7 +41,6 @@ def restore(
     model.to(backbone.device)
     if not model.has_learned(backbone):
         raise LoraGANError("the discriminator of this run has never been trained")
-    return model
 
 
 def describe(model: DiscriminatorModel) -> dict[str, str]:
@@ -62,17 +58,3 @@ def score(
         found = model(backbone, DiscriminatorBatch(tuple(prompts), nothing, {"completion": completions}))
     scores: Tensor = found["completion"][:, 0]
     return scores
-
-
-def _built(chosen: Any) -> DiscriminatorModel:
-    if chosen is None:
-        return AdapterDiscriminator()
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--model", type=DiscriminatorModel)
-    try:
-        model: DiscriminatorModel = parser.instantiate_classes(parser.parse_object({"model": chosen})).model
-    except ArgumentError as error:
-        raise LoraGANError(
-            f"the discriminator of this run cannot be built: {error}; start from the folder that holds it"
-        ) from error
-    return model

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lora_gan.errors import LoraGANError
-from lora_gan.tensors import davidson
+from lora_gan.tensors import davidson, leaders
 from lora_gan.text_metrics import normalise
 from lora_gan.types import DiscriminatorScores
 
@@ -110,9 +110,7 @@ class WeightedVote(AdversarialReward):
         same = (answers[:, :, None] == answers[:, None, :]) & (answers > 0)[:, :, None]  # (B, K, K)
         weight = disc_scores.per_prompt.sigmoid()
         shares = (same * weight[:, None, :]).sum(-1) / weight.sum(-1, keepdim=True)
-        if self.majority:
-            return ((shares >= shares.amax(-1, keepdim=True) * (1 - 1e-6)) & (shares > 0)).to(shares.dtype).flatten()
-        return shares.flatten()
+        return (leaders(shares) if self.majority else shares).flatten()
 
 
 class WinRate(AdversarialReward):

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_gan.best_of import agreement
 from lora_gan.rewards.base import Reward, answers_of
 from lora_gan.sentence_encoder import MINILM, sentence_encoder
+from lora_gan.tensors import leaders
 from lora_gan.types import PromptBatch, RewardContext
 
 
@@ -43,10 +44,7 @@ class SelfConsistency(Reward):
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
         shares = agreement(completions, context.num_generations, context.final_answer)
-        if not self.majority:
-            return shares
-        groups = shares.view(-1, context.num_generations)
-        return ((groups == groups.amax(-1, keepdim=True)) & (groups > 0)).float().flatten()
+        return leaders(shares.view(-1, context.num_generations)).flatten() if self.majority else shares
 
 
 class SemanticConsistency(Reward):

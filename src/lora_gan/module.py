@@ -172,6 +172,7 @@ class LoraGANModule(Evaluated):
     def _check_parts(self) -> None:
         if isinstance(self.kl_reference, Teacher):
             self.kl_reference.check(self.backbone)
+        self.aggregation.check([reward.name for reward in self.rewards])
         for part in (self.advantage, self.aggregation):
             if part.needs_group and self.num_generations < 2:
                 raise LoraGANError(

@@ -30,7 +30,7 @@ from lora_gan.losses import ClippedPPO, PolicyLoss
 from lora_gan.module import LoraGANModule
 from lora_gan.number_formats import default_device, resolved_dtype
 from lora_gan.optimization import OptimizationSettings
-from lora_gan.rewards import FunctionReward, LengthReward, NormalizeThenSum
+from lora_gan.rewards import FunctionReward, Guarded, LengthReward, NormalizeThenSum
 from lora_gan.rewards.adversarial import WinRate
 from lora_gan.sampling import Sampling
 from lora_gan.step_callback import OUTPUT, StepCallback, StepModule
@@ -333,6 +333,7 @@ def test_a_baseline_of_the_users_own_stays(build: Build, batch: PromptBatch) -> 
         ({"policy": -0.1}, "policy"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be > 0, got 0.0"),
         ({"rewards": [FunctionReward(share_of_a), FunctionReward(share_of_a)]}, "two rewards are named 'share_of_a'"),
+        ({"aggregation": Guarded()}, "Guarded trusts the reward 'answer', and there is none of that name among share"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str, build: Build) -> None:

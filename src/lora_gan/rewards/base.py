@@ -114,6 +114,9 @@ class RewardAggregation(ABC):
 
     needs_group = False  # True: needs at least two completions for each prompt
 
+    def check(self, names: Sequence[str]) -> None:  # noqa: B027
+        """Refuse rewards of these names; the module calls it before training."""
+
     @abstractmethod
     def __call__(
         self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
@@ -218,14 +221,17 @@ class Guarded(RewardAggregation):
     def __init__(self, trusted: str = "answer") -> None:
         self.trusted = trusted
 
+    def check(self, names: Sequence[str]) -> None:
+        if self.trusted not in names:
+            raise LoraGANError(
+                f"Guarded trusts the reward {self.trusted!r}, and there is none of that name among {', '.join(names)}; "
+                "set aggregation.init_args.trusted, or add the reward"
+            )
+
     def __call__(
         self, parts: Mapping[str, Tensor], weights: Mapping[str, float], applies: Mapping[str, Tensor], k: int
     ) -> Tensor:
-        if self.trusted not in parts:
-            raise LoraGANError(
-                f"Guarded trusts the reward {self.trusted!r}, and there is none of that name among {', '.join(parts)}; "
-                "set aggregation.init_args.trusted, or add the reward"
-            )
+        self.check(list(parts))
         right = parts[self.trusted]
         known = applies.get(self.trusted, torch.ones_like(right, dtype=torch.bool))
         others = {name: part for name, part in parts.items() if name != self.trusted}

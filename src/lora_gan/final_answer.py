@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from lora_gan.errors import LoraGANError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A completion, from its beginning; all is work where there is no final answer."""
+
+    work: str
+    lead: str = ""  # between the two, such as a marker
+    answer: str = ""
 
 
 class FinalAnswer(ABC):
     """Finds the final answer in a completion. A subclass writes :meth:`split`."""
 
     @abstractmethod
-    def split(self, text: str) -> tuple[str, str]:
-        """The work and the final answer of a completion; all is work, and the answer empty, where there is none."""
+    def split(self, text: str) -> Parts:
+        """The parts of a completion."""
 
     def __call__(self, text: str) -> str | None:
         """The final answer, without outer white space; None if the completion has none."""
-        return self.split(text)[1].strip() or None
+        return self.split(text).answer.strip() or None
 
     def work(self, text: str) -> str:
         """What stands before the final answer, without white space at its end; all of it where there is none."""
-        return self.split(text)[0].rstrip()
+        return self.split(text).work.rstrip()
 
 
 class AfterMarker(FinalAnswer):
@@ -41,9 +51,11 @@ class AfterMarker(FinalAnswer):
     def __init__(self, marker: str = "####") -> None:
         self.marker = _given("marker", marker, "####")
 
-    def split(self, text: str) -> tuple[str, str]:
-        work, found, answer = text.rpartition(self.marker)
-        return (work, answer.strip().removesuffix(".")) if found else (text, "")
+    def split(self, text: str) -> Parts:
+        work, found, rest = text.rpartition(self.marker)
+        answer = rest.lstrip()
+        space = rest[: len(rest) - len(answer)]
+        return Parts(work, found + space, answer.rstrip().removesuffix(".")) if found else Parts(text)
 
 
 class AfterThinking(FinalAnswer):
@@ -59,21 +71,20 @@ class AfterThinking(FinalAnswer):
     def __init__(self, end: str = "</think>") -> None:
         self.end = _given("end", end, "</think>")
 
-    def split(self, text: str) -> tuple[str, str]:
-        work, _, answer = text.partition(self.end)
-        return work, answer
+    def split(self, text: str) -> Parts:
+        return Parts(*text.partition(self.end))
 
 
 class Boxed(FinalAnswer):
     r"""What stands in the last ``\boxed{…}`` whose braces are balanced; ``\{`` and ``\}`` are no braces."""
 
-    def split(self, text: str) -> tuple[str, str]:
+    def split(self, text: str) -> Parts:
         for start in reversed([match.start() for match in re.finditer(r"\\boxed\s*\{", text)]):
             inside = text.index("{", start) + 1
             end = _closing(text, inside)
             if end is not None:
-                return text[:start], text[inside:end]
-        return text, ""
+                return Parts(text[:start], text[start:inside], text[inside:end])
+        return Parts(text)
 
 
 class Pattern(FinalAnswer):
@@ -100,11 +111,14 @@ class Pattern(FinalAnswer):
                 f"the pattern {pattern!r} has no group; put parentheses around the final answer, as in answer is (.+)"
             )
 
-    def split(self, text: str) -> tuple[str, str]:
+    def split(self, text: str) -> Parts:
         last = None
         for last in self.compiled.finditer(text):  # noqa: B007 — the last one counts
             pass
-        return (text, "") if last is None else (text[: last.start()], last[1] or "")
+        if last is None:
+            return Parts(text)
+        before = last.start() if last[1] is None else last.start(1)
+        return Parts(text[: last.start()], text[last.start() : before], last[1] or "")
 
 
 def find_answer(text: str, final_answer: FinalAnswer | None) -> str | None:

@@ -33,6 +33,7 @@ from lora_gan.final_answer import FinalAnswer, find_answer
 from lora_gan.generator import Generator, GeneratorSettings, easiest
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.optimization import Optimization, OptimizationSettings
+from lora_gan.policy import ActivePolicy
 from lora_gan.rewards import (
     AdversarialReward,
     Logit,
@@ -173,6 +174,8 @@ class LoraGANModule(Evaluated):
         if isinstance(self.kl_reference, Teacher):
             self.kl_reference.check(self.backbone)
         self.aggregation.check([reward.name for reward in self.rewards])
+        for reward in self.rewards:
+            reward.check(self.final_answer)
         for part in (self.advantage, self.aggregation):
             if part.needs_group and self.num_generations < 2:
                 raise LoraGANError(
@@ -230,7 +233,7 @@ class LoraGANModule(Evaluated):
         self._seconds = {}
         with self._timed("sample"):
             rollout = self.sample_rollout(batch)
-        with self._timed("score"):
+        with self._timed("score"), self.backbone.generator():
             scored = Scored(batch, rollout, self.score(rollout, batch, with_targets=self.discriminator_active))
         with self._timed("sample"):
             scored, replaced = self.replace_uninformative(scored)
@@ -281,10 +284,14 @@ class LoraGANModule(Evaluated):
         """Training prompts, drawn at random, with completions and rewards."""
         batch = self.trainer.datamodule.draw(count).to(self.device)  # type: ignore[attr-defined]
         rollout = self.sample_rollout(batch)
-        return Scored(batch, rollout, self.score(rollout, batch, with_targets=self.discriminator_active))
+        with self.backbone.generator():
+            return Scored(batch, rollout, self.score(rollout, batch, with_targets=self.discriminator_active))
 
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
-        """Rewards of the completions and, if wanted, of the targets; the reference pass happens here."""
+        """Rewards of the completions and, if wanted, of the targets; the reference pass happens here.
+
+        The active mode is that of the model which wrote the completions.
+        """
         targets = batch.of(batch.with_target) if with_targets else PromptBatch.empty()
         wanted = batch.targets_by_prompt if with_targets else [[] for _ in range(len(batch))]
         branches = {SAMPLED: rollout.by_prompt(len(batch)), TARGET: wanted}
@@ -300,9 +307,10 @@ class LoraGANModule(Evaluated):
             answered = {SAMPLED: branches[SAMPLED]}
             reference = self.kl_reference.logprobs(self.backbone, batch, answered, parts, temperature)
         mask = {kind: join([tree.branches[kind].mask for tree in trees]) for kind in branches}
-        context = RewardContext(rollout.num_generations, base[SAMPLED], mask[SAMPLED], self.final_answer)
+        policy = ActivePolicy(self.backbone, self.optimization.parts)
+        context = RewardContext(rollout.num_generations, base[SAMPLED], mask[SAMPLED], self.final_answer, policy)
         sampled = weighted_sum(self.rewards, rollout.texts, batch, context)
-        context = RewardContext(1, base[TARGET], mask[TARGET], self.final_answer)
+        context = RewardContext(1, base[TARGET], mask[TARGET], self.final_answer, policy)
         target = weighted_sum(self.rewards, targets.targets, targets, context)
         return Scores(
             sampled.total,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -214,14 +215,31 @@ class Rollout:
         return _grouped(completions, self.num_generations, prompts)
 
 
+class Policy(Protocol):
+    """The model that wrote the completions, as a reward may ask it; see :class:`lora_gan.policy.ActivePolicy`."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a prompt and a completion together."""
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The tokens of completions, their end included."""
+
+    def logprobs(
+        self, prompts: Sequence[Tensor], completions: Mapping[str, Sequence[Sequence[Tensor]]]
+    ) -> dict[str, Tensor]:
+        """Log-probability of every token at temperature 1, by kind: (M, T), 0 behind the end of a completion."""
+
+
 @dataclass(frozen=True)
 class RewardContext:
-    """What a reward may look at besides the texts: the reference model's view of the completions."""
+    """What a reward may look at besides the texts: what base and policy think of them."""
 
     num_generations: int  # completions for each prompt: completion n belongs to batch.examples[n // num_generations]
     logprobs: Tensor  # (N, T) log-probability of each completion token under the base (adapters off), temperature 1
     mask: Tensor  # (N, T) bool: True on completion tokens, EOS included
     final_answer: FinalAnswer | None = None  # finds it in a completion; None: the whole completion is the answer
+    policy: Policy | None = None  # None where only texts are known
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ LAYERS = [
     {"flex"},
     {"attention"},
     {"backbone", "multiple_choice", "optimization", "pretrain", "step_metrics"},
-    {"sampling", "discriminator", "teacher"},
+    {"sampling", "discriminator", "teacher", "policy"},
     {"generator"},
     {"step_callback"},
     {"baseline", "checkpointing"},

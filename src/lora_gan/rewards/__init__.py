@@ -28,6 +28,7 @@ from lora_gan.rewards.base import (
 from lora_gan.rewards.consistency import SelfConsistency, SemanticConsistency
 from lora_gan.rewards.function import FunctionReward
 from lora_gan.rewards.length import LengthReward, OverlongPenalty, RepetitionPenalty
+from lora_gan.rewards.likelihood import ReferenceLikelihood
 from lora_gan.rewards.model import RewardModel
 from lora_gan.rewards.overlap import (
     BleuReward,
@@ -67,6 +68,7 @@ __all__ = [
     "Payoff",
     "PerplexityReward",
     "Probability",
+    "ReferenceLikelihood",
     "RepetitionPenalty",
     "RetrievalReward",
     "Reward",

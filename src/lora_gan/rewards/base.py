@@ -26,12 +26,16 @@ class Reward(ABC):
     """
 
     needs_target: bool = False  # True: does not apply to prompts without a target
+    asks_policy: bool = False  # True: needs ``RewardContext.policy``, which evolution cannot give
 
     def __init__(self, weight: float, name: str) -> None:
         if not math.isfinite(weight):
             raise LoraGANError(f"the weight of the reward {name} must be a finite number, got {weight}")
         self.weight = weight
         self.name = name
+
+    def check(self, final_answer: FinalAnswer | None) -> None:  # noqa: B027
+        """Refuse a module without what the reward needs; the module calls it before training."""
 
     @abstractmethod
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lora_gan.errors import LoraGANError
-from lora_gan.final_answer import AfterMarker, Boxed, FinalAnswer
+from lora_gan.final_answer import AfterMarker, Boxed, FinalAnswer, Parts
 from lora_gan.rewards import AnswerReward, MathReward, Reward, SelfConsistency, answers_of, weighted_sum
 from lora_gan.types import Example, PromptBatch, RewardContext
 from tests.helpers.steps import Build, fit, moved
@@ -125,8 +125,8 @@ def test_a_run_learns_from_final_answers_of_prompts_without_targets(build: Build
 
 
 class _FirstLetter(FinalAnswer):
-    def split(self, text: str) -> tuple[str, str]:
-        return "", text[:1]
+    def split(self, text: str) -> Parts:
+        return Parts("", "", text[:1])
 
 
 def test_agreement_of_the_unanswered_alone() -> None:

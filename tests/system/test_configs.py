@@ -36,6 +36,7 @@ VARIANTS = {
     "beams": "reinforce",
 }
 STEPS = 5
+ADVERSARIAL = [("gan", None), ("digits", "work_discriminator")]  # among those on the real base of digits
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +121,17 @@ def test_distillation_follows_its_teacher(bases: dict[str, str], rows: Path, tmp
 @pytest.mark.parametrize(
     ("experiment", "control"),
     [
-        *(("digits", control) for control in (None, "answers_only", "worked_only", "self_training")),
+        *(
+            ("digits", control)
+            for control in (None, "answers_only", "worked_only", "self_training", "work_discriminator", "verifree")
+        ),
         *(("gan", control) for control in (None, "answered_only", "agreement", "majority", "worked_only")),
     ],
 )
 def test_final_answers_on_the_real_base(experiment: str, control: str | None, tmp_path: Path) -> None:
     """The final answer is the reward from the second phase on; controls that only imitate sample nothing."""
-    files = [CONFIGS / f"{experiment}.yaml", *([CONFIGS / "control" / f"{control}.yaml"] if control else [])]
+    differences = CONFIGS if control == "verifree" else CONFIGS / "control"
+    files = [CONFIGS / f"{experiment}.yaml", *([differences / f"{control}.yaml"] if control else [])]
     config, *overlays = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
     for part in (config, *overlays):
         for callback in part.get("trainer", {}).get("callbacks+", []):
@@ -134,15 +139,16 @@ def test_final_answers_on_the_real_base(experiment: str, control: str | None, tm
                 phase["start"] = 2
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
     limits = {"max_steps": 4, "val_check_interval": 4, "limit_val_batches": 1, "limit_test_batches": 1}
-    best_of = {"init_args": {"best_of": 1}}
-    overlays.append({"trainer": limits | {"log_every_n_steps": 1}, "model": best_of, "test_after_fit": False})
+    small = {"model": {"init_args": {"best_of": 1, "num_generations": 4}}, "data": {"init_args": {"batch_size": 6}}}
+    overlays.append({"trainer": limits | {"log_every_n_steps": 1}, "test_after_fit": False, **small})
     paths = [tmp_path / f"overlay_{number}.yaml" for number, _ in enumerate(overlays)]
     for path, overlay in zip(paths, overlays, strict=True):
         path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
     logged = fit(config, tmp_path, *paths)
     imitates = control in ("answers_only", "worked_only")
-    assert ("reward/answer" in logged) != imitates and len(logged["text/answer"]) == 2
-    assert ("loss/discriminator" in logged) == (experiment == "gan" and control is None)
+    reward = "reward/likelihood" if control == "verifree" else "reward/answer"
+    assert (reward in logged) != imitates and len(logged["text/answer"]) == 2
+    assert ("loss/discriminator" in logged) == ((experiment, control) in ADVERSARIAL)
     assert ("reward/consistency" in logged) == (control in ("agreement", "majority"))
     assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
 
@@ -224,6 +230,7 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "gpt2_alpaca",
         "pretrain",
         "pretrain_digits",
+        "verifree",
     }
     assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu"} == {
         path.stem for path in (CONFIGS / "overlay").glob("*.yaml")

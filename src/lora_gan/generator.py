@@ -16,14 +16,22 @@ from lora_gan.discriminator import DiscriminatorModel, StraightThrough
 from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import any_of, shares
 from lora_gan.errors import LoraGANError
-from lora_gan.losses import POLICY_METRICS, PolicyLoss, Reinforce, approx_kl, kl_loss, value_loss
+from lora_gan.losses import (
+    POLICY_METRICS,
+    RATIO_CAP,
+    PolicyLoss,
+    Reinforce,
+    approx_kl,
+    kl_loss,
+    truncated_importance,
+    value_loss,
+)
 from lora_gan.optimization import Optimization, adamw
 from lora_gan.tensors import in_float32, join, masked_mean
 from lora_gan.tree import PromptTree, grow_parts, grow_scored
 from lora_gan.types import LossTerm, Minibatch, PromptBatch, Rollout
 
 APPROX_KL = "policy/approx_kl"
-RATIO_CAP = 2.0  # of REINFORCE where sampling.base makes the policy that samples another one
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class Generator(nn.Module):
                 f"ratio_cap, such as {RATIO_CAP}, or set sampling.base: null"
             )
         self.policy_loss.max_new_tokens = max_new_tokens
+        self.recomputes = not exact and self.policy_loss.recomputes and self.policy_loss.ratio_cap is not None
         self.straight_through = settings.straight_through or StraightThrough()
         self.value_head = nn.Linear(value_head_size, 1, dtype=torch.float32) if value_head_size else None
         self.temperature = {SAMPLED: temperature}
@@ -155,6 +164,10 @@ class Generator(nn.Module):
             Metrics, the mean over the optimizer steps; empty where there was nothing to learn from.
         """
         reports: list[dict[str, Tensor]] = []
+        corrected = _Corrected(minibatch, {})
+        if self.recomputes and coefficients.policy and len(minibatch.rollout):
+            corrected = self._corrected(backbone, minibatch, optimization)
+            minibatch = corrected.minibatch
         for chosen in self._minibatches(prompts, bool(coefficients.policy)):
             part = minibatch.of(chosen)
             if not any_of(bool(self._weights(part, coefficients))):
@@ -168,7 +181,21 @@ class Generator(nn.Module):
         if reports and coefficients.policy and self.updates_per_step > 1:
             metrics["policy/updates"] = torch.tensor(float(sum("loss/generator" in m for m in reports)))
             metrics[APPROX_KL] = reports[-1][APPROX_KL]
-        return metrics
+        return {**metrics, **corrected.metrics}
+
+    @torch.no_grad()
+    def _corrected(self, backbone: Backbone, minibatch: Minibatch, optimization: Optimization) -> _Corrected:
+        """As if the policy that learns had sampled: its log-probabilities, and weighted advantages."""
+        rollout, advantages, prompts = minibatch.rollout, minibatch.advantages, len(minibatch.batch)
+        branches, parts = {SAMPLED: rollout.by_prompt(prompts)}, optimization.parts(prompts)
+        with backbone.generator():
+            trees = grow_parts(minibatch.batch.prompt_ids, branches, parts)
+            logprobs = backbone.logprobs_at(trees, self.temperature)[0][SAMPLED]
+        assert self.policy_loss.ratio_cap is not None
+        importance = truncated_importance(logprobs, rollout, self.policy_loss.ratio_cap)
+        weighted = replace(advantages, per_token=importance.weights * advantages.per_token)
+        learned = replace(minibatch, rollout=replace(rollout, logprobs=logprobs), advantages=weighted)
+        return _Corrected(learned, importance.metrics)
 
     def _backward(
         self,
@@ -288,6 +315,14 @@ class Generator(nn.Module):
             else:
                 order = torch.randperm(len(prompts)).tensor_split(min(parts, len(prompts)))
                 yield from ([prompts[i] for i in part.tolist()] for part in order)
+
+
+@dataclass(frozen=True)
+class _Corrected:
+    """What the policy learns from, where another one sampled it, and metrics of the difference."""
+
+    minibatch: Minibatch
+    metrics: Mapping[str, Tensor]
 
 
 def _weighted_metrics(terms: Mapping[str, LossTerm], weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from lora_gan.errors import LoraGANError
 from lora_gan.tensors import kl_k3, masked_mean, masked_row_mean
 from lora_gan.types import Advantages, LossTerm, Rollout
 
-POLICY_METRICS = ("policy/ratio", "policy/ratio_capped", "policy/clip_fraction")  # means over tokens
+MISMATCH_KL = "policy/mismatch_kl"  # between the policy that samples and the one that learns
+POLICY_METRICS = ("policy/ratio", "policy/ratio_capped", "policy/clip_fraction", MISMATCH_KL)  # means over tokens
+RATIO_CAP = 2.0  # where sampling.base makes the policy that samples another one
 LOSS_TYPES = ("bnpo", "grpo", "dr_grpo")
 
 
@@ -32,6 +36,8 @@ class PolicyLoss(ABC):
     num_minibatches = 1
     target_kl = math.inf  # nats per token
     loss_type = "bnpo"
+    ratio_cap: float | None = None  # upper limit of importance ratios
+    recomputes = False  # True: wants the log-probabilities that the policy has before its first update of a step
     max_new_tokens = 1  # length limit of a completion; the generator sets it
 
     def __init__(self, loss_type: str = "bnpo") -> None:
@@ -67,23 +73,20 @@ class Reinforce(PolicyLoss):
 
     Args:
         loss_type: What the loss is a mean of, see :class:`PolicyLoss`.
-        ratio_cap: Upper limit of the importance ratios that weight the tokens when the policy is no longer the one that
-            sampled (truncated importance sampling, arXiv 1802.01561); null leaves the weights at 1.
+        ratio_cap: Upper limit of the importance ratios that weight the tokens when the policy is not the one that
+            sampled, see :func:`truncated_importance`; null leaves the weights at 1.
     """
 
     def __init__(self, ratio_cap: float | None = None, loss_type: str = "bnpo") -> None:
         super().__init__(loss_type)
-        if ratio_cap is not None and not ratio_cap > 0:
-            raise LoraGANError(f"ratio_cap must be > 0 or null, got {ratio_cap}")
-        self.ratio_cap = ratio_cap
+        self.ratio_cap = _checked_cap(ratio_cap)
 
     def __call__(self, logprobs: Tensor, rollout: Rollout, advantages: Advantages) -> LossTerm:
         if self.ratio_cap is None:
             return LossTerm(-self.mean(advantages.per_token * logprobs, rollout.mask), {})
-        ratio = (logprobs - rollout.logprobs).exp().detach()
-        weighted = ratio.clamp(max=self.ratio_cap) * advantages.per_token * logprobs
-        cut = masked_mean((ratio > self.ratio_cap).float(), rollout.mask)
-        return LossTerm(-self.mean(weighted, rollout.mask), {"policy/ratio_capped": cut})
+        importance = truncated_importance(logprobs, rollout, self.ratio_cap)
+        weighted = importance.weights * advantages.per_token * logprobs
+        return LossTerm(-self.mean(weighted, rollout.mask), importance.metrics)
 
 
 class ClippedPPO(PolicyLoss):
@@ -103,7 +106,12 @@ class ClippedPPO(PolicyLoss):
         dual_clip: Largest ratio that counts for a token with a negative advantage, above 1 + ε′: max(…, c·A) (arXiv
             1912.09729, eq. 5; often 3). Without it, such a token pulls the harder the likelier it has become. null sets
             no limit.
+        ratio_cap: Where ``sampling.base`` samples with another policy: r compares with the policy before the first
+            update, which takes one more pass, and :func:`truncated_importance` of that policy, up to this limit,
+            weights each token. null compares with the policy that sampled.
     """
+
+    recomputes = True
 
     def __init__(
         self,
@@ -115,8 +123,10 @@ class ClippedPPO(PolicyLoss):
         loss_type: str = "bnpo",
         importance_sampling_level: str = "token",
         dual_clip: float | None = None,
+        ratio_cap: float | None = RATIO_CAP,
     ) -> None:
         super().__init__(loss_type)
+        self.ratio_cap = _checked_cap(ratio_cap)
         if not 0 < epsilon < 1 or (epsilon_high is not None and not epsilon_high > 0):
             raise LoraGANError(f"epsilon must be in (0, 1) and epsilon_high > 0, got {epsilon} and {epsilon_high}")
         if num_iterations < 1 or num_minibatches < 1:
@@ -154,6 +164,28 @@ class ClippedPPO(PolicyLoss):
             "policy/clip_fraction": masked_mean(unused, rollout.mask),
         }
         return LossTerm(-self.mean(gain, rollout.mask), metrics)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much tokens count which another policy sampled."""
+
+    weights: Tensor  # (N, T), no gradient
+    metrics: Mapping[str, Tensor]
+
+
+def truncated_importance(logprobs: Tensor, rollout: Rollout, ratio_cap: float) -> Importance:
+    """min(π/π that sampled, ``ratio_cap``) of each token (N, T) (truncated importance sampling, arXiv 1802.01561)."""
+    ratio = (logprobs.detach() - rollout.logprobs).exp()
+    capped = masked_mean((ratio > ratio_cap).float(), rollout.mask)
+    metrics = {"policy/ratio_capped": capped, MISMATCH_KL: approx_kl(logprobs, rollout)}
+    return Importance(ratio.clamp(max=ratio_cap), metrics)
+
+
+def _checked_cap(ratio_cap: float | None) -> float | None:
+    if ratio_cap is not None and not ratio_cap > 0:
+        raise LoraGANError(f"ratio_cap must be > 0 or null, got {ratio_cap}")
+    return ratio_cap
 
 
 def kl_loss(logprobs: Tensor, rollout: Rollout, reference: Tensor) -> Tensor:

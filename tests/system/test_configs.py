@@ -36,7 +36,7 @@ VARIANTS = {
     "beams": "reinforce",
 }
 STEPS = 5
-ADVERSARIAL = [("gan", None), ("digits", "work_discriminator")]  # among those on the real base of digits
+ADVERSARIAL = [("gan", None), ("digits", "control/work_discriminator")]  # among those on the real base of digits
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +119,18 @@ def test_distillation_follows_its_teacher(bases: dict[str, str], rows: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("experiment", "control"),
+    ("experiment", "difference"),
     [
-        *(
-            ("digits", control)
-            for control in (None, "answers_only", "worked_only", "self_training", "work_discriminator", "verifree")
-        ),
-        *(("gan", control) for control in (None, "answered_only", "agreement", "majority", "worked_only")),
+        *(("digits", f"control/{name}") for name in ("answers_only", "worked_only", "self_training")),
+        *(("digits", name) for name in (None, "verifree", "control/work_discriminator")),
+        *(pytest.param("digits", f"overlay/{name}", marks=pytest.mark.slow) for name in ("dr_grpo", "gspo", "dapo")),
+        *(("gan", f"control/{name}") for name in ("answered_only", "agreement", "majority", "worked_only")),
+        ("gan", None),
     ],
 )
-def test_final_answers_on_the_real_base(experiment: str, control: str | None, tmp_path: Path) -> None:
+def test_final_answers_on_the_real_base(experiment: str, difference: str | None, tmp_path: Path) -> None:
     """The final answer is the reward from the second phase on; controls that only imitate sample nothing."""
-    differences = CONFIGS if control == "verifree" else CONFIGS / "control"
-    files = [CONFIGS / f"{experiment}.yaml", *([differences / f"{control}.yaml"] if control else [])]
+    files = [CONFIGS / f"{name}.yaml" for name in (experiment, difference) if name]
     config, *overlays = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
     for part in (config, *overlays):
         for callback in part.get("trainer", {}).get("callbacks+", []):
@@ -145,11 +144,11 @@ def test_final_answers_on_the_real_base(experiment: str, control: str | None, tm
     for path, overlay in zip(paths, overlays, strict=True):
         path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
     logged = fit(config, tmp_path, *paths)
-    imitates = control in ("answers_only", "worked_only")
-    reward = "reward/likelihood" if control == "verifree" else "reward/answer"
+    imitates = difference in ("control/answers_only", "control/worked_only")
+    reward = "reward/likelihood" if difference == "verifree" else "reward/answer"
     assert (reward in logged) != imitates and len(logged["text/answer"]) == 2
-    assert ("loss/discriminator" in logged) == ((experiment, control) in ADVERSARIAL)
-    assert ("reward/consistency" in logged) == (control in ("agreement", "majority"))
+    assert ("loss/discriminator" in logged) == ((experiment, difference) in ADVERSARIAL)
+    assert ("reward/consistency" in logged) == (difference in ("control/agreement", "control/majority"))
     assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
 
 
@@ -232,6 +231,6 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "pretrain_digits",
         "verifree",
     }
-    assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu"} == {
+    assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu", "dr_grpo", "gspo", "dapo"} == {
         path.stem for path in (CONFIGS / "overlay").glob("*.yaml")
     }

@@ -24,8 +24,8 @@ class Sampling:
         num_beams: Width of a beam search; 1 is none. Above 1 the completions are the best beams instead of samples, so
             they do not follow the policy's distribution, which the policy gradient assumes.
         base: "int8" samples a training step's completions with the base's linear layers in 8 bits, on a CPU with a
-            float32 base: faster, from a policy that differs a little from the one that learns. So the importance
-            ratios are capped: the policy loss is by default Reinforce with ratio_cap 2 then. Null samples as it learns.
+            float32 base: faster, from a policy that differs a little from the one that learns. So tokens are weighted
+            by importance ratios up to the ``ratio_cap`` of the policy loss, by default 2. Null samples as it learns.
         merge_lora: Decode with a copy of the base's weights with the adapter merged in: faster, for the memory of the
             copy while completions are sampled. Null merges where it pays and the weights have 32 bits, since 16 round
             small updates away. Weights that bitsandbytes quantised are never merged.

@@ -18,6 +18,7 @@ from lora_gan.sampling import Sampling, int8, sample
 from lora_gan.sampling.int8 import int8_weights, quantizable
 from lora_gan.tree import grow
 from lora_gan.types import PromptBatch
+from tests.conftest import randomise
 from tests.helpers.steps import fit
 
 INT8 = Sampling(max_new_tokens=8, base="int8")
@@ -105,7 +106,7 @@ def test_the_importance_ratios_are_capped(build: Callable[..., LoraGANModule]) -
     assert build(sampling=INT8).generator.policy_loss.ratio_cap == RATIO_CAP
     assert build().generator.policy_loss.ratio_cap is None
     assert build(sampling=INT8, policy_loss=Reinforce(ratio_cap=1.5)).generator.policy_loss.ratio_cap == 1.5
-    build(sampling=INT8, policy_loss=ClippedPPO())
+    assert build(sampling=INT8, policy_loss=ClippedPPO()).generator.policy_loss.ratio_cap == RATIO_CAP
     with pytest.raises(LoraGANError, match=r"sampling.base.*ratio_cap"):
         build(sampling=INT8, policy_loss=Reinforce())
 
@@ -122,3 +123,27 @@ def test_a_step_logs_how_far_the_two_policies_are_apart(
         fit(build(sampling=how), [batch], 1)[0].reports[0][APPROX_KL] for how in (INT8, Sampling(max_new_tokens=8))
     ]
     assert abs(apart[1]) < 1e-6 < apart[0] < 0.05
+
+
+def test_ppos_first_update_is_reinforces(build: Callable[..., LoraGANModule], batch: PromptBatch) -> None:
+    """With the same weights for what the other policy sampled."""
+    moved = []
+    for loss in (Reinforce(ratio_cap=0.98), ClippedPPO(num_iterations=1, ratio_cap=0.98)):
+        module = build(sampling=INT8, policy_loss=loss, supervised=0.0)
+        randomise(module.backbone)
+        recorder, _ = fit(module, [batch], 1)
+        moved.append(recorder)
+    reinforce, ppo = (recorder.reports[0] for recorder in moved)
+    assert 0 < reinforce["policy/ratio_capped"] < 1 and reinforce["policy/mismatch_kl"] > 0
+    for name in ("policy/ratio_capped", "policy/mismatch_kl"):
+        assert ppo[name] == pytest.approx(reinforce[name], rel=1e-3)
+    assert ppo["policy/ratio"] == pytest.approx(1, abs=1e-5) and ppo["policy/clip_fraction"] == 0
+    assert ppo["policy/approx_kl"] < 1e-8 < reinforce["policy/approx_kl"] == reinforce["policy/mismatch_kl"]
+    assert ppo["generator/grad_norm"] == pytest.approx(reinforce["generator/grad_norm"], rel=1e-4)
+
+
+def test_ppo_against_the_policy_that_sampled(build: Callable[..., LoraGANModule], batch: PromptBatch) -> None:
+    module = build(sampling=INT8, policy_loss=ClippedPPO(num_iterations=1, ratio_cap=None), supervised=0.0)
+    randomise(module.backbone)
+    recorder, _ = fit(module, [batch], 1)
+    assert "policy/mismatch_kl" not in recorder.reports[0] and recorder.reports[0]["policy/ratio"] != 1

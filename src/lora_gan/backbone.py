@@ -265,6 +265,14 @@ class Backbone(nn.Module):
             self._activate(active)
         return SNAPSHOT
 
+    def drop_snapshot(self) -> None:
+        """Be as before the first :meth:`take_snapshot`, for loading a state from before it."""
+        if self.has_snapshot:
+            active = self._active
+            self.lm.delete_adapter(SNAPSHOT)
+            self._let_both_learn()
+            self._activate(active)
+
     @torch.no_grad()
     def copy_adapter(self, source: str, destination: str) -> None:
         """Give one adapter the weights of another.

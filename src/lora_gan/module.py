@@ -261,7 +261,8 @@ class LoraGANModule(Evaluated):
     def sample_rollout(self, batch: PromptBatch) -> Rollout:
         """Completions for each prompt, no gradient; none in a step that has no use for them."""
         now = self.coefficients
-        if not (now.policy or now.kl or now.entropy or now.coupled or self.discriminator_active):
+        judged = self.discriminator_active and self.discriminator.settings.samples
+        if not (now.policy or now.kl or now.entropy or now.coupled or judged):
             return Rollout.empty(self.device)
         with self.backbone.generator():
             return sample(self.backbone, batch.prompt_ids, self.num_generations, self.sampling)

@@ -356,6 +356,7 @@ class DiscriminatorScores:
     metrics: Mapping[str, Tensor]  # scalars to log
     answers: tuple[str | None, ...] = ()  # N final answers of the sampled completions, None where there is none
     tie_logit: Tensor | None = None  # (N,) of a tie of sampled completion and target; None if none are compared
+    length: Tensor | None = None  # (N,) of the sampled completions in tokens, EOS included
 
     @property
     def per_prompt(self) -> Tensor:

@@ -292,6 +292,22 @@ def test_a_snapshot_is_the_generator_as_it_was(backbone: Backbone) -> None:
     assert torch.equal(snapshot_logits(backbone), second)
 
 
+def test_without_its_snapshot_a_backbone_is_as_before(backbone: Backbone) -> None:
+    names, learning = list(backbone.state_dict()), {n for n, p in backbone.named_parameters() if p.requires_grad}
+    with backbone.generator():
+        before = logits(backbone)
+        backbone.take_snapshot()
+        backbone.drop_snapshot()
+        assert torch.equal(logits(backbone), before), "the mode stays as it was"
+    backbone.drop_snapshot()
+    assert not backbone.has_snapshot and list(backbone.state_dict()) == names
+    assert {n for n, p in backbone.named_parameters() if p.requires_grad} == learning
+    with backbone.reference():
+        assert torch.equal(snapshot_logits(backbone), logits(backbone))
+    backbone.take_snapshot()
+    assert torch.equal(snapshot_logits(backbone), before)
+
+
 def test_a_snapshot_has_no_gradient_and_belongs_to_no_role(backbone: Backbone) -> None:
     roles = [{id(p) for p in backbone.parameters_of(role)} for role in (GENERATOR, DISCRIMINATOR)]
     learning = {id(p) for p in backbone.parameters() if p.requires_grad}
@@ -485,7 +501,7 @@ def test_word_embeddings_are_those_of_the_mode(bases: dict[str, str]) -> None:
     for mode in (backbone.generator, backbone.discriminator, backbone.reference):
         with mode():
             found.append(backbone.word_embeddings()[ids])
-            assert torch.equal(found[-1], backbone.causal_lm.get_input_embeddings()(ids))
+            torch.testing.assert_close(found[-1], backbone.causal_lm.get_input_embeddings()(ids))
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
 
 from lora_gan.advantages import LeaveOneOut, MovingAverage, PredictedReward, ValueGAE
 from lora_gan.attention import TreeForward
@@ -1043,6 +1044,11 @@ def test_a_run_with_everything_is_resumed_as_if_it_had_not_stopped(
     assert whole_module.generator.value_head is not None and module.generator.value_head is not None
     assert torch.equal(whole_module.generator.value_head.weight, module.generator.value_head.weight)
     assert len(module.discriminator.replay.episodes) == 4
+    early = tmp_path / "one.ckpt"
+    fit(everything(), [batch], 1, *callbacks())[1].save_checkpoint(early)
+    loader = DataLoader([batch], batch_size=None)  # type: ignore[arg-type, var-annotated]
+    runner.validate(module, loader, ckpt_path=early, weights_only=True, verbose=False)
+    assert not module.backbone.has_snapshot, "the best state of a run may be from before its snapshot"
     report = whole.reports[-1]
     assert {"reward/win_rate", "loss/coupled", "loss/value", "loss/kl", "loss/entropy", "policy/updates"} <= set(report)
     assert all(math.isfinite(value) for value in report.values())

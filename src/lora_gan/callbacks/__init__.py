@@ -11,6 +11,7 @@ from lora_gan.callbacks.evolution import FitnessPlot, FittestMembers
 from lora_gan.callbacks.last_checkpoint import LastCheckpoint
 from lora_gan.callbacks.multiple_choice import ChoiceAccuracy
 from lora_gan.callbacks.predictions import PredictionWriter
+from lora_gan.callbacks.preferences import PreferenceAccuracy
 from lora_gan.callbacks.progress import StepProgressBar
 from lora_gan.callbacks.snapshot import Snapshot
 from lora_gan.callbacks.text_metrics import TextMetrics
@@ -35,6 +36,7 @@ __all__ = [
     "MovingAverageBaseline",
     "Phase",
     "PredictionWriter",
+    "PreferenceAccuracy",
     "Snapshot",
     "StepProgressBar",
     "TextMetrics",

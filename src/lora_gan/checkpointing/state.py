@@ -108,6 +108,8 @@ class Checkpointed(StepModule):
             )
         if any(adapter_of(name) == SNAPSHOT for name in checkpoint["state_dict"]):
             self.backbone.add_snapshot()
+        else:
+            self.backbone.drop_snapshot()
         remembered = described["replay"]  # one for each process
         self.discriminator.replay.load_state_dict(remembered[self.global_rank % len(remembered)])
         missing = self._kept() - set(checkpoint["state_dict"])

@@ -45,6 +45,8 @@ class DiscriminatorSettings:
         objective: What it learns; by default to predict the reward.
         negatives: Worse completions that it learns from; by default one hard negative for each prompt.
         replay: Buffer of old samples that it learns from again; by default none.
+        samples: Whether completions are sampled for it alone, in a step in which the generator needs none. False: it
+            learns from targets and negatives then, as a reward model learns from preferences.
         lora: Shape of its adapter.
         optimizer: Its optimizer; by default AdamW at a learning rate of 0.001, without weight decay.
         scheduler: Schedule of its learning rate, stepped once in each training step in which it learns.
@@ -55,6 +57,7 @@ class DiscriminatorSettings:
     objective: DiscriminatorObjective | None = None
     negatives: list[Negatives] | None = None
     replay: Replay | None = None
+    samples: bool = True
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerCallable = adamw
     scheduler: LRSchedulerCallable | None = None
@@ -142,6 +145,7 @@ class Discriminator(nn.Module):
             num_generations=rollout.num_generations,
             metrics=metrics,
             tie_logit=sampled.auxiliary if self.model.compares else None,
+            length=sampled.length,
         )
 
     def can_judge(self, backbone: Backbone) -> bool:

@@ -145,20 +145,26 @@ class BradleyTerry(DiscriminatorObjective):
     Args:
         samples_over_negatives: Whether samples are ranked above negatives. Set false if negatives may be as good as
             samples (wrong objects in a correct sentence).
+        max_length_ratio: Pairs are left out in which one is more than so many times as long as the other, in tokens,
+            so that the discriminator does not learn that longer is better, or shorter; such as 1.2. null keeps all.
     """
 
-    def __init__(self, samples_over_negatives: bool = True) -> None:
+    def __init__(self, samples_over_negatives: bool = True, max_length_ratio: float | None = None) -> None:
+        if max_length_ratio is not None and not max_length_ratio >= 1:
+            raise LoraGANError(f"max_length_ratio must be at least 1 or null, got {max_length_ratio}")
         self.samples_over_negatives = samples_over_negatives
+        self.max_length_ratio = math.inf if max_length_ratio is None else max_length_ratio
 
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
         generated = _all(outputs, [kind for kind in (SAMPLED, OPPONENT) if kind in outputs])
         worse = _all(outputs, negatives(outputs))
+        ratio = self.max_length_ratio
         margins = {
-            "target_sampled": margin(outputs[TARGET], generated),
-            "target_negative": margin(outputs[TARGET], worse),
+            "target_sampled": margin(outputs[TARGET], generated, ratio),
+            "target_negative": margin(outputs[TARGET], worse, ratio),
         }
         if self.samples_over_negatives:
-            margins["sampled_negative"] = margin(generated, worse)
+            margins["sampled_negative"] = margin(generated, worse, ratio)
         losses = {name: softplus(-m).mean() for name, m in margins.items() if len(m)}
         return _mean_of(outputs, losses, "discriminator/error_")
 
@@ -294,6 +300,7 @@ class _Scored(NamedTuple):
     score: Tensor
     prompt: Tensor
     is_target: Tensor
+    length: Tensor
 
 
 def negatives(outputs: Mapping[str, DiscriminatorOutput]) -> list[str]:
@@ -301,13 +308,16 @@ def negatives(outputs: Mapping[str, DiscriminatorOutput]) -> list[str]:
     return [kind for kind in outputs if kind not in (TARGET, SAMPLED, OPPONENT)]
 
 
-def margin(better: DiscriminatorOutput | _Scored, worse: DiscriminatorOutput | _Scored) -> Tensor:
+def margin(
+    better: DiscriminatorOutput | _Scored, worse: DiscriminatorOutput | _Scored, max_length_ratio: float = math.inf
+) -> Tensor:
     """Score of the better minus that of the worse, for all pairs of completions of the same prompt.
 
-    Pairs of a target with itself do not count.
+    Pairs of a target with itself do not count, nor those whose lengths differ more than ``max_length_ratio`` times.
     """
     same = better.prompt[:, None] == worse.prompt[None, :]
-    pairs = same & ~(better.is_target[:, None] & worse.is_target[None, :])
+    near = (better.length[:, None] / worse.length[None, :]).log().abs() <= math.log(max_length_ratio)
+    pairs = same & near & ~(better.is_target[:, None] & worse.is_target[None, :])
     return (better.score[:, None] - worse.score[None, :])[pairs]
 
 
@@ -341,7 +351,7 @@ def _share_won(margins: Tensor) -> Tensor:
 
 
 def _by_length(outputs: DiscriminatorOutput) -> _Scored:
-    return _Scored(outputs.length.float(), outputs.prompt, outputs.is_target)
+    return _Scored(outputs.length.float(), outputs.prompt, outputs.is_target, outputs.length)
 
 
 def _all(outputs: Mapping[str, DiscriminatorOutput], kinds: Sequence[str]) -> _Scored:
@@ -349,8 +359,8 @@ def _all(outputs: Mapping[str, DiscriminatorOutput], kinds: Sequence[str]) -> _S
     chosen = [outputs[kind] for kind in kinds]
     if not chosen:
         none = outputs[TARGET].prompt[:0]
-        return _Scored(outputs[TARGET].score[:0], none, none.bool())
-    fields = zip(*((x.score, x.prompt, x.is_target) for x in chosen), strict=True)
+        return _Scored(outputs[TARGET].score[:0], none, none.bool(), none)
+    fields = zip(*((x.score, x.prompt, x.is_target, x.length) for x in chosen), strict=True)
     return _Scored(*(torch.cat(field) for field in fields))
 
 

@@ -10,6 +10,7 @@ from lora_gan.rewards.adversarial import (
     Probability,
     WeightedVote,
     WinRate,
+    WithoutLength,
 )
 from lora_gan.rewards.answer import AnswerReward, MathReward
 from lora_gan.rewards.base import (
@@ -83,6 +84,7 @@ __all__ = [
     "WeightedSum",
     "WeightedVote",
     "WinRate",
+    "WithoutLength",
     "answers_of",
     "references_of",
     "weighted_sum",

@@ -113,6 +113,34 @@ class WeightedVote(AdversarialReward):
         return (leaders(shares) if self.majority else shares).flatten()
 
 
+class WithoutLength(AdversarialReward):
+    """Another adversarial reward without what the length of the completion explains of it.
+
+    A score of preferences tends to grow with length, and a policy that learns from it writes ever more. Here the line
+    is subtracted that fits the reward to the length in tokens, by least squares over the step's completions, each
+    compared with the mean of its prompt. Adding any multiple of the length to the score changes nothing.
+
+    Args:
+        reward: The adversarial reward; by default the score itself.
+    """
+
+    def __init__(self, reward: AdversarialReward | None = None) -> None:
+        self.reward = reward or Logit()
+        self.needs_opponent = self.reward.needs_opponent
+        self.needs_target = self.reward.needs_target
+        self.needs_comparison = self.reward.needs_comparison
+
+    def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
+        reward, k = self.reward(disc_scores), disc_scores.num_generations
+        if disc_scores.length is None:
+            raise LoraGANError("WithoutLength needs the lengths of the completions, and the scores come without them")
+        length = disc_scores.length.to(reward)
+        longer, better = (x.view(-1, k) - x.view(-1, k).mean(1, keepdim=True) for x in (length, reward))
+        spread = longer.square().sum()
+        slope = (longer * better).sum() / spread.where(spread > 0, 1.0)
+        return reward - slope * (length - length.mean())
+
+
 class WinRate(AdversarialReward):
     """Share of the opponent's completions to the same prompt that the discriminator scores lower (self-play).
 

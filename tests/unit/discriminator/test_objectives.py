@@ -257,6 +257,20 @@ def test_samples_need_not_be_over_negatives() -> None:
     assert found.loss.item() == pytest.approx(((cost(1) + cost(0)) / 2 + cost(2)) / 2)
 
 
+def test_only_pairs_of_similar_length_count_if_asked() -> None:
+    """The target has 10 tokens, the samples 12, 13 and 5: within 1.25 times is the first alone."""
+    completions = {
+        "target": replace(output([2.0], is_target=[True]), length=torch.tensor([10])),
+        "sampled": replace(output([1.0, 5.0, 7.0], prompt=[0, 0, 0]), length=torch.tensor([12, 13, 5])),
+    }
+    assert BradleyTerry(max_length_ratio=1.25)(completions).loss.item() == pytest.approx(cost(1))
+    assert BradleyTerry(max_length_ratio=1.3)(completions).loss.item() == pytest.approx((cost(1) + cost(-3)) / 2)
+    every = BradleyTerry()(completions).loss.item()
+    assert every == pytest.approx((cost(1) + cost(-3) + cost(-5)) / 3)
+    with pytest.raises(LoraGANError, match="max_length_ratio must be at least 1"):
+        BradleyTerry(max_length_ratio=0.8)
+
+
 def test_reward_ranking_by_hand() -> None:
     """Prompt 0: the target (1) over both samples (0 and ½), and ½ over 0. Prompt 1: equal rewards rank nothing.
 

@@ -24,6 +24,7 @@ from lora_gan.rewards.adversarial import (
     Probability,
     WeightedVote,
     WinRate,
+    WithoutLength,
 )
 from lora_gan.types import DiscriminatorScores, PromptBatch
 from tests.helpers.steps import Build, fit
@@ -142,3 +143,32 @@ def test_the_module_gives_the_final_answers(build: Build, batch: PromptBatch) ->
     found, rollout = recorder.outputs[0].discriminator, recorder.outputs[0].rollout
     assert found is not None
     assert found.answers == tuple(module.final_answer(text) for text in rollout.texts)  # type: ignore[misc]
+
+
+def test_what_length_explains_is_left_out_by_hand() -> None:
+    """Two prompts. Lengths differ from the prompt's mean by −1, 1, −2 and 2, scores by −1, 1, 0 and 0.
+
+    The slope is (1 + 1 + 0 + 0) / (1 + 1 + 4 + 4) = 0.2 a token; the mean length is 5.
+    """
+    scores = replace(disc_scores([1.0, 3.0, 7.0, 7.0], [], [], 2), length=torch.tensor([3, 5, 4, 8]))
+    torch.testing.assert_close(WithoutLength()(scores), torch.tensor([1.4, 3.0, 7.2, 6.4]))
+    longer = replace(scores, sampled=scores.sampled + 5 * (scores.length if scores.length is not None else 0))
+    shifted = WithoutLength()(longer) - WithoutLength()(scores)
+    torch.testing.assert_close(shifted, torch.full((4,), 25.0), msg="a multiple of the length changes nothing")
+    alike = replace(scores, length=torch.tensor([5, 5, 2, 2]))
+    assert torch.equal(WithoutLength()(alike), scores.sampled)
+    assert WithoutLength(WinRate()).needs_opponent and WithoutLength(AgainstTarget()).needs_target
+
+
+def test_a_run_without_what_length_explains(build: Build, batch: PromptBatch) -> None:
+    """The rewards of a step have no slope in the length."""
+    module = build(adversarial=1.0, adversarial_reward=WithoutLength(), num_generations=4, rewards=[])
+    recorder, _ = fit(module, [batch], 2)
+    scores = recorder.outputs[1].discriminator
+    assert scores is not None and scores.length is not None
+    assert scores.length.tolist() == [len(ids) for ids in recorder.outputs[1].rollout.ended(3, 256)[0]] + [
+        len(ids) for row in recorder.outputs[1].rollout.ended(3, 256)[1:] for ids in row
+    ]
+    reward, length = (x.float().view(3, 4) for x in (WithoutLength()(scores), scores.length))
+    slope = ((reward - reward.mean(1, keepdim=True)) * (length - length.mean(1, keepdim=True))).sum()
+    assert abs(float(slope)) < 1e-4 and float(scores.sampled.std()) > 0

@@ -46,7 +46,7 @@ from lora_gan.rewards import (
 from lora_gan.rewards.base import ADVERSARIAL, check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.step_callback import OUTPUT, StepCallback
-from lora_gan.step_metrics import adversarial_metrics, step_metrics
+from lora_gan.step_metrics import adversarial_metrics, own_metrics, step_metrics
 from lora_gan.teacher import Teacher
 from lora_gan.tensors import join
 from lora_gan.tree import grow_parts
@@ -173,12 +173,17 @@ class LoraGANModule(Evaluated):
         if isinstance(self.kl_reference, Teacher):
             self.kl_reference.check(self.backbone)
         self.aggregation.check([reward.name for reward in self.rewards])
-        for part in (self.advantage, self.aggregation):
+        for part in (self.advantage, self.aggregation, *self.rewards):
             if part.needs_group and self.num_generations < 2:
                 raise LoraGANError(
                     f"{type(part).__name__} compares a prompt's completions: num_generations must be at least 2; "
                     f"got {self.num_generations}"
                 )
+        if self.rewards and all(reward.may_skip for reward in self.rewards) and not self.advantage.needs_group:
+            raise LoraGANError(
+                f"a completion that {self.rewards[0].name!r} leaves out has no reward, and {type(self.advantage).__name__} "
+                "would take that for a reward of 0: set on_failure: error, or choose LeaveOneOut or GroupNormalised"
+            )
         if self.dynamic_sampling and not self.advantage.needs_group:
             raise LoraGANError(
                 "dynamic_sampling replaces prompts whose completions get equal rewards, and "
@@ -248,6 +253,7 @@ class LoraGANModule(Evaluated):
             **learned,
             **advantages.metrics,
             **step_metrics(rollout, scores, rewards),
+            **own_metrics(self.rewards),
             **replaced,
             **adversarial_metrics(disc_scores, self.adversarial_reward),
             **optimized,
@@ -404,6 +410,8 @@ class LoraGANModule(Evaluated):
 
     def on_train_start(self) -> None:
         self.optimization.check_schedules()
+        for reward in self.rewards:
+            reward.prepare()
         if self.dynamic_sampling and not hasattr(self.trainer.datamodule, "draw"):  # type: ignore[attr-defined]
             raise LoraGANError(
                 "dynamic_sampling draws other prompts from an InstructionDataModule, and this run has none: set "

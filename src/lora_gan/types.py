@@ -260,7 +260,7 @@ class EvalOutput:
     examples: tuple[Example, ...]  # B
     texts: tuple[str, ...]  # B
     truncated: Tensor  # (B,) bool
-    reward: Tensor  # (B,)
+    reward: Tensor  # (B,), NaN where none applies
     perplexity: Tensor  # (B,) of the completion under the base
     target_logprob: Tensor  # (B,) of the whole target, EOS included; 0 where there is none
     target_tokens: Tensor  # (B,) tokens of the target, EOS included; 0 where there is none

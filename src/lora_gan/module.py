@@ -173,7 +173,8 @@ class LoraGANModule(Evaluated):
         if isinstance(self.kl_reference, Teacher):
             self.kl_reference.check(self.backbone)
         self.aggregation.check([reward.name for reward in self.rewards])
-        for part in (self.advantage, self.aggregation, *self.rewards):
+        parts: list[AdvantageEstimator | RewardAggregation | Reward] = [self.advantage, self.aggregation, *self.rewards]
+        for part in parts:
             if part.needs_group and self.num_generations < 2:
                 raise LoraGANError(
                     f"{type(part).__name__} compares a prompt's completions: num_generations must be at least 2; "
@@ -181,8 +182,9 @@ class LoraGANModule(Evaluated):
                 )
         if self.rewards and all(reward.may_skip for reward in self.rewards) and not self.advantage.needs_group:
             raise LoraGANError(
-                f"a completion that {self.rewards[0].name!r} leaves out has no reward, and {type(self.advantage).__name__} "
-                "would take that for a reward of 0: set on_failure: error, or choose LeaveOneOut or GroupNormalised"
+                f"a completion that {self.rewards[0].name!r} leaves out has no reward, and "
+                f"{type(self.advantage).__name__} would take that for a reward of 0: set on_failure: error, or choose "
+                "LeaveOneOut or GroupNormalised"
             )
         if self.dynamic_sampling and not self.advantage.needs_group:
             raise LoraGANError(

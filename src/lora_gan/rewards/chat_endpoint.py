@@ -206,7 +206,9 @@ class ChatEndpoint:
         text = str(message.content or "").strip()
         if not text:
             reason = choices[0].finish_reason  # type: ignore[index]
-            raise Unusable(f"the model {self.model!r} gave an empty answer (finish_reason {reason}); raise max_tokens")
+            raise Unusable(
+                f"the model {self.model!r} gave an empty answer (finish_reason {reason}); raise max_tokens", wait=0.0
+            )
         return text
 
 

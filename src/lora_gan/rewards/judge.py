@@ -282,14 +282,19 @@ class JudgeReward(Reward):
         """Of the completions to one prompt; all NaN if a verdict is missing."""
         if any(question.key not in verdicts for question in questions):
             return [math.nan] * len(completions)
-        pairs = [pair for q in questions for pair in zip(q.shown, verdicts[q.key], strict=True)]
-        verdict = dict(pairs)
+        verdict = {text: value for q in questions for text, value in zip(q.shown, verdicts[q.key], strict=True)}
         if not self.needs_group:
             return [verdict[completion] for completion in completions]
         return by_place([verdict.get(completion, 0.0) for completion in completions])
 
 
-MODES = {"rating": (RATE, {"completion"}), "ranking": (RANK, {"completions"})}
+@dataclass(frozen=True)
+class _Mode:
+    rubric: str  # the default one
+    material: str  # the placeholder that a rubric must name
+
+
+MODES = {"rating": _Mode(RATE, "completion"), "ranking": _Mode(RANK, "completions")}
 
 
 def read_rubric(rubric: str | None, mode: str) -> str:
@@ -298,22 +303,22 @@ def read_rubric(rubric: str | None, mode: str) -> str:
     Raises:
         LoraGANError: There is no such file, or a placeholder is unknown or missing.
     """
-    default, needed = MODES[mode]
+    needed = MODES[mode].material
     if rubric is None:
-        return default
+        return MODES[mode].rubric
     if re.fullmatch(r"\S.*\.(txt|md)", rubric):
         if not Path(rubric).is_file():
             raise LoraGANError(f"no rubric at {rubric!r}; give the path of a .txt or .md file, or the text itself")
         rubric = Path(rubric).read_text(encoding="utf-8").strip()
-    allowed = {"prompt", "reference", *needed}
+    allowed = {"prompt", "reference", needed}
     named = placeholders(rubric)
     listed = ", ".join(f"{{{name}}}" for name in sorted(allowed))
     if unknown := sorted(named - allowed):
         raise LoraGANError(
             f"the rubric names {{{unknown[0]}}}; for mode: {mode} it may name {listed}, and a literal brace is doubled"
         )
-    if missing := needed - named:
-        raise LoraGANError(f"for mode: {mode} the rubric must name {{{missing.pop()}}}; it may name {listed}")
+    if needed not in named:
+        raise LoraGANError(f"for mode: {mode} the rubric must name {{{needed}}}; it may name {listed}")
     return rubric
 
 
@@ -327,17 +332,14 @@ def placeholders(rubric: str) -> set[str]:
         parsed = list(Formatter().parse(rubric))
     except ValueError as error:
         raise LoraGANError(f"the rubric cannot be read ({error}); a literal brace is doubled") from error
-    return {
-        f"{name}{f'!{how}' if how else ''}{f':{form}' if form else ''}"
-        for _, name, form, how in parsed
-        if name is not None
-    }
+    found = [(name, f"!{how}" if how else "", f":{form}" if form else "") for _, name, form, how in parsed]
+    return {f"{name}{how}{form}" for name, how, form in found if name is not None}
 
 
 def question_of(example: Example) -> str:
     """What the user asked, without the headings of a template; of a dialogue all turns with their roles."""
     if not example.messages:
-        return HEADINGS.sub("", example.prompt).strip()
+        return str(HEADINGS.sub("", example.prompt).strip())
     if len(example.messages) == 1:
         return example.messages[0].content
     return "\n\n".join(f"{message.role}: {message.content}" for message in example.messages)
@@ -353,11 +355,14 @@ def read_rating(answer: str, low: float, high: float) -> float:
     if len(set(numbers)) != 1:
         raise Unusable(
             f"the judge must answer with one number, and said {_short(answer)}; use a stronger model, or say in the "
-            "rubric what to answer"
+            "rubric what to answer",
+            wait=0.0,
         )
     rating = float(numbers[0])
     if not low <= rating <= high:
-        raise Unusable(f"the judge must rate from {low:g} to {high:g}, and said {_short(answer)}; use a stronger model")
+        raise Unusable(
+            f"the judge must rate from {low:g} to {high:g}, and said {_short(answer)}; use a stronger model", wait=0.0
+        )
     return (rating - low) / (high - low)
 
 
@@ -371,7 +376,8 @@ def read_order(answer: str, count: int) -> Verdict:
     if sorted(order) != list(range(1, count + 1)):
         raise Unusable(
             f"the judge must name each of the completions 1 to {count} once, and said {_short(answer)}; use a stronger "
-            "model, or fewer completions"
+            "model, or fewer completions",
+            wait=0.0,
         )
     return tuple(float(order.index(number)) for number in range(1, count + 1))
 

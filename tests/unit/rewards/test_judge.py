@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import os
 import pickle
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -20,7 +24,10 @@ import torch
 from torch import Tensor
 
 from lora_gan.advantages import LeaveOneOut, MovingAverage
+from lora_gan.bases import SMOLLM2, locate
+from lora_gan.callbacks.text_metrics import measure
 from lora_gan.errors import LoraGANError, RewardError
+from lora_gan.evolution import EvolutionModule
 from lora_gan.rewards import FunctionReward, JudgeReward, Reward, weighted_sum
 from lora_gan.rewards.chat_endpoint import ChatEndpoint, Unusable
 from lora_gan.rewards.judge import by_place, question_of, read_order, read_rating
@@ -36,8 +43,6 @@ Serve = Callable[[Script], ChatServer]
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     """Start servers that stop after the test."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         yield lambda script: stack.enter_context(serving(script))
 
@@ -186,10 +191,8 @@ def test_a_rubric_of_ones_own(serve: Serve, batch: PromptBatch, tmp_path: Path) 
     found = weighted_sum([reward], ["Rome", "4"], batch, context(2, 1))
     assert found.parts["judge"].tolist() == [0.75, 0] and found.applies["judge"].tolist() == [True, False]
     (text,) = server.texts
-    assert (
-        shown(text) == {"prompt": "Capital of France?", "reference": "Paris", "completion": "Rome"} or "so {[" in text
-    )
-    assert "so {[completion" in text and "Paris" in text
+    assert shown(text) == {"prompt": "Capital of France?", "reference": "Paris", "completion": "Rome"}
+    assert "\nis {\n" in text and "\n}; but this?\n" in text
 
 
 @pytest.mark.parametrize(
@@ -425,14 +428,9 @@ def test_many_write_to_one_cache(tmp_path: Path) -> None:
 
 def test_damaged_lines_are_named_and_asked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "cache.jsonl"
-    good = json.dumps({"key": "a", "verdict": [1.0]})
-    bad = [
-        '{"key": "b"}',
-        '{"key": 3, "verdict": [1]}',
-        '{"key": "c", "verdict": []}',
-        '{"key": "d", "verdict": [NaN]}',
-    ]
-    path.write_bytes("\n".join([good, *bad, "\udcff", '{"key": "cut o']).encode(errors="surrogateescape"))
+    good = b'{"key": "a", "verdict": [1.0]}'
+    rows = [b'{"key": "b"}', b'{"key": 3, "verdict": [1]}', b'{"key": "c", "verdict": []}']
+    path.write_bytes(b"\n".join([good, *rows, b'{"key": "d", "verdict": [NaN]}', b"\xff", b'{"key": "cut o']))
     with caplog.at_level(logging.WARNING, "lora_gan"):
         cache = VerdictCache(str(path))
     assert "6 of 7 lines are damaged" in caplog.text and "the first is line 2" in caplog.text
@@ -511,11 +509,69 @@ def test_leaving_out_needs_a_comparison_within_the_prompt(build: Build) -> None:
 
 
 def test_a_validation_does_not_count_what_is_left_out(build: Build, batch: PromptBatch, serve: Serve) -> None:
-    from lora_gan.callbacks.text_metrics import measure
-
     server = serve(lambda text: Reply(status=400) if shown(text)["prompt"] == "2+2=" else "1")
     module = build(rewards=[judge(server.url, low=0, high=1, on_failure="skip")])
     output = module.validation_step(batch, 0)["trained"]
     assert output.reward.isnan().tolist() == [example.prompt == "2+2=" for example in batch.examples]
     assert measure([output])["reward"] == 1
     assert [row["reward"] for row in module.predict_step(batch, 0)].count(None) == int(output.reward.isnan().sum())
+
+
+def test_evolution_compares_members_on_all_prompts(bases: dict[str, str]) -> None:
+    with pytest.raises(LoraGANError, match="fitness is a mean reward over all prompts, and the reward 'judge' may"):
+        EvolutionModule(
+            base=bases["gpt2"], rewards=[judge("http://localhost", on_failure="skip")], advantage=LeaveOneOut()
+        )
+
+
+# a real model
+
+ONE_TO_FIVE = {str(token): 100.0 for token in range(33, 38)}  # the tokens of SmolLM2's digits 1 … 5
+
+
+@contextmanager
+def transformers_serve(folder: Path, port: int, log: Path) -> Iterator[str]:
+    """The model in a folder behind the server of transformers, in a process of its own."""
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--device", "cpu"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        try:
+            until = time.monotonic() + 180
+            while "startup complete" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < until, log.read_text()
+                time.sleep(0.5)
+            yield f"http://localhost:{port}/v1"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.mark.slow
+def test_a_real_model_judges(batch: PromptBatch, tmp_path: Path) -> None:
+    """SmolLM2 behind `transformers serve`; a bias makes it answer with a digit, which is all that is tested of it."""
+    for package in ("fastapi", "uvicorn", "gguf"):
+        pytest.importorskip(package)
+    try:
+        base = locate(SMOLLM2)
+    except LoraGANError as missing:
+        pytest.skip(str(missing))
+    folder = Path(shutil.copytree(base, tmp_path / "judge_model"))
+    with transformers_serve(folder, closed_port(), tmp_path / "log.txt") as url:
+        with pytest.raises(LoraGANError, match=r"cannot reach its judge: .* HTTP status 400 for the model 'another'"):
+            JudgeReward(url, "another").prepare()
+        how: dict[str, Any] = {"low": 1, "high": 5, "max_tokens": 1, "extra": {"logit_bias": ONE_TO_FIVE}}
+        reward = JudgeReward(url, str(folder), cache=str(tmp_path / "cache.jsonl"), **how)
+        completions = ["Paris", "the the", "4", "banana"]
+        found = scores(reward, completions, batch)
+        assert {float(score) for score in found} <= {0, 0.25, 0.5, 0.75, 1}
+        assert reward.metrics() == {"judge/requests": 5, "judge/cached": 0, "judge/failed": 0}
+        again = JudgeReward(url, str(folder), cache=str(tmp_path / "cache.jsonl"), **how)
+        assert torch.equal(scores(again, completions, batch), found) and again.cached == 4
+        free = JudgeReward(url, str(folder), retries=0, max_tokens=12, on_failure="skip")
+        free_found = scores(free, completions, batch)
+        assert free.failed == 4 or not free_found.isnan().all(), "without the bias it rarely answers with a number"

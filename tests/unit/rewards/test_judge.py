@@ -573,5 +573,4 @@ def test_a_real_model_judges(batch: PromptBatch, tmp_path: Path) -> None:
         again = JudgeReward(url, str(folder), cache=str(tmp_path / "cache.jsonl"), **how)
         assert torch.equal(scores(again, completions, batch), found) and again.cached == 4
         free = JudgeReward(url, str(folder), retries=0, max_tokens=12, on_failure="skip")
-        free_found = scores(free, completions, batch)
-        assert free.failed == 4 or not free_found.isnan().all(), "without the bias it rarely answers with a number"
+        assert scores(free, completions, batch).isnan().any() and free.failed, "without the bias it tells a story"

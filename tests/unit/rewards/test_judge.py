@@ -572,5 +572,5 @@ def test_a_real_model_judges(batch: PromptBatch, tmp_path: Path) -> None:
         assert reward.metrics() == {"judge/requests": 5, "judge/cached": 0, "judge/failed": 0}
         again = JudgeReward(url, str(folder), cache=str(tmp_path / "cache.jsonl"), **how)
         assert torch.equal(scores(again, completions, batch), found) and again.cached == 4
-        free = JudgeReward(url, str(folder), retries=0, max_tokens=12, on_failure="skip")
-        assert scores(free, completions, batch).isnan().any() and free.failed, "without the bias it tells a story"
+        free = JudgeReward(url, str(folder), retries=0, max_tokens=3, on_failure="skip")
+        assert scores(free, completions, batch).isnan().all() and free.failed >= 2, "it begins with: The answer is"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,13 +109,18 @@ class Evaluated(Checkpointed):
             found["reward"] = scores.total
         return found
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float]]:
-        """One record for each prompt: prompt, completion, target, reward."""
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float | None]]:
+        """One record for each prompt: prompt, completion, target, reward (None where none applies)."""
         with self.backbone.generator():
             output = self.complete(batch, self.greedy)
         rewards = output.reward.tolist()
         return [
-            {"prompt": example.prompt, "completion": text, "target": example.target, "reward": reward}
+            {
+                "prompt": example.prompt,
+                "completion": text,
+                "target": example.target,
+                "reward": None if math.isnan(reward) else reward,
+            }
             for example, text, reward in zip(output.examples, output.texts, rewards, strict=True)
         ]
 
@@ -141,7 +147,7 @@ class Evaluated(Checkpointed):
         tokens = torch.tensor(lengths, device=self.device)
         examples, cut = batch.examples, rollout.truncated
         unknown = torch.full_like(perplexity, torch.nan)
-        output = EvalOutput(examples, rollout.texts, cut, scores.total, perplexity, target, tokens, unknown)
+        output = EvalOutput(examples, rollout.texts, cut, scores.known, perplexity, target, tokens, unknown)
         return output, scores.base_logprobs
 
     @torch.no_grad()

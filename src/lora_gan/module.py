@@ -47,7 +47,7 @@ from lora_gan.rewards import (
 from lora_gan.rewards.base import ADVERSARIAL, check_names
 from lora_gan.sampling import Sampling, sample
 from lora_gan.step_callback import OUTPUT, StepCallback
-from lora_gan.step_metrics import adversarial_metrics, step_metrics
+from lora_gan.step_metrics import adversarial_metrics, own_metrics, step_metrics
 from lora_gan.teacher import Teacher
 from lora_gan.tensors import join
 from lora_gan.tree import grow_parts
@@ -176,12 +176,19 @@ class LoraGANModule(Evaluated):
         self.aggregation.check([reward.name for reward in self.rewards])
         for reward in self.rewards:
             reward.check(self.final_answer)
-        for part in (self.advantage, self.aggregation):
+        parts: list[AdvantageEstimator | RewardAggregation | Reward] = [self.advantage, self.aggregation, *self.rewards]
+        for part in parts:
             if part.needs_group and self.num_generations < 2:
                 raise LoraGANError(
                     f"{type(part).__name__} compares a prompt's completions: num_generations must be at least 2; "
                     f"got {self.num_generations}"
                 )
+        if self.rewards and all(reward.may_skip for reward in self.rewards) and not self.advantage.needs_group:
+            raise LoraGANError(
+                f"a completion that {self.rewards[0].name!r} leaves out has no reward, and "
+                f"{type(self.advantage).__name__} would take that for a reward of 0: set on_failure: error, or choose "
+                "LeaveOneOut or GroupNormalised"
+            )
         if self.dynamic_sampling and not self.advantage.needs_group:
             raise LoraGANError(
                 "dynamic_sampling replaces prompts whose completions get equal rewards, and "
@@ -233,14 +240,13 @@ class LoraGANModule(Evaluated):
         self._seconds = {}
         with self._timed("sample"):
             rollout = self.sample_rollout(batch)
+        early = self._scores_meanwhile(rollout, batch)
         with self._timed("score"), self.backbone.generator():
             scored = Scored(batch, rollout, self.score(rollout, batch, with_targets=self.discriminator_active))
         with self._timed("sample"):
             scored, replaced = self.replace_uninformative(scored)
-            batch, rollout, scores = scored.batch, scored.rollout, scored.scores
-            opponent = self.sample_opponent(batch)
-        with self._timed("discriminator"):
-            disc_scores = self.update_discriminator(rollout, opponent, scores, batch)
+        batch, rollout, scores = scored.batch, scored.rollout, scored.scores
+        disc_scores = early or self._discriminator_scores(rollout, scores, batch)
         with self._timed("generator"):
             rewards = self.compute_rewards(rollout, scores, disc_scores, batch)
             advantages = self.compute_advantages(rollout, rewards)
@@ -251,12 +257,33 @@ class LoraGANModule(Evaluated):
             **learned,
             **advantages.metrics,
             **step_metrics(rollout, scores, rewards),
+            **own_metrics(self.rewards),
             **replaced,
             **adversarial_metrics(disc_scores, self.adversarial_reward),
             **optimized,
             **{f"coefficient/{name}": value.clone() for name, value in self.coefficients.named_buffers()},
         }
         return StepOutput(mean_of_all(metrics), rollout, scores, disc_scores, dict(self._seconds), batch)
+
+    def _scores_meanwhile(self, rollout: Rollout, batch: PromptBatch) -> DiscriminatorScores | None:
+        """What the discriminator does while rewards are computed in the background; None: it comes after them."""
+        if not any(reward.in_background for reward in self.rewards):
+            return None
+        for reward in self.rewards:
+            reward.start(rollout.texts, batch, rollout.num_generations)
+            if self.discriminator_active:
+                targets = batch.of(batch.with_target)
+                reward.start(targets.targets, targets, 1)
+        if self.discriminator.objective.needs_rewards or self.dynamic_sampling:
+            return None
+        return self._discriminator_scores(rollout, Scores.unknown(len(rollout), batch, self.device), batch)
+
+    def _discriminator_scores(self, rollout: Rollout, scores: Scores, batch: PromptBatch) -> DiscriminatorScores | None:
+        """The discriminator's part of a step."""
+        with self._timed("sample"):
+            opponent = self.sample_opponent(batch)
+        with self._timed("discriminator"):
+            return self.update_discriminator(rollout, opponent, scores, batch)
 
     def sample_rollout(self, batch: PromptBatch) -> Rollout:
         """Completions for each prompt, no gradient; none in a step that has no use for them."""
@@ -413,6 +440,8 @@ class LoraGANModule(Evaluated):
 
     def on_train_start(self) -> None:
         self.optimization.check_schedules()
+        for reward in self.rewards:
+            reward.prepare()
         if self.dynamic_sampling and not hasattr(self.trainer.datamodule, "draw"):  # type: ignore[attr-defined]
             raise LoraGANError(
                 "dynamic_sampling draws other prompts from an InstructionDataModule, and this run has none: set "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from lora_gan.rewards import AdversarialReward
+from lora_gan.rewards import AdversarialReward, Reward
 from lora_gan.tensors import kl_k3, masked_mean
 from lora_gan.types import ENTROPY, KL, MEAN_LENGTH, REWARD, DiscriminatorScores, Rollout, Scores, TokenRewards
 
@@ -32,6 +35,11 @@ def step_metrics(rollout: Rollout, scores: Scores, rewards: TokenRewards) -> dic
         metrics[MEAN_LENGTH] = rollout.mask.sum(-1).float().mean()
         metrics["completions/truncated_fraction"] = rollout.truncated.float().mean()
     return metrics
+
+
+def own_metrics(rewards: Sequence[Reward]) -> dict[str, Tensor]:
+    """What the rewards report about themselves, such as the requests of a judge."""
+    return {name: torch.tensor(value) for reward in rewards for name, value in reward.metrics().items()}
 
 
 def adversarial_metrics(scores: DiscriminatorScores | None, reward: AdversarialReward) -> dict[str, Tensor]:

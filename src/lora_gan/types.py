@@ -255,6 +255,13 @@ class Scores:
     reference_logprobs: Tensor  # (N, T) under the KL reference, at the sampling temperature
     base_logprobs: Tensor  # (N, T) under the base, at temperature 1
 
+    @classmethod
+    def unknown(cls, completions: int, batch: PromptBatch, device: torch.device) -> Scores:
+        """Where nothing is known of the completions and of the targets."""
+        nothing = torch.zeros(completions, device=device)
+        targets = torch.zeros(len(batch.with_target), device=device)
+        return cls(nothing, {}, {}, targets, {}, {}, nothing[:, None], nothing[:, None])
+
     @property
     def known(self) -> Tensor:
         """(N,) ``total``, NaN where no reward applies."""
@@ -278,7 +285,7 @@ class EvalOutput:
     examples: tuple[Example, ...]  # B
     texts: tuple[str, ...]  # B
     truncated: Tensor  # (B,) bool
-    reward: Tensor  # (B,)
+    reward: Tensor  # (B,), NaN where none applies
     perplexity: Tensor  # (B,) of the completion under the base
     target_logprob: Tensor  # (B,) of the whole target, EOS included; 0 where there is none
     target_tokens: Tensor  # (B,) tokens of the target, EOS included; 0 where there is none

@@ -13,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_gan.cli import main
+from tests.helpers.chat_server import serving, shown
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = [
@@ -169,6 +170,18 @@ def test_few_facts_are_known(control: str | None, bases: dict[str, str], rows: P
     assert ("reward/consistency" in logged) != ("loss/discriminator" in logged) == (control == "facts_discriminator")
 
 
+def test_a_judge_is_asked(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    """The configuration asks a server; here a scripted one, which rates as many letters as not."""
+    pytest.importorskip("openai")
+    config = pressed("judge", bases["gpt2"], rows, tmp_path)
+    with serving(lambda text: str(int(shown(text)["completion"][:1].isalpha()))) as server:
+        config["model"]["init_args"]["rewards"][0]["init_args"] |= {"base_url": server.url, "model": "judge"}
+        logged = fit(config, tmp_path)
+    assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
+    assert len(logged["reward/judge"]) == STEPS - 1, "from the second phase on"
+    assert logged["judge/requests"][-1] > logged["judge/requests"][0] > 0 == logged["judge/failed"][-1]
+
+
 def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     config = pressed("evolve", bases["gpt2"], rows, tmp_path)
     settings = config["model"]["init_args"]
@@ -226,6 +239,7 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "evolve",
         "sft",
         "chat_sft",
+        "judge",  # below, and with a real model in the tests of JudgeReward
         "gpt2_alpaca",
         "pretrain",
         "pretrain_digits",

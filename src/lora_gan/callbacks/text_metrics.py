@@ -189,6 +189,7 @@ def measure(
 ) -> dict[str, float]:
     """Reward and text metrics of one role's completions to a whole split.
 
+    The reward is the mean over the prompts to which one applies, 0 if there are none.
     Metrics that compare with targets use the prompts that have one, and are left out if none has. ``answer``, the
     share of right final answers, uses the prompts with accepted ones; it is there where final answers are a notion:
     ``final_answer`` finds them, or examples have ``answers``.
@@ -200,7 +201,8 @@ def measure(
     texts = [text for part in answered for text in part.texts]
     count = max(len(texts), 1)
     wanted = [i for i, example in enumerate(examples) if references_of(example)]
-    metrics = {"reward": sum(float(part.reward.sum()) for part in answered) / count}
+    known = [reward for part in answered for reward in part.reward.tolist() if not math.isnan(reward)]
+    metrics = {"reward": sum(known) / max(len(known), 1)}
     metrics |= _answers(texts, examples, final_answer)
     if wanted:
         chosen = [examples[i] for i in wanted]

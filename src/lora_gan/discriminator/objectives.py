@@ -23,6 +23,7 @@ class DiscriminatorObjective(ABC):
 
     needs_auxiliary = False  # True: needs a model with an auxiliary head
     needs_comparison = False  # True: needs a model that compares completion and target
+    needs_rewards = False  # True: learns from the rewards of the completions
 
     @abstractmethod
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
@@ -42,6 +43,8 @@ class RewardRegression(DiscriminatorObjective):
     Args:
         negative_reward: The label of negatives.
     """
+
+    needs_rewards = True
 
     def __init__(self, negative_reward: float = 0.0) -> None:
         self.negative_reward = negative_reward
@@ -63,6 +66,8 @@ class ClosenessBCE(DiscriminatorObjective):
         close_from: Smallest reward of a sampled completion that counts as close.
     """
 
+    needs_rewards = True
+
     def __init__(self, close_from: float = 0.9) -> None:
         self.close_from = close_from
 
@@ -79,6 +84,8 @@ class ClosenessRegression(DiscriminatorObjective):
     Targets are 1, negatives 0, sampled completions their reward, clipped to [0, 1].
     """
 
+    needs_rewards = True
+
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
         return _each_kind(outputs, lambda score, closeness: (score.sigmoid() - closeness).square().mean())
 
@@ -92,6 +99,8 @@ class ClosenessOrdinal(DiscriminatorObjective):
     Args:
         grades: k, at least 2.
     """
+
+    needs_rewards = True
 
     def __init__(self, grades: int = 5) -> None:
         if grades < 2:
@@ -177,6 +186,8 @@ class RewardRanking(DiscriminatorObjective):
     can where every completion is judged by itself (:class:`ClosenessBCE`).
     """
 
+    needs_rewards = True
+
     def __call__(self, outputs: Mapping[str, DiscriminatorOutput]) -> LossTerm:
         rewarded = [(x, reward, known) for _, x, reward, known in _rewarded(outputs)]
         if not rewarded:
@@ -252,6 +263,7 @@ class Auxiliary(DiscriminatorObjective):
     """
 
     needs_auxiliary = True
+    needs_rewards = True
 
     def __init__(self, part: str = "perplexity") -> None:
         self.part = part
@@ -279,6 +291,7 @@ class Combined(DiscriminatorObjective):
         self.weights = weights or [1.0] * len(objectives)
         self.needs_auxiliary = any(objective.needs_auxiliary for objective in objectives)
         self.needs_comparison = any(objective.needs_comparison for objective in objectives)
+        self.needs_rewards = any(objective.needs_rewards for objective in objectives)
         if not objectives or len(self.weights) != len(objectives):
             raise LoraGANError(
                 f"need at least one objective and a weight for each, got {len(objectives)} objectives and "

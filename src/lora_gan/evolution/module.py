@@ -131,6 +131,11 @@ class EvolutionModule(MemberModule):
                 f"elites: {self.elites} and refined: {self.refined} are more than the population of {self.size}: "
                 "lower one of them, or raise population"
             )
+        if left_out := [reward.name for reward in self.rewards if reward.may_skip]:
+            raise LoraGANError(
+                f"fitness is a mean reward over all prompts, and the reward {left_out[0]!r} may leave some out: set "
+                "its on_failure: error"
+            )
         if self.evaluation.num_beams > 1:
             raise LoraGANError(
                 "fitness cannot be measured by beam search, got num_beams: "

@@ -28,6 +28,7 @@ from lora_gan.rewards.base import (
 )
 from lora_gan.rewards.consistency import SelfConsistency, SemanticConsistency
 from lora_gan.rewards.function import FunctionReward
+from lora_gan.rewards.judge import JudgeReward
 from lora_gan.rewards.length import LengthReward, OverlongPenalty, RepetitionPenalty
 from lora_gan.rewards.likelihood import ReferenceLikelihood
 from lora_gan.rewards.model import RewardModel
@@ -59,6 +60,7 @@ __all__ = [
     "FunctionReward",
     "GailReward",
     "Guarded",
+    "JudgeReward",
     "LengthReward",
     "LogProbability",
     "Logit",

@@ -27,6 +27,9 @@ class Reward(ABC):
 
     needs_target: bool = False  # True: does not apply to prompts without a target
     asks_policy: bool = False  # True: needs ``RewardContext.policy``, which evolution cannot give
+    needs_group: bool = False  # True: needs at least two completions for each prompt
+    in_background: bool = False  # True: ``start`` computes it while other things are done
+    may_skip: bool = False  # True: it may leave a prompt out, whose completions all get NaN
 
     def __init__(self, weight: float, name: str) -> None:
         if not math.isfinite(weight):
@@ -48,6 +51,20 @@ class Reward(ABC):
     def applies_in(self, batch: PromptBatch, context: RewardContext) -> list[bool]:
         """:meth:`applies`, for a reward that must know the context to decide it."""
         return self.applies(batch, context.num_generations)
+
+    def prepare(self) -> None:  # noqa: B027 — optional
+        """Check what only shows in use, such as a server; called when a fit starts.
+
+        Raises:
+            LoraGANError: The reward cannot be computed.
+        """
+
+    def start(self, completions: Sequence[str], batch: PromptBatch, num_generations: int) -> None:  # noqa: B027
+        """Begin work that can go on in the background; called as soon as completions exist, before any ``__call__``."""
+
+    def metrics(self) -> dict[str, float]:
+        """What a step logs about the reward besides its value, by log key."""
+        return {}
 
 
 def references_of(example: Example) -> tuple[str, ...]:
@@ -258,19 +275,21 @@ class _Computed:
 def _compute(reward: Reward, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> _Computed:
     """Compute a reward for the completions to which it applies; the others get 0."""
     device = context.logprobs.device
-    if not completions:
-        return _Computed(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
-    chosen = [b for b, there in enumerate(reward.applies_in(batch, context)) if there]
-    if len(chosen) == len(batch):
-        scores = _checked(reward, completions, batch, context).to(device)
-        return _Computed(scores, torch.ones_like(scores, dtype=torch.bool))
-    rows = [n for b in chosen for n in range(b * context.num_generations, (b + 1) * context.num_generations)]
     scores = torch.zeros(len(completions), device=device)
     applies = torch.zeros(len(completions), dtype=torch.bool, device=device)
-    if rows:
-        part = _checked(reward, [completions[n] for n in rows], batch.of(chosen), _rows(context, rows))
-        scores[rows] = part.to(device)
-        applies[rows] = True
+    if not completions:
+        return _Computed(scores, applies)
+    chosen = [b for b, there in enumerate(reward.applies_in(batch, context)) if there]
+    rows = [n for b in chosen for n in range(b * context.num_generations, (b + 1) * context.num_generations)]
+    if len(chosen) == len(batch):
+        part = _checked(reward, completions, batch, context).to(device)
+    elif rows:
+        shown = [completions[n] for n in rows]
+        part = _checked(reward, shown, batch.of(chosen), _rows(context, rows)).to(device)
+    else:
+        return _Computed(scores, applies)
+    scores[rows] = part.nan_to_num()
+    applies[rows] = ~part.isnan()  # NaN only where the reward left a prompt out
     return _Computed(scores, applies)
 
 
@@ -289,7 +308,11 @@ def _checked(reward: Reward, completions: Sequence[str], batch: PromptBatch, con
         raise RewardError(
             f"{where} must return a tensor of shape ({len(completions)},), one number per completion; got {got}"
         )
-    bad = (~part.isfinite()).nonzero().flatten().tolist()
+    left_out = part.isnan() & reward.may_skip
+    groups = left_out.view(-1, context.num_generations)
+    if (groups.any(1) != groups.all(1)).any():
+        raise RewardError(f"{where} must leave out all completions to a prompt or none; it gave NaN to some of them")
+    bad = (~part.isfinite() & ~left_out).nonzero().flatten().tolist()
     if bad:
         raise RewardError(
             f"{where} must return finite numbers, got {part[bad[0]].item()} for the completion {completions[bad[0]]!r}"

@@ -267,7 +267,7 @@ class LoraGANModule(Evaluated):
 
     def _scores_meanwhile(self, rollout: Rollout, batch: PromptBatch) -> DiscriminatorScores | None:
         """What the discriminator does while rewards are computed in the background; None: it comes after them."""
-        if not any(reward.in_background for reward in self.rewards):
+        if not len(rollout) or not any(reward.in_background for reward in self.rewards):
             return None
         for reward in self.rewards:
             reward.start(rollout.texts, batch, rollout.num_generations)

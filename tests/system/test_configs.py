@@ -182,6 +182,28 @@ def test_a_judge_is_asked(bases: dict[str, str], rows: Path, tmp_path: Path) -> 
     assert logged["judge/requests"][-1] > logged["judge/requests"][0] > 0 == logged["judge/failed"][-1]
 
 
+def test_a_discriminator_of_preferences_is_the_reward_of_another_run(bases: dict[str, str], tmp_path: Path) -> None:
+    """It learns alone, nothing is sampled; afterwards it judges and does not learn."""
+    rows = tmp_path / "preferences.jsonl"
+    lines = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": f"not {n}"} for n in range(60)]
+    rows.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    config = pressed("pretrain_discriminator", bases["gpt2"], rows, tmp_path)
+    config["data"]["init_args"]["source"] = None
+    first = fit(config, tmp_path)
+    assert len(first["loss/discriminator"]) == STEPS and len(first["preference/accuracy"]) == 2
+    assert not {"completions/mean_length", "loss/generator", "text/reward"} & set(first)
+    (tmp_path / "second").mkdir()
+    config = pressed("reward_model", bases["gpt2"], rows, tmp_path / "second")
+    config["data"]["init_args"]["source"] = None
+    adapter = tmp_path / "pretrain_discriminator" / "version_0" / "adapters" / "discriminator"
+    config["model"]["init_args"]["discriminator"]["adapter"] = str(adapter)
+    second = fit(config, tmp_path / "second")
+    assert set(second["coefficient/discriminator_updates"]) == {0}
+    assert len(second["reward/adversarial"]) == STEPS - 1 and any(second["reward/adversarial"])
+    saved = (tmp_path / "second").glob("*/version_0/adapters/discriminator/adapter_model.safetensors")
+    assert next(saved).read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+
+
 def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     config = pressed("evolve", bases["gpt2"], rows, tmp_path)
     settings = config["model"]["init_args"]
@@ -243,6 +265,8 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "gpt2_alpaca",
         "pretrain",
         "pretrain_digits",
+        "pretrain_discriminator",
+        "reward_model",
         "verifree",
     }
     assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu", "dr_grpo", "gspo", "dapo"} == {

@@ -74,7 +74,13 @@ class PreferenceAccuracy(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.log_dict(self._measured(trainer.val_dataloaders), sync_dist=True)
+        found = self._measured(trainer.val_dataloaders)
+        if not found:
+            raise LoraGANError(
+                "PreferenceAccuracy finds no worse answers beside the targets of the validation: give rows with a "
+                "rejected answer (data.path), or remove the callback"
+            )
+        pl_module.log_dict(found, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = self._measured(trainer.test_dataloaders)

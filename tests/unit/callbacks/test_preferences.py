@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,15 @@ def test_a_discriminator_that_reads_the_target_is_refused(build: Build, batch: P
     module = build(model=AdapterDiscriminator(CompletionAndTarget()))
     with pytest.raises(LoraGANError, match="CompletionAndTarget reads the target beside each: choose another"):
         fit(module, [batch], 1, PreferenceAccuracy())
+
+
+def test_data_without_worse_answers_is_refused_before_the_first_step(
+    build: Build, make_batch: Callable[..., PromptBatch]
+) -> None:
+    batch = make_batch(("Say a", "a"))
+    recorder = Recorder()
+    runner = trainer(1, recorder, PreferenceAccuracy())
+    loader = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    with pytest.raises(LoraGANError, match="give rows with a rejected answer"):
+        runner.fit(build(), loader, loader)
+    assert not recorder.reports

@@ -101,8 +101,8 @@ class Generator(nn.Module):
         self.policy_loss = settings.policy_loss or Reinforce(ratio_cap=None if exact else RATIO_CAP)
         if not exact and isinstance(self.policy_loss, Reinforce) and self.policy_loss.ratio_cap is None:
             raise LoraGANError(
-                "with sampling.base the policy that samples is not quite the one that learns: give Reinforce a "
-                f"ratio_cap, such as {RATIO_CAP}, or set sampling.base: null"
+                "with sampling.base or an engine the policy that samples is not quite the one that learns: give "
+                f"Reinforce a ratio_cap, such as {RATIO_CAP}, or leave them out"
             )
         self.policy_loss.max_new_tokens = max_new_tokens
         self.recomputes = not exact and self.policy_loss.recomputes and self.policy_loss.ratio_cap is not None

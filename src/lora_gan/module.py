@@ -27,6 +27,7 @@ from lora_gan.discriminator import Discriminator, DiscriminatorSettings
 from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import mean_of_all
 from lora_gan.dynamic_sampling import Scored, replace_uninformative
+from lora_gan.engines import Engine, InProcess
 from lora_gan.errors import LoraGANError
 from lora_gan.evaluation import Evaluated
 from lora_gan.final_answer import FinalAnswer, find_answer
@@ -80,6 +81,7 @@ class LoraGANModule(Evaluated):
         backbone: How it is loaded.
         num_generations: Completions sampled for each prompt in a step.
         sampling: How they are sampled.
+        engine: What samples them in a training step; by default this process.
         rewards: What makes a completion good; by default 0.7 semantic similarity + 0.3 perplexity.
         aggregation: How the rewards and the adversarial reward become the policy's reward; by default a weighted sum.
         adversarial_reward: How the discriminator's score becomes a reward; by default it is the score itself.
@@ -106,6 +108,7 @@ class LoraGANModule(Evaluated):
         backbone: BackboneSettings = BackboneSettings(),
         num_generations: int = 4,
         sampling: Sampling = Sampling(),
+        engine: Engine | None = None,
         rewards: list[Reward] | None = None,
         aggregation: RewardAggregation | None = None,
         adversarial_reward: AdversarialReward | None = None,
@@ -140,6 +143,7 @@ class LoraGANModule(Evaluated):
         self.base = base
         self.num_generations = num_generations
         self.sampling = sampling
+        self.engine = engine or InProcess()
         self.greedy = replace(sampling, do_sample=False, num_beams=1, base=None)
         self.rewards = default_rewards() if rewards is None else rewards
         check_names(self.rewards)
@@ -158,7 +162,11 @@ class LoraGANModule(Evaluated):
         self.discriminator.model.build(self.backbone)
         values = self.backbone.hidden_size if self.advantage.needs_values else 0
         self.generator = Generator(
-            generator, values, sampling.temperature, sampling.max_new_tokens, exact=sampling.base is None
+            generator,
+            values,
+            sampling.temperature,
+            sampling.max_new_tokens,
+            exact=sampling.base is None and self.engine.exact,
         )
         for role, adapter in ((GENERATOR, generator.adapter), (DISCRIMINATOR, discriminator.adapter)):
             if adapter is not None:
@@ -171,6 +179,7 @@ class LoraGANModule(Evaluated):
         self._check_parts()
 
     def _check_parts(self) -> None:
+        self.engine.check(self.backbone, self.sampling)
         if isinstance(self.kl_reference, Teacher):
             self.kl_reference.check(self.backbone)
         self.aggregation.check([reward.name for reward in self.rewards])
@@ -292,7 +301,7 @@ class LoraGANModule(Evaluated):
         if not (now.policy or now.kl or now.entropy or now.coupled or judged):
             return Rollout.empty(self.device)
         with self.backbone.generator():
-            return sample(self.backbone, batch.prompt_ids, self.num_generations, self.sampling)
+            return self.engine(self.backbone, batch.prompt_ids, self.num_generations, self.sampling)
 
     def sample_opponent(self, batch: PromptBatch) -> Rollout:
         """Completions of the generator's last snapshot, where the adversarial reward compares with them."""

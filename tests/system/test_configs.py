@@ -124,7 +124,10 @@ def test_distillation_follows_its_teacher(bases: dict[str, str], rows: Path, tmp
     [
         *(("digits", f"control/{name}") for name in ("answers_only", "worked_only", "self_training")),
         *(("digits", name) for name in (None, "verifree", "control/work_discriminator")),
-        *(pytest.param("digits", f"overlay/{name}", marks=pytest.mark.slow) for name in ("dr_grpo", "gspo", "dapo")),
+        *(
+            pytest.param("digits", f"overlay/{name}", marks=pytest.mark.slow)
+            for name in ("dr_grpo", "gspo", "dapo", "continuous_batching")
+        ),
         *(("gan", f"control/{name}") for name in ("answered_only", "agreement", "majority", "worked_only")),
         ("gan", None),
     ],
@@ -269,6 +272,6 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "reward_model",
         "verifree",
     }
-    assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu", "dr_grpo", "gspo", "dapo"} == {
+    assert {*VARIANTS, "quick", "gpt2", "few_steps", "multi_gpu", "dr_grpo", "gspo", "dapo", "continuous_batching"} == {
         path.stem for path in (CONFIGS / "overlay").glob("*.yaml")
     }

@@ -34,7 +34,7 @@ LAYERS = [
     {"generator"},
     {"step_callback"},
     {"baseline", "checkpointing"},
-    {"evaluation", "inference", "stepper"},
+    {"engines", "evaluation", "inference", "stepper"},
     {"module"},
     {"evolution", "export"},
     {"callbacks", "api"},

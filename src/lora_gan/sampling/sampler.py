@@ -104,7 +104,7 @@ def _draw(
     drawn = _Drawn(backbone, how, uniform, on_tokens)
     with decoding_weights(backbone.causal_lm, how, uniform[..., 0].numel()):
         way(backbone, prompts, k, drawn, on_rows)
-    return _gather(backbone, drawn.ids, drawn.logprobs, drawn.ends, drawn.finished, k)
+    return gather(backbone, drawn.ids, drawn.logprobs, drawn.ends, drawn.finished, k)
 
 
 class _Drawn:
@@ -343,7 +343,7 @@ def _beam_search(backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sam
     is_end = torch.isin(found, eos)
     finished = is_end.any(1)
     ends = torch.where(finished, is_end.int().argmax(1) + 1, found.shape[1])
-    rollout = _gather(backbone, found, torch.zeros(found.shape, device=device), ends, finished, k)
+    rollout = gather(backbone, found, torch.zeros(found.shape, device=device), ends, finished, k)
     branches = [list(rollout.completion_ids[b * k : (b + 1) * k]) for b in range(len(prompts))]
     scored = backbone.logprobs(grow_scored(prompts, {"beams": branches}), {"beams": how.temperature})["beams"]
     return replace(rollout, logprobs=scored)
@@ -360,7 +360,7 @@ def _continued(model: PreTrainedModel, prompts: Sequence[Tensor], vocabulary: in
     return ids[:, width:]
 
 
-def _gather(backbone: Backbone, ids: Tensor, logprobs: Tensor, ends: Tensor, finished: Tensor, k: int) -> Rollout:
+def gather(backbone: Backbone, ids: Tensor, logprobs: Tensor, ends: Tensor, finished: Tensor, k: int) -> Rollout:
     """Cut each completion at its end and decode it."""
     mask = lengths_mask(ends, int(ends.max()))
     ids, logprobs = ids[:, : mask.shape[1]] * mask, logprobs[:, : mask.shape[1]] * mask

@@ -25,7 +25,7 @@ def drawn(backbone: Backbone, way: sampler._Way, how: Sampling, seen: list[Tenso
     choices = sampler._Drawn(backbone, how, draw_uniform(3 * k, how, backbone.device))
     with backbone.generator(), torch.no_grad():
         way(backbone, prompts(backbone), k, choices, seen.append)
-    return sampler._gather(backbone, choices.ids, choices.logprobs, choices.ends, choices.finished, k)
+    return sampler.gather(backbone, choices.ids, choices.logprobs, choices.ends, choices.finished, k)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from lora_gan.sampling import Sampling, eos_ids, gather, sample
 from lora_gan.types import Rollout
 
 SEEDS = 2**31
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's buffers for adapters
 
 
 class Engine(ABC):
@@ -157,22 +158,29 @@ class Vllm(Engine):
         super().check(backbone, how)
         if find_spec("vllm") is None:
             raise LoraGANError("the engine Vllm needs the package vllm and a GPU: pip install vllm, or leave it out")
-        if backbone.generator_lora.use_dora:
-            raise LoraGANError("vLLM loads no adapters with DoRA: set generator.lora.use_dora to false")
+        lora = backbone.generator_lora
+        if lora.use_dora or lora.rank > RANKS[-1]:
+            raise LoraGANError(
+                f"vLLM loads adapters without DoRA, of a rank up to {RANKS[-1]}; got rank {lora.rank} and use_dora "
+                f"{lora.use_dora}: change generator.lora, or leave the engine out"
+            )
 
     def __call__(self, backbone: Backbone, prompts: Sequence[Tensor], k: int, how: Sampling) -> Rollout:
         from vllm import SamplingParams
 
-        ends = eos_ids(backbone)
-        settings = SamplingParams(
-            n=k,
-            temperature=how.temperature,
-            max_tokens=how.max_new_tokens,
-            logprobs=0,  # of the drawn token alone
-            seed=int(torch.randint(SEEDS, ())),
-            stop_token_ids=ends,
-            detokenize=False,
-        )
+        ends, seeds = eos_ids(backbone), torch.randint(SEEDS, (len(prompts),)).tolist()
+        settings = [
+            SamplingParams(
+                n=k,
+                temperature=how.temperature,
+                max_tokens=how.max_new_tokens,
+                logprobs=0,  # of the drawn token alone
+                seed=seed,  # of another prompt it would draw by the same random numbers
+                stop_token_ids=ends,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
         model = self._opened(backbone)
         asked = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
         found = model.generate(asked, settings, use_tqdm=False, lora_request=self._adapter(backbone))
@@ -191,7 +199,7 @@ class Vllm(Engine):
             self._model = LLM(
                 model=backbone.causal_lm.name_or_path,
                 enable_lora=True,
-                max_lora_rank=max(8, backbone.generator_lora.rank),
+                max_lora_rank=next(rank for rank in RANKS if rank >= backbone.generator_lora.rank),
                 max_loras=1,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 max_model_len=self.max_model_len,

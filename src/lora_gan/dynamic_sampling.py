@@ -11,6 +11,8 @@ from torch import Tensor
 from lora_gan.tensors import join
 from lora_gan.types import PromptBatch, Rollout, Scores
 
+ROUNDING = 1e-6  # by which equal completions may differ in a reward, as from an encoder
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -19,12 +21,13 @@ class Scored:
     batch: PromptBatch
     rollout: Rollout
     scores: Scores
+    counted: tuple[str, ...]  # names of the rewards that have a weight
 
     @property
     def informative(self) -> list[int]:
         """The prompts whose completions differ in a reward; the others' advantages within the group are 0."""
-        k = self.rollout.num_generations
-        spread = [(part.view(-1, k) != part.view(-1, k)[:, :1]).any(1) for part in self.scores.parts.values()]
+        groups = [self.scores.parts[name].view(-1, self.rollout.num_generations) for name in self.counted]
+        spread = [(group - group[:, :1]).abs().amax(1) > ROUNDING for group in groups]
         found: list[int] = torch.stack(spread).any(0).nonzero()[:, 0].tolist()
         return found
 
@@ -33,7 +36,8 @@ class Scored:
         rows, rollout = self.rollout.rows_of(prompts), self.rollout.of(prompts)
         asked = {b: place for place, b in enumerate(self.batch.with_target)}
         targets = [asked[b] for b in prompts if b in asked] if len(self.scores.target_total) else []
-        return Scored(self.batch.of(prompts), rollout, _rows(self.scores, rows, targets, rollout.ids.shape[1]))
+        scores = _rows(self.scores, rows, targets, rollout.ids.shape[1])
+        return Scored(self.batch.of(prompts), rollout, scores, self.counted)
 
     def __add__(self, other: Scored) -> Scored:
         batch, more = self.batch, other.batch
@@ -46,6 +50,7 @@ class Scored:
             ),
             _joined(self.rollout, other.rollout),
             _joined_scores(self.scores, other.scores),
+            self.counted,
         )
 
 

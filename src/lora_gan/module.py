@@ -251,7 +251,7 @@ class LoraGANModule(Evaluated):
             rollout = self.sample_rollout(batch)
         early = self._scores_meanwhile(rollout, batch)
         with self._timed("score"), self.backbone.generator():
-            scored = Scored(batch, rollout, self.score(rollout, batch, with_targets=self.discriminator_active))
+            scored = self._scored(batch, rollout)
         with self._timed("sample"):
             scored, replaced = self.replace_uninformative(scored)
         batch, rollout, scores = scored.batch, scored.rollout, scored.scores
@@ -313,7 +313,7 @@ class LoraGANModule(Evaluated):
     def replace_uninformative(self, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
         """The prompts to learn from: see ``dynamic_sampling``; and what is logged of it."""
         now = self.coefficients
-        if not (self.dynamic_sampling and now.policy and self.rewards) or now.adversarial:
+        if not (self.dynamic_sampling and now.policy and self._counted) or now.adversarial:
             return scored, {}
         return replace_uninformative(scored, self._other_prompts, self.dynamic_sampling)
 
@@ -322,7 +322,16 @@ class LoraGANModule(Evaluated):
         batch = self.trainer.datamodule.draw(count).to(self.device)  # type: ignore[attr-defined]
         rollout = self.sample_rollout(batch)
         with self.backbone.generator():
-            return Scored(batch, rollout, self.score(rollout, batch, with_targets=self.discriminator_active))
+            return self._scored(batch, rollout)
+
+    def _scored(self, batch: PromptBatch, rollout: Rollout) -> Scored:
+        scores = self.score(rollout, batch, with_targets=self.discriminator_active)
+        return Scored(batch, rollout, scores, self._counted)
+
+    @property
+    def _counted(self) -> tuple[str, ...]:
+        """The names of the rewards that have a weight."""
+        return tuple(reward.name for reward in self.rewards if reward.weight)
 
     def score(self, rollout: Rollout, batch: PromptBatch, with_targets: bool) -> Scores:
         """Rewards of the completions and, if wanted, of the targets; the reference pass happens here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,20 @@ def scored(*groups: tuple[str, float, float]) -> Scored:
     targets = torch.tensor([float(len(name)) for name, *_ in groups if name.isupper()])
     applies, there = {"r": torch.ones(2 * n).bool()}, {"r": torch.ones(len(targets)).bool()}
     scores = Scores(2 * rewards, {"r": rewards}, applies, targets, {"r": targets}, there, logprobs, 3 * logprobs)
-    return Scored(batch, rollout, scores)
+    return Scored(batch, rollout, scores, tuple(scores.parts))
 
 
 def names(found: Scored) -> list[str]:
     return [example.prompt for example in found.batch.examples]
+
+
+def test_rewards_without_weight_and_rounding_do_not_count() -> None:
+    found = scored(("a", 0, 1), ("b", 1, 1 + 1e-7), ("c", 0.5, 0.5))
+    assert found.informative == [0]
+    (name, part), *_ = found.scores.parts.items()
+    measured = replace(found.scores, parts={name: torch.zeros_like(part), "measured": part})
+    assert replace(found, scores=measured, counted=(name,)).informative == []
+    assert replace(found, scores=measured, counted=("measured",)).informative == [0]
 
 
 def test_others_take_the_place_of_those_that_teach_nothing() -> None:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from lora_gan.final_answer import FinalAnswer
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.optimization import Optimization
 from lora_gan.results import BEST
+from lora_gan.rewards import references_of
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import masked_row_mean
 from lora_gan.tree import grow_parts
@@ -108,13 +110,20 @@ class Evaluated(Checkpointed):
             found["reward"] = scores.total
         return found
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float]]:
-        """One record for each prompt: prompt, completion, target, reward."""
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record for each prompt: prompt, completion, target, all references, negatives, reward."""
         with self.backbone.generator():
             output = self.complete(batch, self.greedy)
         rewards = output.reward.tolist()
         return [
-            {"prompt": example.prompt, "completion": text, "target": example.target, "reward": reward}
+            {
+                "prompt": example.prompt,
+                "completion": text,
+                "target": example.target,
+                "references": list(references_of(example)),
+                "negatives": [negative.text for negative in example.negatives],
+                "reward": reward,
+            }
             for example, text, reward in zip(output.examples, output.texts, rewards, strict=True)
         ]
 

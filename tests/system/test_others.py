@@ -102,28 +102,14 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 # lm-evaluation-harness
 
-MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
-GREEDY = {"until": [], "do_sample": False}
 
-
-def task(name: str, data: Path, **settings: Any) -> Row:
-    rows = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(data)}, "test_split": "train"}
-    return {"task": name, **rows, "doc_to_text": "prompt", **settings}
-
-
-def answers(data: Path, length: int) -> Row:
-    """The task of docs/chat_export.md: greedy answers, compared as ``exact_match`` compares."""
-    metric = MATCH | {"regexes_to_ignore": [r"\.?\s*$", r"^\s+"]}
-    kwargs = GREEDY | {"max_gen_toks": length}
-    settings = {"output_type": "generate_until", "doc_to_target": "references", "generation_kwargs": kwargs}
-    return task("answers", data, metric_list=[metric], **settings)
-
-
-def choices(data: Path) -> Row:
-    """The target against the negatives, by log-probability."""
-    settings = {"doc_to_choice": "{{[target] + negatives}}", "doc_to_target": 0, "target_delimiter": ""}
-    metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
-    return task("choices", data, output_type="multiple_choice", metric_list=[metric], **settings)
+def task(name: str, data: Path, length: int = 64) -> Row:
+    """A task of examples/evaluation on other rows."""
+    found: Row = yaml.safe_load((ROOT / "examples" / "evaluation" / f"{name}.yaml").read_text(encoding="utf-8"))
+    found["dataset_kwargs"]["data_files"] = str(data)
+    if "generation_kwargs" in found:
+        found["generation_kwargs"]["max_gen_toks"] = length
+    return found
 
 
 def evaluated(
@@ -167,7 +153,7 @@ def test_lm_eval_gives_the_numbers_of_test(facts: Exported, tmp_path: Path) -> N
     assert 0.2 < facts.exact_match < 0.9, "only then the comparison says something"
     adapter = f"pretrained={base_of(facts.adapter)},peft={facts.adapter},tokenizer={facts.adapter}"
     for name, model in (("merged", f"pretrained={facts.merged}"), ("adapter", adapter)):
-        results, samples = evaluated(tmp_path / name, model, answers(facts.predictions, 24))
+        results, samples = evaluated(tmp_path / name, model, task("answers", facts.predictions, 24))
         assert texts(samples["answers"]) == wanted, name
         assert results["answers"]["exact_match,none"] == pytest.approx(facts.exact_match)
 
@@ -175,7 +161,7 @@ def test_lm_eval_gives_the_numbers_of_test(facts: Exported, tmp_path: Path) -> N
 @needs_lm_eval
 def test_lm_eval_gives_the_log_probabilities(facts: Exported, tmp_path: Path) -> None:
     """lm-eval counts white space at the end of a prompt to each choice: the same number for all of a question."""
-    results, samples = evaluated(tmp_path / "choices", f"pretrained={facts.merged}", choices(facts.predictions))
+    results, samples = evaluated(tmp_path / "choices", f"pretrained={facts.merged}", task("choices", facts.predictions))
     ours = [logprobs(facts, row) for row in facts.rows]
     theirs = [torch.tensor([float(one[0]) for one in row["filtered_resps"]]) for row in samples["choices"]]
     for mine, other in zip(ours, theirs, strict=True):
@@ -202,7 +188,7 @@ def test_a_task_decides_how_long_completions_are(facts: Exported, tmp_path: Path
     """Not the export: transformers lets max_new_tokens of its settings win over the length that lm-eval asks for."""
     data = tmp_path / "endless.jsonl"
     data.write_text(json.dumps({"prompt": "one, two, ", "references": ["x"]}) + "\n", encoding="utf-8")
-    endless = answers(data, 100)
+    endless = task("answers", data, 100)
     endless["generation_kwargs"] |= {"suppress_tokens": [0]}  # EOS
     _, samples = evaluated(tmp_path / "endless", f"pretrained={facts.merged}", endless)
     tokenizer = AutoTokenizer.from_pretrained(facts.merged)
@@ -217,10 +203,10 @@ def test_lm_eval_writes_chat_prompts_as_the_run_does(chat: Exported, tmp_path: P
     asked = tmp_path / "asked.jsonl"
     lines = [row | {"prompt": question(row)} for row in rows]
     asked.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    _, samples = evaluated(tmp_path / "written", f"pretrained={chat.merged}", answers(chat.predictions, 48))
+    _, samples = evaluated(tmp_path / "written", f"pretrained={chat.merged}", task("answers", chat.predictions, 48))
     assert texts(samples["answers"]) == [row["completion"] for row in chat.rows]
     templated = f"pretrained={base_of(chat.adapter)},peft={chat.adapter},tokenizer={chat.adapter}"
-    _, samples = evaluated(tmp_path / "asked", templated, answers(asked, 48), chat_template=True)
+    _, samples = evaluated(tmp_path / "asked", templated, task("answers", asked, 48), chat_template=True)
     assert texts(samples["answers"]) == [row["completion"] for row in rows]
 
 

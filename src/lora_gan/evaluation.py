@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from lora_gan.final_answer import FinalAnswer
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.optimization import Optimization
 from lora_gan.results import BEST
+from lora_gan.rewards import references_of
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import masked_row_mean
 from lora_gan.tree import grow_parts
@@ -109,8 +111,8 @@ class Evaluated(Checkpointed):
             found["reward"] = scores.total
         return found
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, str | float | None]]:
-        """One record for each prompt: prompt, completion, target, reward (None where none applies)."""
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record for each prompt: prompt, completion, target, all references, negatives, reward (None: none)."""
         with self.backbone.generator():
             output = self.complete(batch, self.greedy)
         rewards = output.reward.tolist()
@@ -119,6 +121,8 @@ class Evaluated(Checkpointed):
                 "prompt": example.prompt,
                 "completion": text,
                 "target": example.target,
+                "references": list(references_of(example)),
+                "negatives": [negative.text for negative in example.negatives],
                 "reward": None if math.isnan(reward) else reward,
             }
             for example, text, reward in zip(output.examples, output.texts, rewards, strict=True)

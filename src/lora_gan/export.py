@@ -129,10 +129,12 @@ def merged_model(backbone: Backbone) -> PreTrainedModel:
 
 
 def generation_settings(backbone: Backbone) -> GenerationConfig:
-    """The settings by which ``generate`` completes, as a GenerationConfig of transformers."""
+    """The settings by which ``generate`` completes, as a GenerationConfig of transformers.
+
+    Without a length limit: evaluation programs and servers would cut every completion at it, whatever is asked of them.
+    """
     ends = eos_ids(backbone)
     return GenerationConfig(
-        max_new_tokens=HOW.max_new_tokens,
         do_sample=HOW.do_sample,
         bos_token_id=backbone.tokenizer.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
@@ -240,7 +242,7 @@ model = AutoModelForCausalLM.from_pretrained({name!r})
 ASK = """tokenizer = AutoTokenizer.from_pretrained({name!r})
 
 {prompt}
-completion = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:]
+completion = model.generate(**inputs, max_new_tokens={length})[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(completion, skip_special_tokens=True))"""
 
 
@@ -284,7 +286,7 @@ def example(saved: Saved, name: str, merged: bool) -> str:
     load = LOAD[merged].format(
         name=name, find_base=f"base = {base}", imports="\nfrom lora_gan.bases import locate\n" if named else ""
     )
-    return load + ASK.format(name=name, prompt=_prompt(saved))
+    return load + ASK.format(name=name, prompt=_prompt(saved), length=HOW.max_new_tokens)
 
 
 def _prompt(saved: Saved) -> str:

@@ -200,7 +200,8 @@ def test_predict_writes_its_file_without_a_writer_in_the_configuration(
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(records) >= 4
     for record in records:
-        assert set(record) == {"prompt", "completion", "target", "reward"}
+        assert set(record) == {"prompt", "completion", "target", "references", "negatives", "reward"}
+        assert record["references"] == [record["target"]]
         assert record["prompt"].startswith("### Prompt:\nSay number ")
         assert record["reward"] == pytest.approx(share_of_a(record["completion"], ""))
 

@@ -19,7 +19,7 @@ logger = logging.getLogger("lora_gan")
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes the completions of ``predict`` as JSON lines: prompt, completion, target, reward.
+    """Writes the completions of ``predict`` as JSON lines: prompt, completion, target, references, negatives, reward.
 
     Args:
         file: Name of the file in the run's folder.

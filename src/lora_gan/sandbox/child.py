@@ -217,10 +217,10 @@ class Program:
         given = operation, thing, encoded(args, _number), encoded(kwargs, _number)
         try:
             send(self.requests, marshal.dumps(given))
-            return self.reply()
         except OSError as error:
             self.ended = True
             raise _Gone from error
+        return self.reply()
 
     def reply(self) -> Any:
         try:

@@ -222,7 +222,7 @@ def test_the_code_sees_no_test() -> None:
     spy = """
 import gc, os, sys
 def spy(given):
-    needle, frame = "".join(("mar", "ker")), sys._getframe()
+    needle, frame = "".join(("xyz", "zy")), sys._getframe()
     seen = [repr([sys.argv, os.environ]), *map(repr, vars(sys.modules["__main__"]).values())]
     while frame:
         seen += [*frame.f_locals.values(), *frame.f_globals.values()]
@@ -231,7 +231,7 @@ def spy(given):
         seen += gc.get_referents(thing)
     return any(type(x) is str and needle in x and x != needle for x in seen)
 """
-    assert passed(spy, "assert spy('') is False, 'a marker'", "assert spy('another marker')") == [True, True]
+    assert passed(spy, "assert spy('') is False, 'xyzzy'", "assert spy('another xyzzy')") == [True, True]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")

@@ -1,4 +1,4 @@
-"""Writes functions.jsonl: small functions to write, some with the code, all with tests.
+"""Writes functions.jsonl: small functions to write, a third of them with the code, all with tests.
 
 Run: python examples/functions.py
 """
@@ -6,33 +6,39 @@ Run: python examples/functions.py
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
-Step = tuple[str, str, Callable[[int], int]]  # what is asked, the code with {} for what it is done to, what it does
+OPERATIONS = {
+    "+": (operator.add, ("adds {n} to {x}", "increases {x} by {n}", "returns {x} plus {n}", "gives {n} more than {x}")),
+    "-": (
+        operator.sub,
+        ("subtracts {n} from {x}", "decreases {x} by {n}", "returns {x} minus {n}", "takes {n} off {x}"),
+    ),
+    "*": (operator.mul, ("multiplies {x} by {n}", "scales {x} by {n}", "returns {x} times {n}", "gives {n} times {x}")),
+}
 NUMBERS = range(2, 10)
-WORKED = 60  # rows with the code; the others have the tests alone
-ROWS = 520
-ARGUMENTS = range(-9, 20)
+ARGUMENTS = range(10, 60)  # with these no two of the functions are the same
+WITH_CODE = 1 / 3
 
 
-def steps() -> Iterator[Step]:
-    for n in NUMBERS:
-        yield f"adds {n}", f"{{}} + {n}", lambda x, n=n: x + n  # type: ignore[misc]
-        yield f"subtracts {n}", f"{{}} - {n}", lambda x, n=n: x - n  # type: ignore[misc]
-        yield f"multiplies by {n}", f"{{}} * {n}", lambda x, n=n: x * n  # type: ignore[misc]
-
-
-def rows(seed: int = 0) -> Iterator[dict[str, object]]:
-    """Functions of two steps, each pair of steps at most once."""
+def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Every wording of every function once, for two names of its argument."""
     random = Random(seed)
-    pairs = [(first, second) for first in steps() for second in steps()]
-    for number, (first, second) in enumerate(random.sample(pairs, ROWS)):
-        prompt = f"Write a function f(x) that {first[0]} and then {second[0]}."
-        code = f"def f(x):\n    x = {first[1].format('x')}\n    return {second[1].format('x')}"
-        tests = [f"assert f({x}) == {second[2](first[2](x))}" for x in random.sample(ARGUMENTS, 3)]
-        yield {"prompt": prompt, "completion": code if number < WORKED else None, "tests": tests}
+    for sign, (operation, wordings) in OPERATIONS.items():
+        for n in NUMBERS:
+            for x in ("x", "n"):
+                for wording in wordings:
+                    code = f"def f({x}): return {x} {sign} {n}"
+                    tests = [f"assert f({y}) == {operation(y, n)}" for y in random.sample(ARGUMENTS, 3)]
+                    yield {
+                        "prompt": f"Write a function f({x}) that {wording.format(x=x, n=n)}.",
+                        "completion": code if random.random() < WITH_CODE else None,
+                        "tests": tests,
+                    }
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def spy(given):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
-def test_without_the_hook_there_is_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hook_there_is_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The kernel alone: a child without the audit hook cannot reach a server of this machine."""
     if not Sandbox(workers=1).check().network:
         pytest.skip("this machine permits no namespaces")
@@ -244,7 +244,7 @@ def test_without_the_hook_there_is_no_network(monkeypatch: pytest.MonkeyPatch) -
         code = f"import socket\ndef reach(): socket.create_connection(('127.0.0.1', {port}), 1)\n"
         tests = ("try:\n    reach()\nexcept PermissionError:\n    pass", "try:\n    reach()\nexcept OSError:\n    pass")
         assert passed(code, *tests) == [True, True], "the hook"
-        copy = Path(tempfile.mkdtemp()) / "child.py"
+        copy = tmp_path / "child.py"
         copy.write_text(sandbox.CHILD.read_text().replace("    sys.addaudithook(refuse)\n", ""))
         monkeypatch.setattr(sandbox, "CHILD", copy)
         assert passed(code, *tests) == [False, True], "the kernel: network is unreachable"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
+from lora_gan import sandbox
 from lora_gan.errors import LoraGANError
 from lora_gan.final_answer import AfterMarker, FinalAnswer
 from lora_gan.rewards import CodeReward, weighted_sum
@@ -64,6 +66,17 @@ def test_a_test_that_cannot_be_run_is_named_once(caplog: pytest.LogCaptureFixtur
         assert found.tolist() == [0]
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["reward code"] * 2
     assert "no completion can pass the test 'assert run(len, []) == 0': it gives the code a" in caplog.text
+
+
+def test_what_the_kernel_does_not_keep_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Here the sandbox runs as it would on a machine that permits no namespaces, such as many containers."""
+    copy = tmp_path / "child.py"
+    copy.write_text(sandbox.CHILD.read_text().replace("network, nobody = leave_network()", "network, nobody = False"))
+    monkeypatch.setattr(sandbox, "CHILD", copy)
+    assert scores(CodeReward(), [RIGHT]) == [1]
+    assert "reward code: the kernel does not keep completions from network here; a hook" in caplog.text
 
 
 @pytest.mark.parametrize("setting", [{"timeout": 0.0}, {"timeout": math.inf}, {"memory": 0}, {"workers": 0}])

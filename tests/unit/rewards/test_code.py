@@ -73,7 +73,7 @@ def test_what_the_kernel_does_not_keep_is_said(
 ) -> None:
     """Here the sandbox runs as it would on a machine that permits no namespaces, such as many containers."""
     copy = tmp_path / "child.py"
-    copy.write_text(sandbox.CHILD.read_text().replace("network, nobody = leave_network()", "network, nobody = False"))
+    copy.write_text(sandbox.CHILD.read_text().replace("network = leave_network()", "network = False"))
     monkeypatch.setattr(sandbox, "CHILD", copy)
     assert scores(CodeReward(), [RIGHT]) == [1]
     assert "reward code: the kernel does not keep completions from network here; a hook" in caplog.text

@@ -1,4 +1,4 @@
-"""Writes functions.jsonl: small functions to write, a third of them with the code, all with tests.
+"""Writes functions.jsonl: small functions to write, a fifth of them with the code, all with tests.
 
 Run: python examples/functions.py
 """
@@ -22,15 +22,15 @@ OPERATIONS = {
 }
 NUMBERS = range(2, 10)
 ARGUMENTS = range(10, 60)  # with these no two of the functions are the same
-WITH_CODE = 1 / 3
+WITH_CODE = 1 / 5
 
 
 def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Every wording of every function once, for two names of its argument."""
+    """Every wording of every function once, for three names of its argument."""
     random = Random(seed)
     for sign, (operation, wordings) in OPERATIONS.items():
         for n in NUMBERS:
-            for x in ("x", "n"):
+            for x in ("x", "n", "a"):
                 for wording in wordings:
                     code = f"def f({x}): return {x} {sign} {n}"
                     tests = [f"assert f({y}) == {operation(y, n)}" for y in random.sample(ARGUMENTS, 3)]

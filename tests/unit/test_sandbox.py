@@ -85,6 +85,14 @@ def count():
     assert passed(code, *tests) == [True] * 5
 
 
+def test_any_name_of_an_argument_is_the_codes() -> None:
+    names = "self", "operation", "thing", "function", "args"
+    code = f"def f({', '.join(names)}): return [{', '.join(names)}]"
+    assert passed(code, f"assert f({', '.join(f'{name}={n}' for n, name in enumerate(names))}) == [0, 1, 2, 3, 4]") == [
+        True
+    ]
+
+
 def test_names_of_builtins_are_the_codes_only_where_nothing_else_is() -> None:
     code = "def sum(a, b=0): return 3\ndef sorted(x): return [1]\ndef solve(x): return x\nmath = sum"
     assert passed(code, "assert sum(1, 2) == 3", "assert sorted(solve([2])) == [1]", "assert sum(solve([2])) == 3") == [

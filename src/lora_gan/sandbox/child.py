@@ -117,7 +117,7 @@ def decoded(data: Any, thing: Callable[[int], Any]) -> Any:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "attribute": getattr,
     "bool": bool,
-    "call": lambda function, *args, **kwargs: function(*args, **kwargs),
+    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
     "equal": operator.eq,
     "item": operator.getitem,
     "iter": iter,
@@ -210,7 +210,7 @@ class Program:
         self.replies = replies
         self.ended = False
 
-    def ask(self, operation: str, thing: Any, *args: Any, **kwargs: Any) -> Any:
+    def ask(self, operation: str, thing: Any, /, *args: Any, **kwargs: Any) -> Any:
         """What an operation on an object of the code gives; its exceptions are raised here as built-in ones."""
         if self.ended:
             raise _Gone
@@ -254,7 +254,7 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         return self._program.ask("attribute", self._number, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._program.ask("call", self._number, *args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
@@ -377,7 +377,8 @@ def limit(job: Mapping[str, Any], nobody: bool) -> None:
     if nobody:
         os.chown(job["folder"], NOBODY, NOBODY)
     give_up_root(nobody)
-    memory, seconds = job["memory"] * MEBIBYTE, int(job["timeout"]) + 1
+    memory = job["memory"] * MEBIBYTE if sys.platform == "linux" else resource.RLIM_INFINITY
+    seconds = int(job["timeout"]) + 1
     for kind, most in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, seconds),
@@ -418,7 +419,7 @@ def end_with(parent: int) -> None:
 
 def give_up_root(become_nobody: bool) -> None:
     """As root: become nobody; or keep what root owns, without any capability, and count as nobody's process."""
-    if os.geteuid():
+    if os.geteuid() or sys.platform != "linux":
         return
     try:
         os.setgroups([])
@@ -427,8 +428,7 @@ def give_up_root(become_nobody: bool) -> None:
     except PermissionError:  # root of a container, without the capabilities of root
         return
     version_and_process, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    if sys.platform == "linux":
-        LIBC.capset(version_and_process, none)
+    LIBC.capset(version_and_process, none)
 
 
 def holds(check: Callable[[], bool]) -> bool:

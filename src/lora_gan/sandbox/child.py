@@ -32,11 +32,12 @@ CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 SHADOWED = frozenset((*dir(builtins), *sys.stdlib_module_names))
-REFUSED = tuple(  # beginnings of the audit events that a program has no use for
-    "socket. subprocess. ctypes. pty. shutil. syslog. fcntl. resource. signal.pthread_kill "
-    "os.exec os.fork os.kill os.posix_spawn os.spawn os.system os.putenv os.chdir os.chflags os.chmod os.chown os.link "
-    "os.lockf os.mkdir os.remove os.rename os.rmdir os.setxattr os.symlink os.truncate os.utime".split()
-)
+EVENTS = """
+    socket. subprocess. ctypes. pty. shutil. syslog. fcntl. resource. signal.pthread_kill
+    os.exec os.fork os.kill os.posix_spawn os.spawn os.system os.putenv os.chdir os.chflags os.chmod os.chown os.link
+    os.lockf os.mkdir os.remove os.rename os.rmdir os.setxattr os.symlink os.truncate os.utime
+"""
+REFUSED = tuple(EVENTS.split())  # beginnings of the audit events that a program has no use for
 READ = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.getxattr", "os.listxattr", "glob.glob")
 
 

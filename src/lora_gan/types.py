@@ -48,7 +48,8 @@ class Example:
     ``prompt`` is the formatted text and ends where generation starts; ``target`` is the wanted completion without EOS,
     empty where there is none.
     ``references`` are all accepted completions, the target first. ``answers`` are the accepted final answers, which a
-    prompt without target can have, too; see :mod:`lora_gan.final_answer`. ``group`` is what must not cross a split.
+    prompt without target can have, too; see :mod:`lora_gan.final_answer`. ``tests`` are Python statements that the code
+    of a good completion passes, such as ``assert add(1, 2) == 3``. ``group`` is what must not cross a split.
     ``split`` ("train", "validation" or "test") is the official one, which wins over the hash of the group. Examples
     with the same ``item`` ask the same thing in other words; evaluation keeps one of them.
     ``cuttable`` are the spans of the prompt that may lose their beginning where the prompt is too long: an input, a
@@ -73,6 +74,7 @@ class Example:
     chat: bool = False
     label: float | None = None
     answers: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
     stream_end: tuple[int, int] | None = None
     meta: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,7 +91,7 @@ class Example:
 
     def without_answer(self) -> Example:
         """The prompt alone, as it is where nothing is known about good completions."""
-        return replace(self, target="", references=(), answers=(), negatives=(), label=None)
+        return replace(self, target="", references=(), answers=(), tests=(), negatives=(), label=None)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,23 @@ def test_final_answers_on_the_real_base(experiment: str, difference: str | None,
     assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
 
 
+@pytest.mark.parametrize("control", [None, "code_only"])
+def test_code_is_tested_on_the_real_base(control: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)  # where the rows are
+    config = yaml.safe_load((CONFIGS / "code.yaml").read_text(encoding="utf-8"))
+    config["trainer"]["callbacks+"][-1]["init_args"]["phases"][1]["start"] = 1
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    config["data"]["init_args"]["batch_size"] = 4
+    limits = {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1, "limit_test_batches": 1}
+    last = tmp_path / "last.yaml"
+    last.write_text(
+        yaml.safe_dump({"trainer": limits | {"log_every_n_steps": 1}, "test_after_fit": False}), encoding="utf-8"
+    )
+    logged = fit(config, tmp_path, *([CONFIGS / "control" / f"{control}.yaml"] if control else []), last)
+    assert ("reward/code" in logged) == (control is None) and len(logged["text/reward"]) == 2
+    assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
+
+
 @pytest.mark.parametrize("control", [None, "facts_agreement", "facts_majority", "facts_discriminator"])
 def test_few_facts_are_known(control: str | None, bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     config = pressed("few_facts", bases["gpt2"], rows, tmp_path)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples import functions
 from examples.minimal_step import K, MinimalGAN, main, reward
+from lora_gan.sandbox import Program, Sandbox
 
 
 def weights(gan: MinimalGAN) -> dict[str, Tensor]:
@@ -28,6 +30,20 @@ def test_the_minimal_step_gives_finite_numbers() -> None:
     assert len(history) == 3
     assert all(math.isfinite(value) for metrics in history for value in metrics.values())
     assert set(history[0]) == {"reward", "discriminator_loss", "generator_loss"}
+
+
+def test_the_file_of_functions_is_what_the_script_writes() -> None:
+    """The code in it passes its tests, and that of no other function does."""
+    rows = list(functions.rows())
+    lines = Path(functions.__file__).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(map(json.loads, lines)) == rows
+    known = [row for row in rows if row["completion"]]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 288 and 50 < len(known) < 60
+    programs = [Program(row["completion"], (*row["tests"], *known[i - 1]["tests"])) for i, row in enumerate(known)]
+    does = [row["completion"].partition("return ")[2][1:] for row in known]
+    outcomes = Sandbox().run(programs)
+    wanted = [(True,) * 3 + (what == does[i - 1],) * 3 for i, what in enumerate(does)]
+    assert [outcome.passed for outcome in outcomes] == wanted
 
 
 def test_each_update_moves_its_own_parameters_only() -> None:

@@ -12,7 +12,7 @@ import lora_gan
 PACKAGE = Path(lora_gan.__file__).parent
 LAYERS = [
     {"errors"},
-    {"atomic", "context", "final_answer", "program", "wheels"},
+    {"atomic", "context", "final_answer", "program", "sandbox", "wheels"},
     {
         "types",
         "tensors",

@@ -56,7 +56,7 @@ def test_the_highest_score_wins_and_among_equals_the_most_likely() -> None:
 
 def test_nothing_is_known_about_a_prompt_alone(batch: PromptBatch) -> None:
     alone = without_answers(batch)
-    assert not any(e.target or e.references or e.answers or e.negatives for e in alone.examples)
+    assert not any(e.target or e.references or e.answers or e.tests or e.negatives for e in alone.examples)
     assert [e.prompt for e in alone.examples] == [e.prompt for e in batch.examples]
 
 

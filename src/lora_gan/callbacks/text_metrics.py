@@ -332,8 +332,8 @@ def samples_table(seen: Mapping[str, Sequence[EvalOutput]], count: int) -> str:
 
 
 def _wanted(example: Example) -> str:
-    """The target, or the accepted final answers of a prompt without one."""
-    return example.target or ", ".join(example.answers)
+    """The target, or the accepted final answers or the tests of a prompt without one."""
+    return example.target or ", ".join(example.answers) or "; ".join(example.tests)
 
 
 def _asked(example: Example) -> str:

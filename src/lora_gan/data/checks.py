@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from lora_gan.data.files import python_fault
 from lora_gan.errors import DataError
 from lora_gan.types import Example, Message, Negative
 
 TEXTS = ("prompt", "target", "group", "source", "split", "item")
-LISTS = {"references": str, "answers": str, "negatives": Negative, "messages": Message}  # what they hold
+LISTS = {"references": str, "answers": str, "tests": str, "negatives": Negative, "messages": Message}  # what they hold
 WRITTEN = {str: "a text", Negative: 'Negative(text, kind="…")', Message: "Message(role, content)"}
 
 
@@ -44,6 +45,10 @@ def check(example: Example, where: str) -> Example:
         _check_text(reference, f"{where}: a reference")
     for answer in example.answers:
         _check_text(answer, f"{where}: an accepted final answer")
+    for test in example.tests:
+        _check_text(test, f"{where}: a test")
+        if fault := python_fault(test):
+            raise DataError(f"{where}: the test {test!r} is not Python: {fault}; fix or delete it")
     return example
 
 

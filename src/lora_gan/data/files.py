@@ -5,6 +5,7 @@ Every fault of a file is a :class:`DataError` that names the file, the row and t
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import io
@@ -17,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import NoReturn
@@ -90,6 +92,31 @@ class Row:
         given = value if isinstance(value, list) else [value]
         texts = [self.clean(_written(answer, f"{self.where}: the field {field!r}")) for answer in given]
         return tuple(dict.fromkeys(filter(None, texts)))
+
+    def tests(self, field: str) -> tuple[str, ...]:
+        """The tests in ``field``, Python statements: a text or a list of them; none if it is missing or null.
+
+        Raises:
+            DataError: It holds something else, or what is not Python.
+        """
+        tests = tuple(filter(None, self.texts(field))) if self.values.get(field) is not None else ()
+        for test in tests:
+            if fault := python_fault(test):
+                raise DataError(
+                    f"{self.where}: the field {field!r} holds {test[:80]!r}, which is not Python: {fault}; a test is "
+                    "a statement such as assert add(1, 2) == 3, so fix or rename the field"
+                )
+        return tests
+
+
+@lru_cache(maxsize=4096)
+def python_fault(code: str) -> str:
+    """Why the text is no Python code; empty where it is."""
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _written(answer: object, where: str) -> str:

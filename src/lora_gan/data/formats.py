@@ -21,7 +21,9 @@ class Format:
 
 
 ALPACA = Format("alpaca", ("instruction", "output"))
-ANSWERS = Format("answers", ("prompt", "answer"))  # prompts without target
+ANSWERS = Format("answers", ("prompt", "answer"))
+TESTS = Format("tests", ("prompt", "tests"))
+WITHOUT_TARGET = (ANSWERS, TESTS)
 # the first that fits counts: rows of preferences may repeat the chosen dialogue as messages
 FORMATS = (
     Format("preferences", ("prompt", "chosen", "rejected")),
@@ -47,7 +49,7 @@ def format_of(values: Mapping[str, object]) -> Format | None:
     """The format of a row, by its fields that are not null, else by their names; None where none fits."""
     given = [name for name, value in values.items() if value is not None]
     fitting = (known for fields in (given, values) for known in FORMATS if known.fits(fields))
-    return next(fitting, ANSWERS if ANSWERS.fits(values) else None)
+    return next(fitting, next((known for known in WITHOUT_TARGET if known.fits(values)), None))
 
 
 def advice(values: Mapping[str, object]) -> str:

@@ -26,6 +26,7 @@ from lora_gan.rewards.base import (
     weighted_sum,
     weights_of,
 )
+from lora_gan.rewards.code import CodeReward
 from lora_gan.rewards.consistency import SelfConsistency, SemanticConsistency
 from lora_gan.rewards.function import FunctionReward
 from lora_gan.rewards.judge import JudgeReward
@@ -53,6 +54,7 @@ __all__ = [
     "AnswerReward",
     "BleuReward",
     "ChrfReward",
+    "CodeReward",
     "ContainsReward",
     "Entailment",
     "Evidence",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lora_gan.data import ARC, OASST, TWON, Alpaca, Dolly, Mixture, OwnFile, Source, StandardFormat, TruthfulQA
+from lora_gan.data.checks import checked
 from lora_gan.data.splits import assign_splits, one_wording_each
 from lora_gan.errors import DataError, LoraGANError
 from lora_gan.types import Example, Message, Negative
@@ -595,6 +596,52 @@ def test_rows_with_an_answer_and_no_completion_are_prompts_without_target(tmp_pa
     for first in (rows[1], {"prompt": "c", "answer": "d"}):
         source = StandardFormat(write(tmp_path / "first.jsonl", [first, rows[0], first]))
         assert [(e.target, e.answers) for e in source.rows()] == [("", ("d",)), ("b", ("b",)), ("", ("d",))]
+
+
+def test_rows_with_tests(tmp_path: Path) -> None:
+    """They stand beside a reply, or in its place; a row without either is left out."""
+    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+    rows = [
+        {"prompt": "Add.", "completion": "def add(a, b): return a + b", "tests": tests},
+        {"prompt": "Sum.", "completion": None, "tests": tests[0]},
+        {"prompt": "Both.", "tests": tests, "answer": 4},
+        {"prompt": "None.", "tests": []},
+    ]
+    wanted = [("def add(a, b): return a + b", tests), ("", tests[:1]), ("", tests)]
+    for order in (rows, [*rows[1:], rows[0]]):
+        source = StandardFormat(write(tmp_path / "rows.jsonl", order))
+        found = sorted((e.target, list(e.tests), e.answers, e.is_answered) for e in source.rows())
+        assert found == sorted(
+            (target, given, ("4",) * (given == tests and not target), True) for target, given in wanted
+        )
+        assert source.dropped == Counter(empty_answer=1)
+    assert not any(example.without_answer().tests for example in source.rows())
+    path = write(tmp_path / "bare.jsonl", [{"prompt": "Add.", "tests": tests}])
+    source = StandardFormat(path)
+    assert [(e.source, list(e.tests)) for e in source.rows()] == [("tests", tests)]
+    messages = [{"role": role, "content": text} for role, text in (("user", "Add."), ("assistant", "Done."))]
+    path = write(tmp_path / "messages.jsonl", [{"messages": messages * 2, "tests": tests}])
+    assert [list(e.tests) for e in StandardFormat(path, every_turn=True).rows()] == [[], tests]
+    path = write(tmp_path / "own.jsonl", [{"q": "Add.", "test_list": tests}, {"q": "Sum."}])
+    assert [list(e.tests) for e in OwnFile(path, "{q}", target=None, tests="test_list").rows()] == [tests, []]
+
+
+def test_tests_that_are_none_are_refused_or_dropped(tmp_path: Path) -> None:
+    for wrong, message in (
+        (["assert add(1, 2"], r"holds 'assert add\(1, 2', which is not Python: '\(' was never closed"),
+        (["3 ="], "holds '3 =', which is not Python: .*; a test is a statement such as assert"),
+        ({"input": 1}, "is dict, not a list of texts"),
+        ([3], "holds int, not text"),
+    ):
+        path = write(tmp_path / "bad.jsonl", [{"prompt": "Add.", "tests": wrong}])
+        with pytest.raises(DataError, match=rf"line 1: .*'tests' {message}"):
+            read(StandardFormat(path))
+        source = StandardFormat(path, on_bad_row="drop")
+        assert (list(source.rows()), source.dropped) == ([], Counter(bad_row=1))
+    with pytest.raises(DataError, match=r"example 1: the test 'assert \(' is not Python: .*; fix or delete it"):
+        list(checked([Example("Q", "", tests=("assert (",))], "mine"))
+    with pytest.raises(DataError, match="its tests are str 'assert True'; give a tuple of them, each as a text"):
+        list(checked([Example("Q", "", tests="assert True")], "mine"))  # type: ignore[arg-type]
 
 
 def test_questions_and_answers_are_no_format_that_is_recognised(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class OwnFile(RowSource):
         limit: int | None = None,
         on_bad_row: OnBad = "raise",
         answer: str | None = None,
+        tests: str | None = None,
     ) -> None:
         """
         Args:
@@ -41,6 +42,7 @@ class OwnFile(RowSource):
             limit: Number of usable rows to read, from the first; by default all.
             on_bad_row: "raise" makes a row that cannot be read an error; "drop" drops and counts it.
             answer: Field with the final answer, a text or a number, or with a list of all that are accepted.
+            tests: Field with the tests of the code that is asked for: Python statements, a text or a list of them.
 
         Raises:
             LoraGANError: limit is below 1, the template cannot be read, or cuttable names a field that it lacks.
@@ -52,6 +54,7 @@ class OwnFile(RowSource):
         self.references = references
         self.negatives = negatives
         self.answer = answer
+        self.tests = tests
         self.group = group
         self.split = split
         self.cuttable = self.fields[1:] if cuttable is None else cuttable
@@ -85,6 +88,7 @@ class OwnFile(RowSource):
             references=tuple(good),
             negatives=tuple(Negative(text, kind="given") for text in wrong),
             answers=row.answers(self.answer) if self.answer else (),
+            tests=row.tests(self.tests) if self.tests else (),
             group=row.text(self.group) if self.group else normal(" ".join(fields.values())),
             split=row.text(self.split) if self.split else "",
         )

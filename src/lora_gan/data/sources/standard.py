@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_gan.data.dialogues import dialogue, is_dialogue, is_transcript
 from lora_gan.data.files import Row, read_rows
-from lora_gan.data.formats import ALPACA, ANSWERS, FORMATS, STANDARD, Format, format_of
+from lora_gan.data.formats import ALPACA, FORMATS, STANDARD, WITHOUT_TARGET, Format, format_of
 from lora_gan.data.source import OnBad, RowSource, normal
 from lora_gan.data.sources.alpaca import Alpaca
 from lora_gan.data.templates import PROMPT_TURN, RESPONSE_TURN, before_text, fill, mark, unmark
@@ -19,17 +19,20 @@ from lora_gan.types import Example, Message, Negative
 log = logging.getLogger("lora_gan")
 
 SYSTEM_TURN = "### System:\n{text}\n\n"
-OPTIONAL = {"answer", "input", "label", "system"}  # fields that are read where there are any
+OPTIONAL = {"answer", "input", "label", "system", "tests"}  # fields that are read where there are any
+KNOWN = ("answer", "tests")  # those that say what a good reply is, without being one
 
 
 class StandardFormat(RowSource):
     """Rows in one of today's usual formats, recognised by the fields of the first row.
 
     These are messages (role, content); conversations (ShareGPT: from, value); prompt and completion (or response);
-    prompt, chosen and rejected; Alpaca's instruction, input and output; and prompt and answer, without a target.
+    prompt, chosen and rejected; Alpaca's instruction, input and output; and prompt and answer or prompt and tests,
+    without a target.
     Prompts and completions are texts or lists of messages; a message's content is a text or a list of parts of type
     text; a field system is the system message. A field answer is the final answer of the last reply, or a list of all
-    that are accepted; a row that has it and no completion is a prompt without target.
+    that are accepted; a field tests holds the tests of the last reply's code, Python statements, or a list of them. A
+    row that has one of the two and no completion is a prompt without target.
     Without a prompt, chosen and rejected may be whole dialogues as "\\n\\nHuman: …\\n\\nAssistant: …".
     The last reply of a dialogue is the target, all before it the prompt, and what is rejected a negative of kind
     "rejected"; a completion with the label false (KTO) is left out, a reply with the weight 0 is no target. Dialogues
@@ -102,21 +105,23 @@ class StandardFormat(RowSource):
     def examples(self, row: Row) -> Sequence[Example]:
         if self.format is None:
             self.format = self._recognised(row)
-        if self.format is ANSWERS:
-            self.format = _with_reply(row)
+        if self.format in WITHOUT_TARGET:
+            self.format = _with_reply(row, self.format)
         if self._has_no_target(row, self.format):
             return self._without_target(row)
         if missing := [field for field in self.format.fields if field not in row.values]:
             raise self._another_shape(row, missing[0])
         if self.format is ALPACA:
             example = self.alpaca.example(row)
-            return [replace(example, answers=row.answers("answer"))] if example else []
+            return [replace(example, answers=row.answers("answer"), tests=row.tests("tests"))] if example else []
         return self._of_dialogue(row, self.format)
 
     def _recognised(self, row: Row) -> Format:
         found, fields = format_of(row.values), ", ".join(map(str, row.values)) or "none"
         if found is None:
-            known = "; ".join(", ".join(known.fields) for known in (*FORMATS, ANSWERS) if known.source == STANDARD)
+            known = "; ".join(
+                ", ".join(known.fields) for known in (*FORMATS, *WITHOUT_TARGET) if known.source == STANDARD
+            )
             raise DataError(
                 f"{row.where}: the fields {fields} are no format that is recognised ({known}); rename them, or set "
                 "data.init_args.source to lora_gan.data.OwnFile, whose template and target name the fields"
@@ -139,17 +144,17 @@ class StandardFormat(RowSource):
 
     def _has_no_target(self, row: Row, known: Format) -> bool:
         reply = "chosen" if "chosen" in known.fields else known.fields[-1]
-        answered = row.values.get("answer") is not None and not row.values.get(reply)
-        return known is ANSWERS or ("prompt" in known.fields and answered)
+        answered = any(row.values.get(field) is not None for field in KNOWN) and not row.values.get(reply)
+        return known in WITHOUT_TARGET or ("prompt" in known.fields and answered)
 
     def _without_target(self, row: Row) -> list[Example]:
-        """The prompt of a row that has a final answer and no reply."""
-        turns, answers = dialogue(row, "prompt", None), row.answers("answer")
+        """The prompt of a row that has a final answer or tests, and no reply."""
+        turns, known = dialogue(row, "prompt", None), _known(row)
         asked = turns[-1].content if turns and turns[-1].role == "user" else ""
-        if not asked or not answers:
+        if not asked or not any(known.values()):
             self.dropped["empty_answer" if asked else "empty_prompt"] += 1
             return []
-        return [self._example(turns, "", [], answers)]
+        return [self._example(turns, "", [], known)]
 
     def _of_dialogue(self, row: Row, known: Format) -> list[Example]:
         """The examples of the replies that are targets."""
@@ -167,8 +172,8 @@ class StandardFormat(RowSource):
                 self.dropped[fault] += 1
             else:
                 rejected = self._rejected(row, prompt, turns[:i]) if i == replies[-1] and reply == "chosen" else []
-                answers = row.answers("answer") if i == replies[-1] else ()
-                examples.append(self._example(turns[:i], turns[i].content, rejected, answers))
+                known_of_it = _known(row) if i == replies[-1] else {}
+                examples.append(self._example(turns[:i], turns[i].content, rejected, known_of_it))
         return examples
 
     def _rejected(self, row: Row, prompt: str | None, history: Sequence[Message]) -> list[str]:
@@ -183,7 +188,7 @@ class StandardFormat(RowSource):
         return []
 
     def _example(
-        self, history: Sequence[Message], target: str, rejected: Sequence[str], answers: tuple[str, ...]
+        self, history: Sequence[Message], target: str, rejected: Sequence[str], known: Mapping[str, tuple[str, ...]]
     ) -> Example:
         *earlier, asked = history
         written = [self._turn(turn, cuttable=turn.role != "system") for turn in earlier]
@@ -198,18 +203,24 @@ class StandardFormat(RowSource):
             source=self.name,
             cuttable=made.cuttable,
             literal=made.literal,
-            answers=answers,
             messages=(*map(_cuttable, earlier), asked),
+            answers=known.get("answers", ()),
+            tests=known.get("tests", ()),
         )
 
     def _turn(self, turn: Message, cuttable: bool) -> str:
         return fill(self.turns[turn.role], text=mark(turn.content, cuttable))
 
 
-def _with_reply(row: Row) -> Format:
-    """The format of a row after rows of prompt and answer only: it may be the first with a reply."""
+def _known(row: Row) -> dict[str, tuple[str, ...]]:
+    """What a row says about good replies, as fields of an example."""
+    return {"answers": row.answers("answer"), "tests": row.tests("tests")}
+
+
+def _with_reply(row: Row, before: Format) -> Format:
+    """The format of a row after rows without a target only: it may be the first with a reply."""
     found = format_of(row.values)
-    return found if found is not None and found.fields[0] == "prompt" else ANSWERS
+    return found if found is not None and found.fields[0] == "prompt" else before
 
 
 def _fault(row: Row, asked: Message, reply: Message) -> str:

@@ -274,6 +274,7 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
     assert found == {
         *EXPERIMENTS,
         "base",
+        "code",
         "digits",
         "few_facts",
         "gan",

@@ -535,7 +535,14 @@ def test_evaluation_completes_greedily_in_the_right_mode(build: Build, batch: Pr
     validated = module.validation_step(batch, 0)["trained"]
     assert validated.texts == tested["trained"].texts == ("a", "hi", "4") != tested["base"].texts
     assert validated.reward.tolist() == [1.0, 0.0, 0.0]
-    assert module.predict_step(batch, 0)[0] == {"prompt": "Say a", "completion": "a", "target": "a", "reward": 1.0}
+    assert module.predict_step(batch, 0)[0] == {
+        "prompt": "Say a",
+        "completion": "a",
+        "target": "a",
+        "references": ["a"],
+        "negatives": ["b"],
+        "reward": 1.0,
+    }
 
 
 # several steps a step

@@ -23,7 +23,20 @@ from tests.benchmarks.__main__ import be_quiet
 from .machine import Machine
 from .rows import FAIL, PASS, SKIP, Check, Row, run_all
 
-GROUPS = ("tree", "sample", "precision", "quant", "resume", "sync", "decode", "passes", "head", "step", "other")
+GROUPS = (
+    "tree",
+    "sample",
+    "precision",
+    "quant",
+    "resume",
+    "sync",
+    "decode",
+    "passes",
+    "head",
+    "step",
+    "engines",
+    "other",
+)
 BUDGET = 540.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,10 +47,19 @@ def agreement(completions: Sequence[str], k: int, final_answer: FinalAnswer | No
         k: Completions for each prompt.
         final_answer: Finds it; None: the whole completion is the answer.
     """
-    voted = [normalise(find_answer(completion, final_answer) or "") for completion in completions]
-    counts = Counter((n // k, vote) for n, vote in enumerate(voted))
-    agreeing = [(counts[n // k, vote] - 1) * bool(vote) for n, vote in enumerate(voted)]
-    return torch.tensor(agreeing, dtype=torch.float32) / max(k - 1, 1)
+    same = same_answer([find_answer(completion, final_answer) for completion in completions], k)
+    return (same.sum(-1) - 1).clamp(min=0).flatten() / max(k - 1, 1)
+
+
+def same_answer(answers: Sequence[str | None], k: int) -> Tensor:
+    """(B, K, K) bool: which of the k completions to a prompt have the same final answer; None is no answer.
+
+    Case, outer white space and a final full stop are ignored.
+    """
+    votes = [normalise(answer or "") for answer in answers]
+    number = {vote: place for place, vote in enumerate(dict.fromkeys(votes), 1)}
+    numbers = torch.tensor([number[vote] if vote else 0 for vote in votes], dtype=torch.long).view(-1, k)
+    return (numbers[:, :, None] == numbers[:, None, :]) & (numbers > 0)[:, :, None]
 
 
 def choose(scores: Tensor, logprobs: Tensor, n: int) -> list[int]:

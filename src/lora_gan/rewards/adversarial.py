@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lora_gan.best_of import same_answer
 from lora_gan.errors import LoraGANError
 from lora_gan.tensors import davidson, leaders
-from lora_gan.text_metrics import normalise
 from lora_gan.types import DiscriminatorScores
 
 
@@ -103,11 +103,7 @@ class WeightedVote(AdversarialReward):
         self.majority = majority
 
     def __call__(self, disc_scores: DiscriminatorScores) -> Tensor:
-        k = disc_scores.num_generations
-        votes = [normalise(answer or "") for answer in disc_scores.answers]
-        number = {vote: place for place, vote in enumerate(dict.fromkeys(votes), 1)}
-        answers = disc_scores.sampled.new_tensor([number[vote] if vote else 0 for vote in votes]).view(-1, k)
-        same = (answers[:, :, None] == answers[:, None, :]) & (answers > 0)[:, :, None]  # (B, K, K)
+        same = same_answer(disc_scores.answers, disc_scores.num_generations).to(disc_scores.sampled.device)
         weight = disc_scores.per_prompt.sigmoid()
         shares = (same * weight[:, None, :]).sum(-1) / weight.sum(-1, keepdim=True)
         return (leaders(shares) if self.majority else shares).flatten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lora_gan.atomic import atomic_file
@@ -25,6 +25,7 @@ class Result:
     data: str  # source of the prompts
     prompts: int
     metrics: dict[str, dict[str, float]]  # role → metric → value; a role is a key of TITLES
+    counted: dict[str, int] = field(default_factory=dict)  # metric that is a share of prompts → of how many
 
     @property
     def table(self) -> str:
@@ -62,6 +63,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown table; line breaks become spaces."""
     lines = [list(header), ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def read_table(table: str) -> list[list[str]]:
+    """The header and the rows of a :func:`markdown_table`, whose cells hold a bar only behind a backslash."""
+    header, _, *rows = (line[2:-2].split(" | ") for line in table.strip().split("\n"))
+    return [[cell.replace("\\|", "|").strip() for cell in row] for row in (header, *rows)]
 
 
 def _cell(text: str) -> str:

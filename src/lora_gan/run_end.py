@@ -20,6 +20,7 @@ from lora_gan.checkpointing.adapters import ROLES, save_role
 from lora_gan.checkpointing.files import read_checkpoint
 from lora_gan.module import LoraGANModule
 from lora_gan.program import command
+from lora_gan.report import write_report
 
 log = logging.getLogger("lora_gan")
 
@@ -43,8 +44,13 @@ class Best:
         return f"by {self.metric} {self.value:.3f}{before}"
 
 
-def end_run(trainer: L.Trainer, model: LoraGANModule, datamodule: L.LightningDataModule | None, test: bool) -> None:
-    """Write the adapters of the best checkpoint, or of the last state, test it, and print what can be done with it."""
+def end_run(
+    trainer: L.Trainer, model: LoraGANModule, datamodule: L.LightningDataModule | None, test: bool, report: bool
+) -> None:
+    """Write the adapters of the best checkpoint, or of the last state, test it, and print what can be done with it.
+
+    With ``report`` the run's folder gets its report.html.
+    """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     best, folder = load_best(trainer, model), run_folder(trainer)
@@ -66,7 +72,14 @@ def end_run(trainer: L.Trainer, model: LoraGANModule, datamodule: L.LightningDat
         raise Interrupted(128 + number) from None
     finally:
         if trainer.is_global_zero:
-            print(lines)
+            print(with_report(lines, folder) if report else lines)
+
+
+def with_report(lines: str, folder: Path) -> str:
+    """Write the report of a run; the closing lines with its path behind the first of them."""
+    path = write_report(folder)
+    first, rest = lines.split("\n", 1)
+    return lines if path is None else f"{first}\nreport       {_relative(path)}\n{rest}"
 
 
 def load_best(trainer: L.Trainer, model: LoraGANModule) -> Best | None:

@@ -110,8 +110,8 @@ def test_fit_ends_with_the_table_and_what_to_do_next(run: Run) -> None:
     assert "| metric | base | trained | trained, sampled |" in run.printed
     for metric in ("reward", "exact_match", "rouge_l", "semantic", "distinct_2", "truncated"):
         assert f"| {metric} |" in run.printed
-    closing = [line.split()[0] for line in run.printed.splitlines()[-7:]]
-    assert closing == ["run", "adapters", "best", "last", "resume", "chat", "export"]
+    closing = [line.split()[0] for line in run.printed.splitlines()[-8:]]
+    assert closing == ["run", "report", "adapters", "best", "last", "resume", "chat", "export"]
     assert (run.folder / "held_out.md").read_text(encoding="utf-8").strip() in run.printed
     assert (run.folder / "config.yaml").exists()
 

@@ -38,6 +38,7 @@ LAYERS = [
     {"module"},
     {"evolution", "export"},
     {"callbacks", "api"},
+    {"report"},
     {"run_end"},
     {"cli"},
     {"__init__", "__main__"},

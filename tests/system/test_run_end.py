@@ -101,6 +101,15 @@ def test_all_records_of_a_run_count_steps_alike(sft: Run) -> None:
     assert [text.step for text in events.Tensors("held_out/text_summary")] == [4]
 
 
+def test_the_report_shows_the_run(sft: Run) -> None:
+    assert sft.closing["report"].endswith("version_0/report.html")
+    text = (sft.folder / "report.html").read_text(encoding="utf-8")
+    assert "4 of 4" in text and "step 4, by validation/loss" in text and text.count("<svg") >= 3
+    (result,) = read_results(sft.folder)
+    assert result.counted == {"exact_match": result.prompts} and f"(n = {result.prompts})" in text
+    assert "<td>model.coefficients.policy</td><td>0</td>" in text
+
+
 def test_the_settings_are_hyperparameters(sft: Run) -> None:
     """N7: hparams.yaml was {}."""
     found = yaml.safe_load((sft.folder / "hparams.yaml").read_text())
@@ -143,7 +152,16 @@ def test_the_reward_judges_a_policy_that_learns_from_it(bases: dict[str, str], t
 
 def test_a_run_without_validation_says_how_to_go_on(bases: dict[str, str], tmp_path: Path) -> None:
     """C15: no line about checkpoint, resume, chat, export."""
-    run = fit(bases["gpt2"], tmp_path, 20, "--trainer.limit_val_batches=0", "--test_after_fit=false", steps=1)
+    run = fit(
+        bases["gpt2"],
+        tmp_path,
+        20,
+        "--trainer.limit_val_batches=0",
+        "--test_after_fit=false",
+        "--report_after_fit=false",
+        steps=1,
+    )
+    assert not (run.folder / "report.html").exists()
     assert list(run.closing) == ["run", "adapters", "last", "resume", "chat", "export"]
     assert run.closing["chat"].endswith("last.ckpt") and run.checkpoints == {"last.ckpt"}
 

@@ -124,13 +124,23 @@ class TextMetrics(L.Callback):
             save_result(_run_of(trainer.ckpt_path) or folder, result)
 
     def _result(self, trainer: L.Trainer, module: L.LightningModule) -> Result:
+        table = self._table(trainer, module)
         return Result(
             checkpoint=Path(trainer.ckpt_path or "").name,
             step=_trained_steps(module),
             data=str(getattr(trainer.datamodule, "origin", "")),  # type: ignore[attr-defined]
             prompts=sum(len(answered.texts) for answered in self.seen["trained"]),
-            metrics=self._table(trainer, module),
+            metrics=table,
+            counted={name: n for name, n in self._counted(module).items() if name in table["trained"]},
         )
+
+    def _counted(self, module: L.LightningModule) -> dict[str, int]:
+        """Of how many prompts the metrics that compare with right answers are shares."""
+        found = module.final_answer if isinstance(module, Evaluated) else None
+        examples = [example for part in self.seen["trained"] for example in part.examples]
+        counts = {"exact_match": sum(bool(references_of(example)) for example in examples)}
+        counts["answer"] = sum(bool(answers_of(example, found)) for example in examples)
+        return counts
 
     def _table(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, dict[str, float]]:
         table = {role: self._measure(role, module) | target_loss(seen) for role, seen in self.seen.items()}

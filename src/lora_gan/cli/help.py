@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "show what fit would train on: counts, lengths, dropped rows, examples",
     "chat": "talk to a trained generator",
     "generate": "complete the prompts of a file with a trained generator",
+    "report": "write curves, results and samples of runs to one HTML file",
     "export": "write a trained generator as a PEFT adapter or a merged model",
     "schema": "print the JSON schema of configuration files, for editors",
     "completion": "print a completion script for bash, zsh or tcsh",
@@ -26,6 +27,7 @@ FUNCTIONS = {  # commands that are one function
     "chat": "lora_gan.inference.chat",
     "export": "lora_gan.export.export",
     "generate": "lora_gan.inference.generate",
+    "report": "lora_gan.report.write.report",
 }
 PRINTED = {"schema": "> schema.json", "completion": "SHELL"}  # commands that print a file, and how they are used
 TOPICS = {
@@ -38,6 +40,7 @@ OPTIONS = {
     "--ckpt_path FILE": "go on from a checkpoint, or from last: the newest of this experiment",
     "--seed_everything N": "seed of everything random",
     "--test_after_fit BOOL": "whether fit ends with the held-out test",
+    "--report_after_fit BOOL": "whether fit ends with report.html in the run's folder",
     "--print_config": "print the whole configuration, and stop",
     "--gens N, --pop N": "of evolution: trainer.max_steps, model.population",
 }

@@ -46,6 +46,7 @@ class SchemaWriter:
             "extends": {"type": ["string", "null"], "description": "The file that this one builds on."},
             "seed_everything": {"type": ["integer", "boolean"]},
             "test_after_fit": {"type": "boolean"},
+            "report_after_fit": {"type": "boolean"},
             "ckpt_path": {"type": ["string", "null"]},
             "weights_only": {},
             "model": self._class("lightning.pytorch.LightningModule"),

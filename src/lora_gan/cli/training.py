@@ -26,6 +26,7 @@ from lora_gan.errors import LoraGANError
 from lora_gan.lightning_compat import overrides, set_root, subcommand_setting
 from lora_gan.number_formats import auto_precision, default_device, resolved_dtype, use_tensor_cores
 from lora_gan.program import program_name
+from lora_gan.report.warnings import kept_warnings
 
 logger = logging.getLogger("lora_gan")
 
@@ -118,8 +119,15 @@ class CLI(LightningCLI):
 
     @overrides(LightningCLI)
     def _run_subcommand(self, subcommand: str) -> None:
-        with stopped_by_sigterm():
+        with stopped_by_sigterm(), kept_warnings(self._folder_of_fit):
             super()._run_subcommand(subcommand)
+
+    def _folder_of_fit(self) -> Path | None:
+        """The run's folder, once its configuration is written there, in the process of a fit that writes."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        saved = next((callback for callback in callbacks if isinstance(callback, SavedConfiguration)), None)
+        known = self.subcommand == "fit" and _is_first_process() and saved is not None and saved.seen
+        return saved.folder if saved is not None and known else None
 
     @overrides(LightningCLI)
     def _parse_ckpt_path(self) -> None:
@@ -216,6 +224,7 @@ class CLI(LightningCLI):
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
         parser.add_argument("--extends", type=str | None, default=None, help="In a file: the file that it builds on.")
         parser.add_argument("--test_after_fit", type=bool, default=True, help="End fit with the held-out test.")
+        parser.add_argument("--report_after_fit", type=bool, default=True, help="End fit with report.html.")
 
     def after_fit(self) -> None:
         from lora_gan.module import LoraGANModule
@@ -223,7 +232,8 @@ class CLI(LightningCLI):
 
         if isinstance(self.model, LoraGANModule):
             assert self.trainer is not None
-            end_run(self.trainer, self.model, self.datamodule, subcommand_setting(self, "test_after_fit"))
+            test, report = (subcommand_setting(self, f"{name}_after_fit") for name in ("test", "report"))
+            end_run(self.trainer, self.model, self.datamodule, test, report)
 
 
 def settle_formats(settings: jsonargparse.Namespace) -> None:

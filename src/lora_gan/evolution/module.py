@@ -7,25 +7,19 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lora_gan.backbone import GENERATOR
-from lora_gan.data.splits import digest
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.breeding import Breeding
 from lora_gan.evolution.evaluating import EvaluatingModule
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.operators import Crossover, GaussianMutation, Mutation, SwapModules
-from lora_gan.evolution.population import Member, diversity, fitness_of, lora_layers, survival, write_weights
+from lora_gan.evolution.population import Member, diversity, fitness_of, survival, write_weights
 from lora_gan.evolution.selection import Selection, Tournament, ranking
 from lora_gan.lightning_compat import is_fitting
-from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.step_callback import OUTPUT
-from lora_gan.types import EvalOutput, PromptBatch, Rollout, StepOutput, require_prompts
+from lora_gan.types import PromptBatch, StepOutput, require_prompts
 
 
 class EvolutionModule(EvaluatingModule):

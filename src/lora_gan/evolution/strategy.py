@@ -138,9 +138,7 @@ class Perturbed(Sequence[Weights]):
 
 def shifted(x: Weights, direction: Weights, by: float) -> Weights:
     """A and B of each module moved by ``by`` times the direction's."""
-    return {
-        name: replace(f, a=f.a + by * direction[name].a, b=f.b + by * direction[name].b) for name, f in x.items()
-    }
+    return {name: replace(f, a=f.a + by * direction[name].a, b=f.b + by * direction[name].b) for name, f in x.items()}
 
 
 def centred_ranks(fitness: Tensor) -> Tensor:
@@ -155,7 +153,9 @@ def gradient(population: Perturbed, fitness: Tensor) -> Weights:
     """g = 1/(P·σ) Σ shapedᵢ·εᵢ over all members; one ε exists at a time."""
     shaped = centred_ranks(fitness)
     shares = (shaped[0::2] - shaped[1::2]) / (len(fitness) * population.sigma)
-    total = {name: replace(x, a=torch.zeros_like(x.a), b=torch.zeros_like(x.b)) for name, x in population.mean.items()}
+    total: Weights = {
+        name: replace(x, a=torch.zeros_like(x.a), b=torch.zeros_like(x.b)) for name, x in population.mean.items()
+    }
     for pair, share in enumerate(shares.tolist()):
         if share:
             total = shifted(total, population.direction(pair), share)

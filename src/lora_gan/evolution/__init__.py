@@ -17,23 +17,39 @@ from lora_gan.evolution.operators import (
 from lora_gan.evolution.ray_workers import RayWorkers
 from lora_gan.evolution.selection import FitnessProportional, Selection, Tournament, Truncation
 from lora_gan.evolution.start import AsItIs, SavedAdapters, Start, SupervisedStart
+from lora_gan.evolution.strategy import (
+    ConstantSigma,
+    DecayingSigma,
+    EvolutionStrategy,
+    FullNoise,
+    Noise,
+    RankOneNoise,
+    Sigma,
+)
 
 __all__ = [
     "AsItIs",
+    "ConstantSigma",
     "Crossover",
+    "DecayingSigma",
     "ElementWise",
     "EvolutionModule",
+    "EvolutionStrategy",
     "FitnessProportional",
     "FixedNoise",
     "FromStart",
+    "FullNoise",
     "GaussianMutation",
     "MergeCoefficients",
     "MixUpdates",
     "Mutation",
+    "Noise",
     "RankOneMutation",
+    "RankOneNoise",
     "RayWorkers",
     "SavedAdapters",
     "Selection",
+    "Sigma",
     "SingularValueMutation",
     "Start",
     "SupervisedStart",

@@ -78,7 +78,7 @@ class GaussianMutation(ScaledMutation):
     """Gaussian noise on A or on B, chosen at random, scaled so that ΔW changes by exactly the target size."""
 
     def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
-        return _shifted(x, length, [1.0], rng, lambda shape: _normal(shape, x, rng))
+        return _shifted(x, length, [1.0], rng, lambda shape: normal(shape, x, rng))
 
 
 class RankOneMutation(ScaledMutation):
@@ -88,10 +88,7 @@ class RankOneMutation(ScaledMutation):
     """
 
     def move(self, x: Factors, length: float, rng: torch.Generator) -> list[Factors]:
-        def direction(shape: torch.Size) -> Tensor:
-            return torch.outer(_normal(shape[:1], x, rng), _normal(shape[1:], x, rng))
-
-        return _shifted(x, length, [1.0, -1.0], rng, direction)
+        return _shifted(x, length, [1.0, -1.0], rng, lambda shape: rank_one(shape, x, rng))
 
 
 class SingularValueMutation(ScaledMutation):
@@ -101,7 +98,7 @@ class SingularValueMutation(ScaledMutation):
         if length == 0:
             return [x]
         found = singular(x)
-        noise = _normal(found.values.shape, x, rng).double()
+        noise = normal(found.values.shape, x, rng).double()
         values = found.values + noise * length / noise.norm()
         return [Singular(found.u, values, found.vh).factors(x)]
 
@@ -119,7 +116,7 @@ class FixedNoise(Mutation):
     def __call__(self, parent: Weights, start: Weights, generation: int, rng: torch.Generator) -> list[Weights]:
         child = {}
         for name, x in parent.items():
-            a, b = (w + self.scale * _normal(w.shape, x, rng) for w in (x.a, x.b))
+            a, b = (w + self.scale * normal(w.shape, x, rng) for w in (x.a, x.b))
             child[name] = replace(x, a=a, b=b)
         return [child]
 
@@ -155,9 +152,14 @@ def _shifted(
     return [move(x, sign * length / effect * noise) for sign in signs]
 
 
-def _normal(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
+def normal(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
     """Normal noise, drawn on the CPU so that all devices get the same."""
     return torch.randn(shape, generator=rng).to(like.a)
+
+
+def rank_one(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
+    """The outer product of two normal vectors."""
+    return torch.outer(normal(shape[:1], like, rng), normal(shape[1:], like, rng))
 
 
 # crossover

@@ -42,7 +42,7 @@ from lora_gan.head import Logits, Statistic, entropy, log_probability, statistic
 from lora_gan.lightning_compat import patched_forward, switch_adapter
 from lora_gan.number_formats import AUTO, default_device, quantized, resolved_dtype, torch_dtype
 from lora_gan.tensors import fingerprint, in_float32, join
-from lora_gan.tree import Branches, PromptTree
+from lora_gan.tree import Branches, PromptTree, grow_parts
 
 GENERATOR, DISCRIMINATOR, SNAPSHOT = "generator", "discriminator", "snapshot"
 _ADAPTER = re.compile(r"(\.lora_\w+\.)(\w+)")  # in a parameter's name
@@ -307,6 +307,23 @@ class Backbone(nn.Module):
             temperature: By kind, the divisor of the logits; 1 for missing kinds.
         """
         return self.logprobs_at([tree], temperature or {})[0]
+
+    def logprobs_of(
+        self,
+        prompts: Sequence[Tensor],
+        completions: Mapping[str, Sequence[Sequence[Tensor]]],
+        parts: Sequence[Sequence[int]],
+        temperature: Mapping[str, float] | None = None,
+    ) -> dict[str, Tensor]:
+        """:meth:`logprobs` of completions of all kinds to B prompts (P,), with one pass for each part of the prompts.
+
+        Args:
+            prompts: B tensors (P,).
+            completions: By kind, those of each prompt, tensors (T,), none empty.
+            parts: The prompts of each pass.
+            temperature: By kind, the divisor of the logits; 1 for missing kinds.
+        """
+        return self.logprobs_at(grow_parts(prompts, completions, parts), temperature or {})[0]
 
     def logprobs_at(self, trees: Sequence[PromptTree], *temperatures: Mapping[str, float]) -> list[dict[str, Tensor]]:
         """:meth:`logprobs` at each temperature, of the branches of all trees, with one pass for each tree."""

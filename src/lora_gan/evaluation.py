@@ -24,7 +24,6 @@ from lora_gan.results import BEST
 from lora_gan.rewards import references_of
 from lora_gan.sampling import Sampling, sample
 from lora_gan.tensors import masked_row_mean
-from lora_gan.tree import grow_parts
 from lora_gan.types import EvalOutput, PromptBatch, Rollout, Scores, require_prompts
 
 log = logging.getLogger("lora_gan")
@@ -158,9 +157,9 @@ class Evaluated(Checkpointed):
     def target_logprobs(self, batch: PromptBatch) -> Tensor:
         """(B,) log-probability of each target, EOS included, in the active mode; 0 where there is none."""
         parts = self.optimization.parts(len(batch))
-        trees = grow_parts(batch.prompt_ids, {TARGET: batch.targets_by_prompt}, parts)
+        found = self.backbone.logprobs_of(batch.prompt_ids, {TARGET: batch.targets_by_prompt}, parts)
         total = torch.zeros(len(batch), device=self.device)
-        total[batch.with_target] = self.backbone.logprobs_at(trees, {})[0][TARGET].sum(-1)
+        total[batch.with_target] = found[TARGET].sum(-1)
         return total
 
     @contextmanager

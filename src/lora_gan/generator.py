@@ -189,8 +189,8 @@ class Generator(nn.Module):
         rollout, advantages, prompts = minibatch.rollout, minibatch.advantages, len(minibatch.batch)
         branches, parts = {SAMPLED: rollout.by_prompt(prompts)}, optimization.parts(prompts)
         with backbone.generator():
-            trees = grow_parts(minibatch.batch.prompt_ids, branches, parts)
-            logprobs = backbone.logprobs_at(trees, self.temperature)[0][SAMPLED]
+            found = backbone.logprobs_of(minibatch.batch.prompt_ids, branches, parts, self.temperature)
+        logprobs = found[SAMPLED]
         assert self.policy_loss.ratio_cap is not None
         importance = truncated_importance(logprobs, rollout, self.policy_loss.ratio_cap)
         weighted = replace(advantages, per_token=importance.weights * advantages.per_token)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lora_gan.backbone import Backbone
 from lora_gan.data.tokenizer import encode_completions
-from lora_gan.tree import grow_parts
 
 
 @dataclass(frozen=True)
@@ -39,5 +38,4 @@ class ActivePolicy:
             prompts: B tensors (P,).
             completions: By kind, those of each prompt, tensors (T,), none empty.
         """
-        trees = grow_parts(prompts, completions, self.parts(len(prompts)))
-        return self.backbone.logprobs_at(trees, {})[0]
+        return self.backbone.logprobs_of(prompts, completions, self.parts(len(prompts)))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lora_gan.backbone import Backbone, BackboneSettings, LoraSettings
 from lora_gan.errors import LoraGANError
-from lora_gan.tree import grow_parts
 from lora_gan.types import PromptBatch
 
 Completions = Mapping[str, Sequence[Sequence[Tensor]]]  # kind → for each prompt its completions (T,)
@@ -57,9 +56,9 @@ class Teacher(ABC):
             temperature: By kind, the divisor of the logits; 1 for missing kinds.
         """
         backbone = self.backbone(student)
-        trees = grow_parts(self.prompts(student, batch, completions), completions, parts)
+        prompts = self.prompts(student, batch, completions)
         with backbone.reference():
-            return backbone.logprobs_at(trees, temperature)[0]
+            return backbone.logprobs_of(prompts, completions, parts, temperature)
 
 
 class TeacherModel(Teacher):

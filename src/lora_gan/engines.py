@@ -7,11 +7,9 @@ follow have a limit, and ``policy/mismatch_kl`` shows the difference.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +22,7 @@ from transformers import GenerationConfig
 from lora_gan.backbone import GENERATOR, Backbone
 from lora_gan.checkpointing.adapters import save_adapter
 from lora_gan.errors import LoraGANError
+from lora_gan.program import errors_alone
 from lora_gan.sampling import Sampling, eos_ids, gather, sample
 from lora_gan.types import Rollout
 
@@ -116,7 +115,7 @@ class ContinuousBatching(Engine):
             pad_token_id=ends[0],
         )
         texts = [prompt.tolist() for prompt in prompts for _ in range(k)]
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _quiet("transformers"):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), errors_alone("transformers"):
             found = backbone.causal_lm.generate_batch(
                 inputs=texts, generation_config=generation, continuous_batching_config=settings, warmup=False
             )
@@ -244,15 +243,3 @@ def rollout_of(
         logprobs[row, :length] = torch.tensor(values[:length])
         ends[row], finished[row] = length, last is not None
     return gather(backbone, ids.to(device), logprobs.to(device), ends.to(device), finished.to(device), k)
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Without the library's warnings, which it would repeat in each step."""
-    log = logging.getLogger(name)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -1,10 +1,13 @@
-"""Program: its name as it was started, its version, its cache, and its commands as a shell takes them."""
+"""Program: its name as it was started, version, cache, commands as a shell takes them, and what it does not repeat."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 __version__ = "0.3.0"
@@ -33,3 +36,15 @@ def cache_folder(kind: str) -> Path:
         RuntimeError: There is no home folder, and XDG_CACHE_HOME is not set.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_gan" / kind
+
+
+@contextmanager
+def errors_alone(logger: str) -> Iterator[None]:
+    """Without another library's messages below errors, where it would repeat them in every step."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

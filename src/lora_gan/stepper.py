@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lora_gan.checkpointing.state import Checkpointed
 from lora_gan.lightning_compat import set_global_step
 from lora_gan.number_formats import auto_precision, use_tensor_cores
+from lora_gan.program import errors_alone
 from lora_gan.step_callback import OUTPUT
 
 
@@ -101,12 +101,6 @@ class _PersistentDevice(SingleDeviceStrategy):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the trainer's messages, which would repeat at every step."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        log.setLevel(level)
+    with errors_alone("lightning.pytorch"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        yield

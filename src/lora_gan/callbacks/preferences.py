@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import lightning as L
 import torch
 
-from lora_gan.callbacks.text_metrics import TextMetrics
+from lora_gan.callbacks.text_metrics import TextMetrics, rows_of, trained_steps
+from lora_gan.discriminator.objectives import share_won
 from lora_gan.discriminator.restored import score
 from lora_gan.distributed import in_order
 from lora_gan.errors import LoraGANError
@@ -80,18 +80,20 @@ class PreferenceAccuracy(L.Callback):
                 "PreferenceAccuracy finds no worse answers beside the targets of the validation: give rows with a "
                 "rejected answer (data.path), or remove the callback"
             )
-        pl_module.log_dict(found, sync_dist=True)
+        self._log(pl_module, found)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = self._measured(trainer.test_dataloaders)
-        pl_module.log_dict({f"test/{name}": value for name, value in found.items()}, sync_dist=True)
+        self._log(pl_module, {f"test/{name}": value for name, value in found.items()})
         if trainer.is_global_zero and found:
             said = ", ".join(f"{name.removeprefix('preference/')} {value:.3f}" for name, value in found.items())
             print(f"\nHeld-out preferences, {sum(map(len, self.seen))} pairs: {said}")
 
+    def _log(self, module: L.LightningModule, metrics: dict[str, float]) -> None:
+        module.log_dict(metrics | {"step": float(trained_steps(module))}, sync_dist=True)
+
     def _measured(self, loader: Any) -> dict[str, float]:
-        data = getattr(loader, "dataset", None)
-        self.seen = in_order(self.seen, len(data) if isinstance(data, Sized) else None)
+        self.seen = in_order(self.seen, rows_of(loader))
         found = [pair for pairs in self.seen for pair in pairs]
         return {f"preference/{name}": value for name, value in preference_metrics(found).items()}
 
@@ -120,16 +122,13 @@ def preference_metrics(pairs: Sequence[Pair]) -> dict[str, float]:
     """What :class:`PreferenceAccuracy` logs; nothing without pairs."""
     if not pairs:
         return {}
-    longer = fmean(_won(pair.longer) for pair in pairs)
-    rule = 1 if longer >= 0.5 else -1  # the longer one is better, or the shorter one
-    against = [_won(pair.margin) for pair in pairs if pair.longer * rule < 0]
+    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
+    longer = torch.tensor([pair.longer for pair in pairs])
+    by_longer = float(share_won(longer))
+    against = margins[longer < 0 if by_longer >= 0.5 else longer > 0]  # where the better of the two rules is wrong
     return {
-        "accuracy": fmean(_won(pair.margin) for pair in pairs),
-        "margin": fmean(pair.margin for pair in pairs),
-        "length_accuracy": max(longer, 1 - longer),
-        **({"against_length": fmean(against)} if against else {}),
+        "accuracy": float(share_won(margins)),
+        "margin": float(margins.mean()),
+        "length_accuracy": max(by_longer, 1 - by_longer),
+        **({"against_length": float(share_won(against))} if len(against) else {}),
     }
-
-
-def _won(difference: float) -> float:
-    return 0.5 if difference == 0 else float(difference > 0)

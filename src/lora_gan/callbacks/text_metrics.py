@@ -98,15 +98,15 @@ class TextMetrics(L.Callback):
         metrics = self._measure("trained", pl_module)
         logged = {f"text/{name}": value for name, value in metrics.items()}
         logged |= {f"validation/{name}": value for name, value in target_loss(self.seen["trained"]).items()}
-        pl_module.log_dict(logged | {"step": float(_trained_steps(pl_module))}, sync_dist=True)
+        pl_module.log_dict(logged | {"step": float(trained_steps(pl_module))}, sync_dist=True)
         self.matched |= metrics.get("exact_match", 0.0) > 0
         if self.matched:
             pl_module.log("exact", metrics["exact_match"], prog_bar=True, logger=False, sync_dist=True)
-        self._write(trainer, "samples", samples_table(self.seen, self.samples), _trained_steps(pl_module))
+        self._write(trainer, "samples", samples_table(self.seen, self.samples), trained_steps(pl_module))
         for reward in pl_module.rewards if isinstance(pl_module, StepModule) else ():
             if isinstance(reward, RetrievalReward) and reward.evidence:
                 table = evidence_table(reward.evidence, self.samples)
-                self._write(trainer, f"evidence/{reward.name}", table, _trained_steps(pl_module))
+                self._write(trainer, f"evidence/{reward.name}", table, trained_steps(pl_module))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._replaced(trainer):
@@ -127,7 +127,7 @@ class TextMetrics(L.Callback):
         table = self._table(trainer, module)
         return Result(
             checkpoint=Path(trainer.ckpt_path or "").name,
-            step=_trained_steps(module),
+            step=trained_steps(module),
             data=str(getattr(trainer.datamodule, "origin", "")),  # type: ignore[attr-defined]
             prompts=sum(len(answered.texts) for answered in self.seen["trained"]),
             metrics=table,
@@ -136,7 +136,7 @@ class TextMetrics(L.Callback):
 
     def _counted(self, module: L.LightningModule) -> dict[str, int]:
         """Of how many prompts the metrics that compare with right answers are shares."""
-        found = module.final_answer if isinstance(module, Evaluated) else None
+        found = _final_answer_of(module)
         examples = [example for part in self.seen["trained"] for example in part.examples]
         counts = {"exact_match": sum(bool(references_of(example)) for example in examples)}
         counts["answer"] = sum(bool(answers_of(example, found)) for example in examples)
@@ -159,12 +159,11 @@ class TextMetrics(L.Callback):
     def _gather(self, loader: Any) -> None:
         """Give every process the completions of all processes."""
         if several():
-            data = getattr(loader, "dataset", None)
-            count = len(data) if isinstance(data, Sized) else None
+            count = rows_of(loader)
             self.seen = {role: in_order(one_by_one(answered), count) for role, answered in self.seen.items()}
 
     def _measure(self, role: str, module: L.LightningModule) -> dict[str, float]:
-        found = module.final_answer if isinstance(module, Evaluated) else None
+        found = _final_answer_of(module)
         metrics = measure(self.seen[role], self.semantic_model, self.bert_score_model, self.metrics, found)
         if isinstance(module, StepModule) and not any(reward.weight for reward in module.rewards):
             del metrics["reward"]  # always 0: the discriminator alone decides
@@ -180,8 +179,19 @@ class TextMetrics(L.Callback):
                 sink.experiment.log_text(sink.run_id, table, f"{tag}/{step}.md")
 
 
-def _trained_steps(module: L.LightningModule) -> int:
+def rows_of(loader: Any) -> int | None:
+    """How many rows the data of a loader have; None where it does not know."""
+    data = getattr(loader, "dataset", None)
+    return len(data) if isinstance(data, Sized) else None
+
+
+def trained_steps(module: L.LightningModule) -> int:
+    """Steps that the module has learned in, where loggers put what a validation or a test measures."""
     return module.trained_steps if isinstance(module, Checkpointed) else module.global_step
+
+
+def _final_answer_of(module: L.LightningModule) -> FinalAnswer | None:
+    return module.final_answer if isinstance(module, Evaluated) else None
 
 
 def _run_of(checkpoint: str | Path | None) -> Path | None:

@@ -345,11 +345,11 @@ def discriminator_metrics(outputs: Mapping[str, DiscriminatorOutput]) -> dict[st
     target = outputs[TARGET]
     others = {kind: x for kind, x in outputs.items() if kind != TARGET}
     margins = {kind: margin(target, x) for kind, x in others.items()}
-    metrics |= {f"discriminator/accuracy_{kind}": _share_won(m) for kind, m in margins.items() if len(m)}
+    metrics |= {f"discriminator/accuracy_{kind}": share_won(m) for kind, m in margins.items() if len(m)}
     together = torch.cat(list(margins.values()))
     if len(together):
-        metrics[ACCURACY] = _share_won(together)
-        longer = _share_won(torch.cat([margin(_by_length(target), _by_length(x)) for x in others.values()]))
+        metrics[ACCURACY] = share_won(together)
+        longer = share_won(torch.cat([margin(_by_length(target), _by_length(x)) for x in others.values()]))
         metrics["discriminator/length_accuracy"] = torch.maximum(longer, 1 - longer)
     sampled = outputs[SAMPLED]
     known = sampled.score[:0].bool() if sampled.reward is None else sampled.reward.isfinite()
@@ -358,7 +358,7 @@ def discriminator_metrics(outputs: Mapping[str, DiscriminatorOutput]) -> dict[st
     return metrics
 
 
-def _share_won(margins: Tensor) -> Tensor:
+def share_won(margins: Tensor) -> Tensor:
     """Share of positive margins; ties count half."""
     return ((margins > 0).float() + (margins == 0).float() / 2).mean()
 

@@ -211,7 +211,7 @@ def test_a_discriminator_of_preferences_is_the_reward_of_another_run(bases: dict
     config["data"]["init_args"]["source"] = None
     first = fit(config, tmp_path)
     assert len(first["loss/discriminator"]) == STEPS and len(first["preference/accuracy"]) == 2
-    assert not {"completions/mean_length", "loss/generator", "text/reward", "reward/target"} & set(first)
+    assert not {"completions/mean_length", "loss/generator", "text/reward"} & set(first)
     events = EventAccumulator(str(tmp_path / "pretrain_discriminator" / "version_0")).Reload()  # type: ignore[no-untyped-call]
     assert [event.step for event in events.Scalars("preference/accuracy")] == [0, 4]  # type: ignore[no-untyped-call]
     (tmp_path / "second").mkdir()

@@ -239,14 +239,14 @@ class LoraGANModule(Evaluated):
         """One step: sample, score, update the discriminator, compute advantages, update the generator."""
         require_prompts(batch)
         self.seed_step()
+        self._seconds = {}
         with self.optimization.counted():
             output = self.run_step(batch)
             self.log_step(output.metrics)
             return {OUTPUT: output}
 
     def run_step(self, batch: PromptBatch) -> StepOutput:
-        """The step itself; the caller seeds, counts and logs it."""
-        self._seconds = {}
+        """The step itself; the caller seeds, counts and logs it, and begins its times."""
         with self._timed("sample"):
             rollout = self.sample_rollout(batch)
         early = self._scores_meanwhile(rollout, batch)

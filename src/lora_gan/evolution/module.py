@@ -104,6 +104,7 @@ class EvolutionModule(EvaluatingModule):
         """One generation: evaluate, select, cross over, mutate and refine."""
         require_prompts(batch)
         self.seed_step()
+        self._seconds = {}
         with self.optimization.counted():
             with self._timed("evaluate"):
                 evaluations = self.evaluated([member.weights for member in self.population], batch)

@@ -224,7 +224,6 @@ class EvolutionStrategy(EvaluatingModule):
                 metrics = self._ascend(gradient(population, fitness))
             values = {"fitness/best": fitness.max(), "fitness/mean": fitness.mean(), "fitness/worst": fitness.min()}
             metrics |= {name: value.float() for name, value in values.items()} | {"es/sigma": torch.tensor(self.sigma)}
-            seconds = dict(self._seconds)
             last = StepOutput({}, evaluations[int(fitness.argmax())].rollout, None, None, {})
             if self.refinement_steps:
                 last = self._refine_mean(batch)
@@ -232,7 +231,7 @@ class EvolutionStrategy(EvaluatingModule):
             self.generation += 1
             metrics = {**last.metrics, **metrics}
             self.log_step(metrics)
-            return {OUTPUT: replace(last, metrics=metrics, seconds={**last.seconds, **seconds})}
+            return {OUTPUT: replace(last, metrics=metrics, seconds=dict(self._seconds))}
 
     def _ascend(self, g: Weights) -> dict[str, Tensor]:
         """One optimizer step along ``g``: the loss −⟨weights, g⟩ has the gradient −g in all precisions."""

@@ -227,6 +227,19 @@ def test_elites_are_evaluated_again_on_new_prompts(evolve: Evolve, batch: Prompt
     assert len(set(scores)) > 1
 
 
+@pytest.mark.parametrize("refined", [0, 1])
+def test_the_times_of_a_generation_are_its_own(
+    refined: int, evolve: Evolve, batch: PromptBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts how often it is read, each generation takes as long as the one before."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(EvolutionModule, "clock", lambda module: float(next(ticks)))
+    recorder, _ = fit(evolve(refined=refined), [batch], 3)
+    first, *later = (output.seconds for output in recorder.outputs)
+    assert {"evaluate", "breed", "refine"} <= set(first) and ("sample" in first) == bool(refined)
+    assert all(one == first for one in later) and first["evaluate"] == 1
+
+
 def test_refinement_trains_the_discriminator(evolve: Evolve, batch: PromptBatch) -> None:
     module = evolve(refined=1, discriminator_updates=1, adversarial=0.5)
     recorder, _ = fit(module, [batch], 2)

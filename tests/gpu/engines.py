@@ -13,13 +13,10 @@ from lora_gan.bases import SMOLLM2
 from lora_gan.engines import ContinuousBatching, Engine, InProcess, Vllm
 from lora_gan.errors import LoraGANError
 from lora_gan.sampling import Sampling
-from lora_gan.tensors import kl_k3
-from lora_gan.tree import grow_scored
-from lora_gan.types import Rollout
 
 from .machine import Machine, randomised
 from .rows import Check, Finding, Skip
-from .sample import BF16, F32, KIND, prompts_of
+from .sample import BF16, F32, kept_logprobs, prompts_of
 from .tree import computing_in
 
 
@@ -30,16 +27,9 @@ def batching(machine: Machine) -> ContinuousBatching:
     return ContinuousBatching(num_blocks=64, max_batch_tokens=64, page_size=8)
 
 
-@torch.no_grad()
-def mismatch(backbone: Backbone, rollout: Rollout, machine: Machine, dtype: torch.dtype, limit: float) -> Finding:
-    """The log-probabilities of an engine against those of a pass over the prompt tree."""
-    prompts = prompts_of(machine, backbone, rollout.ids.shape[0] // rollout.num_generations)
-    tree = grow_scored(prompts, {KIND: rollout.by_prompt(len(prompts))})
-    with computing_in(machine, dtype), backbone.generator():
-        wanted = backbone.logprobs(tree, {KIND: 1.0})[KIND][rollout.mask]
-    found = rollout.logprobs[rollout.mask]
-    mean, k3 = float((found - wanted).abs().mean()), float(kl_k3(found, wanted).mean())
-    return Finding(f"mean {mean:.1e} k3 {k3:.1e}", k3 <= limit, {"mean": mean, "k3": k3})
+def judged(kept: dict[str, float], limit: float) -> Finding:
+    """Whether the policy that samples is near enough."""
+    return Finding(f"mean {kept['mean']:.1e} k3 {kept['k3']:.1e}", kept["k3"] <= limit, kept)
 
 
 def continuous(machine: Machine, dtype: torch.dtype) -> Finding:
@@ -47,7 +37,7 @@ def continuous(machine: Machine, dtype: torch.dtype) -> Finding:
     prompts, how = prompts_of(machine, backbone, 4), Sampling(max_new_tokens=64 if machine.is_cuda else 6)
     with computing_in(machine, dtype), backbone.generator():
         rollout = batching(machine)(backbone, prompts, 4, how)
-    return mismatch(backbone, rollout, machine, dtype, 1e-6 if dtype == F32 else 1e-3)
+    return judged(kept_logprobs(machine, backbone, prompts, rollout, dtype), 1e-6 if dtype == F32 else 1e-3)
 
 
 def vllm(machine: Machine) -> Finding:
@@ -62,7 +52,7 @@ def vllm(machine: Machine) -> Finding:
     for _ in range(2):
         randomised(backbone, 0.02)
         rollout = engine(backbone, prompts, 4, how)
-    return mismatch(backbone, rollout, machine, F32, 1e-2)
+    return judged(kept_logprobs(machine, backbone, prompts, rollout, F32), 1e-2)
 
 
 def speed(machine: Machine) -> Finding:

@@ -91,13 +91,28 @@ def scored(machine: Machine, dtype: torch.dtype, temperature: float) -> Finding:
     how = Sampling(max_new_tokens=64 if machine.is_cuda else 8, temperature=temperature)
     with computing_in(machine, dtype), backbone.generator():
         rollout = sample(backbone, prompts, k, how)
-        tree = grow_scored(prompts, {KIND: rollout.by_prompt(len(prompts))})
+    kept = kept_logprobs(machine, backbone, prompts, rollout, dtype, temperature)
+    most, mean, k3 = kept["max"], kept["mean"], kept["k3"]
+    passed = most <= 1e-4 if dtype == torch.float32 else mean <= 0.01 and k3 <= 1e-3
+    return Finding(f"max {most:.1e} mean {mean:.1e} k3 {k3:.1e}", passed, kept)
+
+
+@torch.no_grad()
+def kept_logprobs(
+    machine: Machine,
+    backbone: Backbone,
+    prompts: list[Tensor],
+    rollout: Rollout,
+    dtype: torch.dtype,
+    temperature: float = 1.0,
+) -> dict[str, float]:
+    """How far the log-probabilities of a rollout are from those of a pass over the prompt tree."""
+    tree = grow_scored(prompts, {KIND: rollout.by_prompt(len(prompts))})
+    with computing_in(machine, dtype), backbone.generator():
         wanted = backbone.logprobs(tree, {KIND: temperature})[KIND][rollout.mask]
     found = rollout.logprobs[rollout.mask]
-    error, k3 = (found - wanted).abs(), float(kl_k3(found, wanted).mean())
-    most, mean = float(error.max()), float(error.mean())
-    passed = most <= 1e-4 if dtype == torch.float32 else mean <= 0.01 and k3 <= 1e-3
-    return Finding(f"max {most:.1e} mean {mean:.1e} k3 {k3:.1e}", passed, {"max": most, "mean": mean, "k3": k3})
+    error = (found - wanted).abs()
+    return {"max": float(error.max()), "mean": float(error.mean()), "k3": float(kl_k3(found, wanted).mean())}
 
 
 # the distribution

@@ -12,8 +12,8 @@ from lora_gan.cli.help import TOPICS, group_of, listed
 from lora_gan.cli.signatures import Setting, accepts_anything, find, settings_of
 from lora_gan.errors import LoraGANError
 
-ROOTS = {"model", "data", "trainer", "seed_everything", "ckpt_path", "extends", "test_after_fit", "print_config"}
-ROOTS |= {"report_after_fit"}
+ROOTS = {"model", "data", "trainer", "seed_everything", "ckpt_path", "extends", "print_config"}
+ROOTS |= {"test_after_fit", "report_after_fit"}
 ROOTS |= {"weights_only", "verbose", "return_predictions"}  # of the Trainer's methods
 ELSEWHERE = {  # names of other programs
     "learning_rate": "model.generator.optimizer.init_args.lr (and model.discriminator.optimizer.init_args.lr)",

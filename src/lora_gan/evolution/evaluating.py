@@ -67,6 +67,11 @@ class EvaluatingModule(MemberModule):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise LoraGANError(f"{name} must be at least 1, got {value}")
+        if asking := [reward.name for reward in self.rewards if reward.asks_policy]:
+            raise LoraGANError(
+                f"the reward {asking[0]!r} asks the policy how likely a text is, and in evolution the completions come "
+                "from many members: leave it out"
+            )
         if left_out := [reward.name for reward in self.rewards if reward.may_skip]:
             raise LoraGANError(
                 f"fitness is a mean reward over all prompts, and the reward {left_out[0]!r} may leave some out: set "

@@ -13,7 +13,6 @@ from torch import Tensor
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, adapter_of
 from lora_gan.checkpointing.state import seed_by
 from lora_gan.data.splits import digest
-from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.multi_lora import sample_population
 from lora_gan.evolution.population import REFINED, Member, read_weights, write_weights
@@ -111,12 +110,6 @@ class MemberModule(LoraGANModule):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.settings = settings  # for building the same module in another process
-        for reward in self.rewards:
-            if reward.asks_policy:
-                raise LoraGANError(
-                    f"the reward {reward.name!r} asks the policy how likely a text is, and in evolution the "
-                    "completions come from many members: leave it out"
-                )
 
     def fitness(self, rollout: Rollout, batch: PromptBatch) -> float:
         """Mean reward of the completions after ``truncated_penalty``."""

@@ -119,7 +119,7 @@ def held_out(runs: Sequence[Run]) -> str:
         rows = ([name, *(_value(result, role, name) for role in result.metrics)] for name in names)
         what = f"{result.checkpoint or 'weights'} of step {result.step}, {result.prompts} prompts: {result.data}"
         parts.append(f"<p>{escape(what)}</p>" + table(["metric", *(TITLES.get(r, r) for r in result.metrics)], rows))
-    return "".join(parts) and "".join(parts) + f"<p><small>{ABOUT_ERRORS}</small></p>"
+    return "".join([*parts, f"<p><small>{ABOUT_ERRORS}</small></p>"] if parts else [])
 
 
 ABOUT_ERRORS = "± is the standard error of a share of the prompts, where it is recorded of how many."

@@ -11,6 +11,7 @@ from typing import Any
 from lora_gan.program import __version__
 from lora_gan.report.plots import plots
 from lora_gan.report.run import Run, spread
+from lora_gan.report.settings import as_text
 from lora_gan.results import TITLES, Result
 
 ERRORS = 2.0  # standard errors from which a difference is marked
@@ -167,7 +168,7 @@ def phases(runs: Sequence[Run]) -> str:
     """The phases of the curricula, which the plots show as vertical lines."""
     lines = [
         f"{_of(run, runs)}from step {phase.get('start')}: "
-        + ", ".join(f"{key} {value}" for key, value in phase.items() if key != "start" and value)
+        + ", ".join(f"{key} {as_text(value)}" for key, value in phase.items() if key != "start" and value)
         for run in runs
         for phase in run.phases
     ]

@@ -25,7 +25,7 @@ def differences(config: Mapping[str, Any]) -> list[Difference]:
 
     A class that cannot be imported shows all its settings, with unknown defaults.
     """
-    found = [Difference("seed_everything", _text(config.get("seed_everything")), "0")]
+    found = [Difference("seed_everything", as_text(config.get("seed_everything")), "0")]
     for name in ("model", "data"):
         found += _of_value(name, config.get(name), {})
     trainer = {"class_path": "lightning.pytorch.Trainer", "init_args": config.get("trainer") or {}}
@@ -37,7 +37,7 @@ def _of_value(name: str, value: Any, default: Any) -> Iterator[Difference]:
     """Differences of one setting; a class is a setting, followed by those of its arguments."""
     if isinstance(value, Mapping) and "class_path" in value:
         chosen = str(value["class_path"]).rpartition(".")[2]
-        yield Difference(name, chosen, "none" if default in (None, {}) else _text(default))
+        yield Difference(name, chosen, "none" if default in (None, {}) else as_text(default))
         yield from _of_arguments(name, value)
     elif isinstance(value, list) and any(isinstance(one, Mapping) and "class_path" in one for one in value):
         for number, one in enumerate(value):
@@ -47,7 +47,7 @@ def _of_value(name: str, value: Any, default: Any) -> Iterator[Difference]:
         for key, inside in value.items():
             yield from _of_value(f"{name}.{key}", inside, known.get(key, UNKNOWN if known else None))
     else:
-        yield Difference(name, _text(value), _text(default))
+        yield Difference(name, as_text(value), as_text(default))
 
 
 def _of_arguments(name: str, chosen: Mapping[str, Any]) -> Iterator[Difference]:
@@ -83,13 +83,14 @@ def _fields(default: Any) -> dict[str, Any]:
     return dict(default) if isinstance(default, Mapping) else {}
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A setting as a person writes it."""
     if isinstance(value, str | bool | int | float) or value is None:
         return str(float(value) if isinstance(value, int) and not isinstance(value, bool) else value).removesuffix(".0")
     if isinstance(value, list | tuple):
-        return ", ".join(_text(one) for one in value)
+        return ", ".join(as_text(one) for one in value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_text(one)}" for key, one in value.items())
+        return ", ".join(f"{key}: {as_text(one)}" for key, one in value.items())
     if inspect.isclass(value) or inspect.isroutine(value):
         return value.__name__
     return type(value).__name__

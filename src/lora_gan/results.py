@@ -14,6 +14,7 @@ RESULTS = "results.json"
 BEST = "best_"  # begins the role of a choice from several completions
 TITLES = {"base": "base", "start": "start", "trained": "trained", "sampled": "trained, sampled"}
 TITLES |= {BEST + way: f"best by {way}" for way in WAYS}
+TITLES |= {f"merge_{way}": f"merged, {way}" for way in ("average", "sum", "TIES", "DARE")}
 
 
 @dataclass(frozen=True)

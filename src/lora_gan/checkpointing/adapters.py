@@ -8,6 +8,7 @@ A folder of both roles, such as ``step-100``, holds ``generator`` and ``discrimi
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from copy import copy
@@ -87,9 +88,7 @@ def load_adapter(backbone: Backbone, role: str, source: str) -> None:
         LoraGANError: There is no adapter, it is damaged, it belongs to another base, or it is of another kind or shape.
     """
     config, theirs = _read(source, role)
-    here = backbone.lm.peft_config[role]
-    _check_base(backbone, source, _saved_base(source), config.base_model_name_or_path, here.base_model_name_or_path)
-    _check_kind(config, here, source)
+    here = _checked(backbone, role, source, config)
     for field, setting in SHAPE.items():
         found, wanted = getattr(config, field), getattr(here, field)
         if found != wanted:
@@ -98,11 +97,48 @@ def load_adapter(backbone: Backbone, role: str, source: str) -> None:
                 f"{role}.lora.{setting} to {found}"
             )
     shape = get_peft_model_state_dict(backbone.lm, adapter_name=role, save_embedding_layers=False)
-    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
-    adapter = {name: weight for name, weight in theirs.items() if "lora_" in name}
-    _check_tensors(shape, adapter, f"the adapter {source!r} has other layers; set {role}.lora.targets to {targets}")
-    _check_embeddings(backbone, {name: theirs[name] for name in theirs.keys() - adapter.keys()}, source)
+    adapter = _lora_tensors(backbone, source, theirs)
+    _check_tensors(shape, adapter, _other_layers(source, role, config))
     set_peft_model_state_dict(backbone.lm, adapter, adapter_name=role)
+
+
+def adapter_factors(backbone: Backbone, role: str, source: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """By module, A (r, in), B (out, r) and the scale of a PEFT adapter of any rank; the role stays as it is.
+
+    Raises:
+        LoraGANError: As :func:`load_adapter`, but for rank and scale; or the adapter is a DoRA.
+    """
+    config, theirs = _read(source, role)
+    _checked(backbone, role, source, config)
+    if config.use_dora:
+        raise LoraGANError(f"the adapter {source!r} is a DoRA, more than a product B·A, and cannot be part of a sum")
+    adapter = _lora_tensors(backbone, source, theirs)
+    shape = get_peft_model_state_dict(backbone.lm, adapter_name=role, save_embedding_layers=False)
+    if differing := sorted(adapter.keys() ^ shape.keys()):
+        raise LoraGANError(f"{_other_layers(source, role, config)} (such as {differing[0]})")
+    names = [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")]
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    return {n: (adapter[f"{n}.lora_A.weight"], adapter[f"{n}.lora_B.weight"], scale) for n in names}
+
+
+def _checked(backbone: Backbone, role: str, source: str, config: LoraConfig) -> LoraConfig:
+    """Check base and kind of an adapter; returns the configuration of the role's."""
+    here: LoraConfig = backbone.lm.peft_config[role]
+    _check_base(backbone, source, _saved_base(source), config.base_model_name_or_path, here.base_model_name_or_path)
+    _check_kind(config, here, source)
+    return here
+
+
+def _lora_tensors(backbone: Backbone, source: str, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of A and B; the others must be those of the base."""
+    adapter = {name: weight for name, weight in theirs.items() if "lora_" in name}
+    _check_embeddings(backbone, {name: theirs[name] for name in theirs.keys() - adapter.keys()}, source)
+    return adapter
+
+
+def _other_layers(source: str, role: str, config: LoraConfig) -> str:
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    return f"the adapter {source!r} has other layers; set {role}.lora.targets to {targets}"
 
 
 def write_roles(module: StepModule, folder: Path, optimizers: Mapping[str, Optimizer], state: object = None) -> None:

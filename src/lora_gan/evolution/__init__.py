@@ -1,5 +1,6 @@
 """Evolution of LoRA weights: a population of generators on one frozen base."""
 
+from lora_gan.evolution.merging import MergeModule
 from lora_gan.evolution.module import EvolutionModule
 from lora_gan.evolution.operators import (
     Crossover,
@@ -41,6 +42,7 @@ __all__ = [
     "FullNoise",
     "GaussianMutation",
     "MergeCoefficients",
+    "MergeModule",
     "MixUpdates",
     "Mutation",
     "Noise",

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lora_gan.backbone import GENERATOR
@@ -19,6 +20,12 @@ from lora_gan.evolution.tasks import EvaluateTask, Evaluation, MemberModule, Ref
 from lora_gan.evolution.workers import CloseWorkers, InProcess, Workers
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import EvalOutput, PromptBatch, Rollout
+
+
+def fitness_metrics(fitness: Tensor) -> dict[str, Tensor]:
+    """Metrics of the fitness (P,) of a generation's members."""
+    values = {"best": fitness.max(), "mean": fitness.mean(), "worst": fitness.min()}
+    return {f"fitness/{name}": value.float() for name, value in values.items()}
 
 
 class EvaluatingModule(MemberModule):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.breeding import Breeding
-from lora_gan.evolution.evaluating import EvaluatingModule
+from lora_gan.evolution.evaluating import EvaluatingModule, fitness_metrics
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.operators import Crossover, GaussianMutation, Mutation, SwapModules
 from lora_gan.evolution.population import Member, diversity, fitness_of, survival, write_weights
@@ -136,11 +136,10 @@ class EvolutionModule(EvaluatingModule):
     def population_metrics(self, members: Sequence[Member]) -> dict[str, Tensor]:
         """Metrics of an evaluated population."""
         fitness = fitness_of(members)
-        values = {"best": fitness.max(), "mean": fitness.mean(), "worst": fitness.min()}
+        metrics = fitness_metrics(fitness)
         old = torch.tensor([member.age > 0 for member in members])
         if old.any():
-            values["elites"] = fitness[old].mean()
-        metrics = {f"fitness/{name}": value.float() for name, value in values.items()}
+            metrics["fitness/elites"] = fitness[old].mean().float()
         metrics["population/diversity"] = torch.tensor(diversity(members))
         if survivors := ranking(fitness)[: max(self.elites, self.refined)]:
             shares = survival(members, survivors)

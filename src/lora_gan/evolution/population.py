@@ -42,11 +42,10 @@ class Member:
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors, for a checkpoint."""
-        weights = {name: {"a": x.a, "b": x.b, "scale": x.scale} for name, x in self.weights.items()}
         plain = {name: getattr(self, name) for name in ("origin", "id", "lineage", "age", "fitness")}
         return {
             **plain,
-            "weights": weights,
+            "weights": weights_state(self.weights),
             "parents": list(self.parents),
             "optimizer_state": dict(self.optimizer_state),
         }
@@ -54,10 +53,18 @@ class Member:
     @classmethod
     def restored(cls, state: Mapping[str, Any], device: torch.device) -> Member:
         """The inverse of :meth:`state`."""
-        weights = {
-            name: Factors(x["a"].to(device), x["b"].to(device), x["scale"]) for name, x in state["weights"].items()
-        }
+        weights = weights_from(state["weights"], device)
         return cls(**{**state, "weights": weights, "parents": tuple(state["parents"])})
+
+
+def weights_state(weights: Weights) -> dict[str, dict[str, Any]]:
+    """Plain values and tensors, for a checkpoint."""
+    return {name: {"a": x.a, "b": x.b, "scale": x.scale} for name, x in weights.items()}
+
+
+def weights_from(state: Mapping[str, Mapping[str, Any]], device: torch.device) -> Weights:
+    """The inverse of :func:`weights_state`."""
+    return {name: Factors(x["a"].to(device), x["b"].to(device), x["scale"]) for name, x in state.items()}
 
 
 def fitness_of(population: Sequence[Member]) -> Tensor:

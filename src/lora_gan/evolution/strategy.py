@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_gan.backbone import GENERATOR
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution.evaluating import EvaluatingModule
+from lora_gan.evolution.evaluating import EvaluatingModule, fitness_metrics
 from lora_gan.evolution.lowrank import Factors, Weights
 from lora_gan.evolution.operators import normal, rank_one
 from lora_gan.evolution.population import Member, lora_layers, read_weights, write_weights
@@ -222,8 +222,7 @@ class EvolutionStrategy(EvaluatingModule):
             fitness = torch.tensor([one.fitness for one in evaluations], dtype=torch.float64)
             with self._timed("update"):
                 metrics = self._ascend(gradient(population, fitness))
-            values = {"fitness/best": fitness.max(), "fitness/mean": fitness.mean(), "fitness/worst": fitness.min()}
-            metrics |= {name: value.float() for name, value in values.items()} | {"es/sigma": torch.tensor(self.sigma)}
+            metrics |= {**fitness_metrics(fitness), "es/sigma": torch.tensor(self.sigma)}
             last = StepOutput({}, evaluations[int(fitness.argmax())].rollout, None, None, {})
             if self.refinement_steps:
                 last = self._refine_mean(batch)

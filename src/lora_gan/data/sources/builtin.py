@@ -12,23 +12,30 @@ from lora_gan.data.source import Source
 from lora_gan.data.splits import assign_splits, one_wording_each
 from lora_gan.data.templates import default_template, fill
 from lora_gan.data.world import Fact, facts
+from lora_gan.errors import LoraGANError
 from lora_gan.types import Example, Negative
 
 
 class BuiltinWorld(Source):
     """Questions about the built-in world with correct and wrong answers."""
 
-    def __init__(self, template: str = default_template("{question}")) -> None:
+    def __init__(self, template: str = default_template("{question}"), relations: list[str] | None = None) -> None:
         """
         Args:
             template: Prompt; it ends where the completion begins.
+            relations: Relations whose facts are asked for, such as ``capital``; by default all.
 
         Raises:
             DataError: The template names an unknown field.
+            LoraGANError: There is no relation of that name.
         """
         super().__init__()
         fill(template, question="")
         self.template = template
+        known = dict.fromkeys(fact.relation for fact in facts())
+        if relations is not None and (not relations or set(relations) - set(known)):
+            raise LoraGANError(f"relations must be some of {', '.join(known)}; got {', '.join(relations) or 'none'}")
+        self.relations = relations
 
     @property
     def name(self) -> str:
@@ -43,9 +50,12 @@ class BuiltinWorld(Source):
 
     def rows(self) -> Iterator[Example]:
         """Every fact in every phrasing of its question."""
-        for fact in facts():
+        for fact in self._facts():
             for phrasing, question in enumerate(fact.questions):
                 yield self._example(fact, question, phrasing)
+
+    def _facts(self) -> Iterator[Fact]:
+        return (fact for fact in facts() if self.relations is None or fact.relation in self.relations)
 
     def _example(self, fact: Fact, question: str, phrasing: int) -> Example:
         return self.make(

@@ -28,7 +28,7 @@ from lora_gan.rewards.base import (
 )
 from lora_gan.rewards.code import CodeReward
 from lora_gan.rewards.consistency import SelfConsistency, SemanticConsistency
-from lora_gan.rewards.function import FunctionReward
+from lora_gan.rewards.function import FunctionReward, SetReward
 from lora_gan.rewards.judge import JudgeReward
 from lora_gan.rewards.length import LengthReward, OverlongPenalty, RepetitionPenalty
 from lora_gan.rewards.likelihood import ReferenceLikelihood
@@ -84,6 +84,7 @@ __all__ = [
     "SelfConsistency",
     "SemanticConsistency",
     "SemanticReward",
+    "SetReward",
     "TruthReward",
     "WeightedSum",
     "WeightedVote",

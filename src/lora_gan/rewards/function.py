@@ -1,4 +1,4 @@
-"""Function reward: a user's function of completion and target."""
+"""Function rewards: a user's function of completion and target, or of a whole set of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_gan.errors import RewardError
 from lora_gan.rewards.base import Reward
+from lora_gan.text_metrics import distinct_n
 from lora_gan.types import PromptBatch, RewardContext
 
 
@@ -24,6 +25,8 @@ class FunctionReward(Reward):
         batched: Call it once with the lists of responses and targets; it returns a number for each response.
         needs_target: Whether it applies only to prompts with a target; set false if it ignores the target.
     """
+
+    wanted = "a number for each completion, got {got}; set batched: true if it takes and returns lists"
 
     def __init__(
         self,
@@ -63,10 +66,7 @@ class FunctionReward(Reward):
         try:
             return float(returned)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise RewardError(
-                f"reward {self.name!r} must return a number for each completion, got {_short(returned)}; "
-                "set batched: true if it takes and returns lists"
-            ) from error
+            raise RewardError(f"reward {self.name!r} must return {self.wanted.format(got=_short(returned))}") from error
 
     def _numbers(self, returned: Any, count: int) -> Tensor:
         try:
@@ -81,6 +81,40 @@ class FunctionReward(Reward):
                 f"got shape {tuple(found.shape)}"
             )
         return found
+
+
+def distinct_bigrams(responses: Sequence[str], targets: Sequence[str]) -> float:
+    """Share of distinct word bigrams among all bigrams of a set, in [0, 1] (distinct-2, Li et al. 2016)."""
+    return distinct_n(responses, 2)
+
+
+class SetReward(FunctionReward):
+    """A metric of a set: one number for all completions of an evaluation or a step, which each of them gets.
+
+    Evolution compares members by it (:class:`~lora_gan.evolution.EvolutionStrategy`). A policy gradient does not learn
+    which completion earned it: within a prompt's group the advantage is 0, and against another baseline it is noise.
+
+    Args:
+        function: Import path of a function ``f(responses, targets) -> float`` of two lists; it may have any range.
+        weight: Factor in the total reward.
+        name: Name in the logs, ``reward/<name>``; by default the function's name.
+        needs_target: Whether the set is that of the prompts with a target.
+    """
+
+    wanted = "one number for the whole set, got {got}; FunctionReward takes a function of each completion"
+
+    def __init__(
+        self,
+        function: Callable[..., Any] = distinct_bigrams,
+        weight: float = 1.0,
+        name: str | None = None,
+        needs_target: bool = False,
+    ) -> None:
+        super().__init__(function, weight, name, needs_target=needs_target)
+
+    def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
+        targets = [batch.targets[n // context.num_generations] for n in range(len(completions))]
+        return torch.full((len(completions),), self._number(self._called(list(completions), targets)))
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_gan.errors import RewardError
-from lora_gan.rewards import FunctionReward
+from lora_gan.rewards import FunctionReward, SetReward
 from lora_gan.types import PromptBatch, RewardContext
 
 Make = Callable[..., PromptBatch]
@@ -51,3 +51,16 @@ def test_a_function_that_fails_names_its_reward(
 ) -> None:
     with pytest.raises(RewardError, match=message):
         score(make_batch, function, batched=batched)
+
+
+def test_a_metric_of_the_set_is_given_to_all_of_it(make_batch: Make) -> None:
+    """“a b”, “a b c”: bigrams ab, ab, bc, of which 2 of 3 are distinct."""
+    context = RewardContext.__new__(RewardContext)
+    object.__setattr__(context, "num_generations", 2)
+    said, batch = ["a b", "a b c"], make_batch(("prompt", "target"))
+    assert SetReward()(said, batch, context).tolist() == pytest.approx([2 / 3, 2 / 3])
+    assert SetReward().name == "distinct_bigrams" and not SetReward().needs_target
+    longest = SetReward(lambda responses, targets: max(map(len, responses)) + len(targets[1]), name="longest")
+    assert longest(said, batch, context).tolist() == [5.0 + len("target")] * 2
+    with pytest.raises(RewardError, match="must return one number for the whole set, got list"):
+        SetReward(lambda responses, targets: responses)(said, batch, context)

@@ -51,6 +51,10 @@ class FittestMembers(StepCallback):
         self.members = members
         self.keep_last = keep_last
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            _evolution_module(pl_module, self)
+
     def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
         if trainer.global_step % self.every_n_generations:
             return
@@ -92,6 +96,10 @@ class FitnessPlot(StepCallback):
             raise LoraGANError(f"every_n_generations must be at least 1, got {every_n_generations}")
         self.every_n_generations = every_n_generations
         self.history: list[Generation] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            _evolution_module(pl_module, self)
 
     def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
         members = _evolution_module(module, self).ranked

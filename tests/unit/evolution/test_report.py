@@ -172,8 +172,10 @@ def test_positions_keep_the_distances() -> None:
 def test_callbacks_need_an_evolution_module(
     callback: FitnessPlot | FittestMembers, build: Build, batch: PromptBatch
 ) -> None:
+    module = build()
     with pytest.raises(LoraGANError, match=f"{type(callback).__name__} needs a lora_gan.evolution.EvolutionModule"):
-        fit(build(), [batch], 1, callback)
+        fit(module, [batch], 1, callback)
+    assert module.trained_steps == 0  # it is refused before the training
 
 
 @pytest.mark.parametrize("changed", [{"every_n_generations": 0}, {"members": 0}, {"keep_last": -1}])

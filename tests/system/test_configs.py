@@ -235,6 +235,27 @@ def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path:
     assert all(map(math.isfinite, [*logged["fitness/held_out"], *logged["population/diversity"]]))
 
 
+def test_adapters_of_other_runs_are_merged(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    """Two supervised runs; the test has a column for each adapter and for each other merge."""
+    adapters = []
+    for seed in range(2):
+        sft = pressed("sft", bases["gpt2"], rows, tmp_path / str(seed)) | {"seed_everything": seed}
+        (tmp_path / str(seed)).mkdir()
+        fit(sft, tmp_path / str(seed))
+        adapters += map(str, tmp_path.glob(f"{seed}/sft/version_0/adapters/generator"))
+    config = pressed("merge", bases["gpt2"], rows, tmp_path)
+    config["model"]["init_args"] |= {"adapters": adapters, "population": 4}
+    path = tmp_path / "merge.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    main(["fit", f"--config={path}"])
+    run = tmp_path / "merge" / "version_0"
+    logged = logged_by(run)
+    assert len(logged["fitness/best"]) == len(logged["merge/coefficient_2"]) == STEPS
+    (result,) = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    ways = ["adapter_1", "adapter_2", "merge_average", "merge_sum", "merge_TIES", "merge_DARE"]
+    assert list(result["metrics"]) == ["base", "trained", "sampled", *ways]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_runs(variant: str, bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
@@ -282,6 +303,7 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "gan",
         "distill",
         "evolve",
+        "merge",
         "sft",
         "chat_sft",
         "judge",  # below, and with a real model in the tests of JudgeReward

@@ -56,7 +56,17 @@ class Singular:
         """
         r = like.rank
         b = self.u[:, :r] * self.values[:r] / like.scale
-        return Factors(self.vh[:r].to(like.a).contiguous(), b.to(like.b).contiguous(), like.scale)
+        return padded(Factors(self.vh[:r], b, like.scale), like)
+
+
+def padded(x: Factors, like: Factors) -> Factors:
+    """The same ΔW with the rank, the scale and the type of ``like``, whose rank is not smaller.
+
+    The further rows of A are those of ``like`` and those of B are 0, as at LoRA's initialisation: they can still learn.
+    """
+    b = torch.nn.functional.pad(x.b * (x.scale / like.scale), (0, like.rank - x.rank))
+    a = torch.cat([x.a.to(like.a), like.a[x.rank :]])
+    return Factors(a.contiguous(), b.to(like.b).contiguous(), like.scale)
 
 
 def inner(x: Factors, y: Factors) -> Tensor:

@@ -12,7 +12,7 @@ from lora_gan.backbone import GENERATOR
 from lora_gan.checkpointing.adapters import adapter_factors
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.evaluating import EvaluatingModule, fitness_metrics
-from lora_gan.evolution.lowrank import Factors, Singular, Weights, singulars, total
+from lora_gan.evolution.lowrank import Factors, Singular, Weights, padded, singulars, total
 from lora_gan.evolution.population import member_loaded, read_weights, weights_from, weights_state, write_weights
 from lora_gan.evolution.tasks import seeded
 from lora_gan.lightning_compat import is_fitting
@@ -75,7 +75,7 @@ class MergeModule(EvaluatingModule):
         if any(sums[name].rank > x.rank for name, x in like.items()):
             found = singulars(sums)
             return {name: found[name].factors(x) for name, x in like.items()}
-        return {name: _padded(sums[name], x) for name, x in like.items()}
+        return {name: padded(sums[name], x) for name, x in like.items()}
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One generation: ask for coefficients, evaluate their merges, report their fitness to the search."""
@@ -204,10 +204,3 @@ def adapter_weights(module: EvaluatingModule, folder: str) -> Weights:
     """
     found = adapter_factors(module.backbone, GENERATOR, folder)
     return {name: Factors(a.to(module.device), b.to(module.device), scale) for name, (a, b, scale) in found.items()}
-
-
-def _padded(x: Factors, like: Factors) -> Factors:
-    """The same ΔW with the rank and the scale of ``like``, which is at least as high."""
-    more = like.rank - x.rank
-    a, b = torch.nn.functional.pad(x.a, (0, 0, 0, more)), torch.nn.functional.pad(x.b, (0, more))
-    return Factors(a.to(like.a), (b * (x.scale / like.scale)).to(like.b), like.scale)

@@ -63,7 +63,9 @@ def test_a_sum_of_all_ranks_is_exact(merge: Build) -> None:
     first, second = (deltas(part) for part in module.parts)
     for name, found in deltas(module.merged([2.0, -0.5])).items():
         torch.testing.assert_close(found, 2 * first[name] - 0.5 * second[name])
-    assert {x.rank for x in module.merged([1.0, 1.0]).values()} == {7}
+    merged, own = module.merged([1.0, 1.0]), read_weights(module.backbone)
+    assert {x.rank for x in merged.values()} == {7}
+    assert all(x.a[5:].equal(own[name].a[5:]) and not x.b[:, 5:].any() for name, x in merged.items()), "can still learn"
 
 
 def test_too_small_a_rank_gives_the_best_approximation(merge: Build) -> None:
@@ -79,7 +81,9 @@ def test_too_small_a_rank_gives_the_best_approximation(merge: Build) -> None:
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
 def test_pefts_methods(merge: Build, method: str) -> None:
-    """TIES by hand: keep the larger half of each ΔW, elect the sign of the sum, average those that agree.
+    """In a generator with more rank than the matrices have.
+
+    TIES by hand: keep the larger half of each ΔW, elect the sign of the sum, average those that agree.
 
     DARE is random: its ΔW is as large as TIES' within a factor of three, and repeats with the same seed.
     """
@@ -89,6 +93,7 @@ def test_pefts_methods(merge: Build, method: str) -> None:
     before = torch.get_rng_state()
     found, again = (deltas(module.merged_by(method)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
+    assert {x.rank for x in module.merged_by(method).values()} == {64}
     for name, delta in found.items():
         torch.testing.assert_close(delta, again[name])
         kept = []

@@ -12,13 +12,14 @@ from lora_gan.backbone import Backbone
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.multi_lora import sample_population
 from lora_gan.evolution.population import read_weights, write_weights
-from lora_gan.sampling import Sampling, draw_uniform
+from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import Rollout
 
 from .setting import LORA, Size, generated, left_padded, make_items
 from .timing import Comparison, compare
 
 MEMBERS, PROMPTS = 8, 16
+GROWTH = (8, 64, 256)
 
 
 class PopulationSides:
@@ -38,6 +39,11 @@ class PopulationSides:
                 torch.nn.init.normal_(parameter, std=0.02)
         return read_weights(self.backbone)
 
+    @property
+    def megabytes(self) -> float:
+        """Of a member's A and B."""
+        return sum(w.nbytes for x in self.members[0].values() for w in (x.a, x.b)) / 1e6
+
     def together(self) -> list[Rollout]:
         """All members in one decode, with their log-probabilities."""
         uniform = draw_uniform(len(self.prompts), self.how, self.backbone.device)
@@ -53,9 +59,19 @@ class PopulationSides:
                 completions.append(generated(self.backbone, self.padded, self.real, self.how.max_new_tokens))
         return completions
 
+    def one_model(self) -> Rollout:
+        """The generator alone, with as many rows as all members have."""
+        rows = self.prompts * len(self.members)
+        with self.backbone.generator():
+            return sample(self.backbone, rows, 1, self.how, draw_uniform(len(rows), self.how, self.backbone.device))
+
 
 def compare_population(size: Size, folder: Path, repeats: int) -> Iterator[Comparison]:
-    """8 members × 16 prompts."""
+    """8 members × 16 prompts, against each member by itself; and as many rows of more and more members, against one."""
     sides = PopulationSides(size, folder)
     what = f"{MEMBERS} members × {PROMPTS} prompts"
     yield compare(size.name, what, "`generate` for each member", sides.together, sides.one_by_one, 2.5, repeats)
+    for members in GROWTH:
+        sides = PopulationSides(size, folder, members, max(1, MEMBERS * PROMPTS // members))
+        what = f"{members} members × {len(sides.prompts)} prompts, {sides.megabytes:.2f} MB each"
+        yield compare(size.name, what, "one model, equal rows", sides.together, sides.one_model, 0.8, repeats)

@@ -46,6 +46,7 @@ def test_a_population_and_its_members_draw_as_many_tokens(folder: Path) -> None:
     assert len(together) == len(one_by_one) == 3
     assert {r.ids.shape for r in together} == {g.shape for g in one_by_one} == {(2, TINY.completion_tokens)}
     assert all(r.mask.all() for r in together)
+    assert sides.one_model().ids.shape == (6, TINY.completion_tokens)
 
 
 def test_steps_have_completions_of_equal_length(folder: Path) -> None:

@@ -17,7 +17,9 @@ from lora_gan.evolution import DecayingSigma, EvolutionStrategy, FullNoise, Nois
 from lora_gan.evolution import tasks as evolution_tasks
 from lora_gan.evolution.lowrank import Factors, Weights
 from lora_gan.evolution.population import read_weights
+from lora_gan.evolution.remote import to_bytes
 from lora_gan.evolution.strategy import Perturbed, centred_ranks, gradient, shifted
+from lora_gan.evolution.tasks import EvaluateTask
 from lora_gan.rewards import FunctionReward
 from lora_gan.types import PromptBatch
 from tests.conftest import tiny
@@ -167,3 +169,17 @@ def test_a_remote_worker_makes_the_same_members_from_seeds(strategy: Build, batc
     )
     assert here.reports == there.reports
     same(here.weights, there.weights)
+
+
+def test_a_task_holds_the_mean_whatever_the_number_of_members(strategy: Build, batch: PromptBatch) -> None:
+    """A worker gets the mean and seeds; twelve members' weights would be more than ten times as many bytes."""
+    module = strategy()
+    mean = read_weights(module.backbone)
+    few, many = (Perturbed(mean, FullNoise(), 0.1, 0, 0, range(count)) for count in (2, 12))
+    uniform = torch.zeros(len(batch), 4, 1)
+    sizes = [
+        len(to_bytes(EvaluateTask(members, batch, 1, module.sampling, uniform)))
+        for members in (few, many, [many[i] for i in range(12)])
+    ]
+    weights = sum(w.nbytes for x in mean.values() for w in (x.a, x.b))
+    assert sizes[0] == sizes[1] < sizes[2] - 10 * weights

@@ -23,6 +23,7 @@ from lora_gan.types import Message
 from lora_gan.ui.talk import BASE, BEST_OF, NEW_TOKENS, Answer, Talk, Turn, check_question
 
 PAUSE = 0.05  # seconds between two views of an answer that grows
+PATIENCE = 1.0  # seconds until a view is shown again
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,45 @@ class Settings:
 
 class Stopped(Exception):
     """Nobody waits for the answer any more."""
+
+
+class Asking:
+    """A question that is being answered: views of the conversation as the answers grow, until it is stopped."""
+
+    def __init__(self) -> None:
+        self.views: queue.SimpleQueue[Talk | None] = queue.SimpleQueue()  # None ends them
+        self.over = threading.Event()  # nothing of it will be shown any more
+        self._stop = threading.Event()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nobody waits for the answers any more."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """End the views, and with the next token the models."""
+        self._stop.set()
+        self.views.put(None)
+
+    def newest(self) -> Iterator[Talk]:
+        """Views, the last of each pause; now and then the same again, so that the iterator can be closed."""
+        going, last = True, None
+        while going:
+            found = self._found()
+            going = None not in found
+            last = next((view for view in reversed(found) if view is not None), last)
+            if last is not None:
+                yield last
+                self._stop.wait(PAUSE * going)
+
+    def _found(self) -> list[Talk | None]:
+        try:
+            found = [self.views.get(timeout=PATIENCE)]
+        except queue.Empty:
+            return []
+        while not self.views.empty():
+            found.append(self.views.get())
+        return found
 
 
 class Models:
@@ -100,8 +140,14 @@ class Models:
             self._loaded[run] = load_saved(str(path), self._base, self._dequantize)
         return self._loaded[run]
 
-    def answer(self, talk: Talk, question: str, settings: Settings) -> Iterator[Talk]:
+    def answer(self, talk: Talk, question: str, settings: Settings, asking: Asking | None = None) -> Iterator[Talk]:
         """The conversation with a question and, growing, the answers to it; closing the iterator stops the models.
+
+        Args:
+            talk: The conversation before.
+            question: As it was typed.
+            settings: How answers are sampled.
+            asking: Stops the models from elsewhere.
 
         Raises:
             LoraGANError: The question is empty or too long, or the settings do not fit the run.
@@ -109,26 +155,24 @@ class Models:
         asked = check_question(talk, question)
         best = BestOf(settings.best_of, "discriminator")
         how = sampling_at(settings.temperature, best, settings.new_tokens)
-        views: queue.SimpleQueue[Talk | None] = queue.SimpleQueue()
-        stop = threading.Event()
-
-        def unwanted() -> bool:
-            return stop.is_set() or self._closed.is_set()
+        asking = asking or Asking()
 
         def compute() -> None:
             try:
-                self._compute(talk.finished, asked, how, best, views.put, unwanted)
+                self._compute(talk.finished, asked, how, best, asking)
             except Stopped:
                 pass
             finally:
-                views.put(None)
+                asking.views.put(None)
 
+        yield replace(talk.finished, turns=(*talk.finished.turns, Turn(asked, asked)))
         done = self._thread.submit(compute)
         try:
-            yield from newest(views)
-            done.result()
+            yield from asking.newest()
+            if not asking.stopped:
+                done.result()
         finally:
-            stop.set()
+            asking.stop()
 
     def _compute(
         self,
@@ -136,22 +180,27 @@ class Models:
         question: str,
         how: Sampling,
         best: BestOf,
-        show: Callable[[Talk], None],
-        unwanted: Callable[[], bool],
+        asking: Asking,
     ) -> None:
+        self.check_wanted(asking)
         saved = self._saved(talk.run)
         if best.n > 1 and not saved.scores:
             raise LoraGANError(f"No best of {best.n}: {saved.no_scores}.")
         prompt, turn = self._asked(saved, talk, question, how)
         talk = replace(talk, turns=(*talk.turns, turn))
-        show(talk)
+        asking.views.put(talk)
         for role, mode in modes(saved).items():
             with mode():
-                rollout = sample_best(saved, [prompt], how, best, Growing(saved, talk, role, show, unwanted).put)
+                rollout = sample_best(saved, [prompt], how, best, Growing(self, saved, talk, role, asking).put)
             text = rollout.texts[0]
             score = saved.score([prompt], [[rollout.completion_ids[0]]]).item() if saved.scores else None
             talk = talk.with_answer(role, Answer(text, True, saved.answer_after_work(text), score))
-            show(talk)
+            asking.views.put(talk)
+
+    def check_wanted(self, asking: Asking) -> None:
+        """Raise :class:`Stopped` where nobody waits for the answer any more."""
+        if asking.stopped or self._closed.is_set():
+            raise Stopped
 
     def _asked(self, saved: Saved, talk: Talk, question: str, how: Sampling) -> tuple[Tensor, Turn]:
         """The prompt (P,) of a question, and its turn."""
@@ -197,11 +246,11 @@ def modes(saved: Saved) -> dict[str, Callable[[], AbstractContextManager[None]]]
 class Growing:
     """An answer that grows by tokens; its last character shows once it is complete."""
 
+    models: Models
     saved: Saved
     talk: Talk
     role: str
-    show: Callable[[Talk], None]
-    unwanted: Callable[[], bool]
+    asking: Asking
     ids: list[int] = field(default_factory=list)
 
     def put(self, tokens: Tensor) -> None:
@@ -210,23 +259,8 @@ class Growing:
         Raises:
             Stopped: Nobody waits for it any more.
         """
-        if self.unwanted():
-            raise Stopped
+        self.models.check_wanted(self.asking)
         if len(tokens) == 1:
             self.ids += tokens.tolist()
             text = self.saved.backbone.tokenizer.decode(self.ids, skip_special_tokens=True)
-            self.show(self.talk.with_answer(self.role, Answer(text.rstrip("\ufffd"))))
-
-
-def newest(views: queue.SimpleQueue[Talk | None]) -> Iterator[Talk]:
-    """Views up to None; of those that come within a pause the last one."""
-    going = True
-    while going:
-        found = [views.get()]
-        while not views.empty():
-            found.append(views.get())
-        going = found[-1] is not None
-        shown = [view for view in found if view is not None]
-        if shown:
-            yield shown[-1]
-            threading.Event().wait(PAUSE * going)
+            self.asking.views.put(self.talk.with_answer(self.role, Answer(text.rstrip("\ufffd"))))

@@ -14,7 +14,7 @@ from lora_gan.atomic import append_json_line
 from lora_gan.backbone import GENERATOR
 from lora_gan.errors import LoraGANError
 from lora_gan.ui import ratings
-from lora_gan.ui.models import Models, Settings
+from lora_gan.ui.models import PATIENCE, Asking, Models, Settings
 from lora_gan.ui.records import Records, table
 from lora_gan.ui.talk import BASE, BEST_OF, CHARACTERS, NEW_TOKENS, ROLES, Answer, Talk, Turn, choose, label
 
@@ -23,7 +23,10 @@ log = logging.getLogger("lora_gan")
 QUEUE = 16  # requests that wait
 SESSIONS = 64  # pages whose conversation is kept
 TITLES = {GENERATOR: "Generator", BASE: "Base model"}
-MODEL: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+WAITING = 8  # questions that wait for the models, which answer one after the other
+ASK: dict[str, Any] = {"concurrency_id": "ask", "concurrency_limit": WAITING, "api_visibility": "private"}
+QUICK: dict[str, Any] = {"concurrency_id": "quick", "concurrency_limit": 4, "api_visibility": "private"}
+RATE: dict[str, Any] = {"concurrency_id": "rate", "concurrency_limit": 1, "api_visibility": "private"}
 FILES: dict[str, Any] = {"concurrency_id": "files", "concurrency_limit": 1, "api_visibility": "private"}
 CSS = """
 .gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto}
@@ -34,6 +37,19 @@ CSS = """
 #report iframe {width: 100%; height: 80vh; border: 1px solid #8884; border-radius: 8px; background: white}
 footer {display: none !important}
 """
+
+
+@dataclass
+class Session:
+    """What a page that is open is waiting for."""
+
+    asking: Asking | None = None
+
+    def stop(self) -> None:
+        """Stop an answer; once this returns, nothing of it is shown any more."""
+        if self.asking is not None:
+            self.asking.stop()
+            self.asking.over.wait(PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -56,12 +72,12 @@ def build(desk: Desk) -> Any:
     import gradio as gr
 
     with gr.Blocks(title="lora-gan", analytics_enabled=False, fill_width=True) as page:
-        talk = gr.State(Talk(desk.runs[0]))
+        talk, session = gr.State(Talk(desk.runs[0])), gr.State(Session())
         with gr.Row(equal_height=True):
-            run = gr.Dropdown(desk.runs, value=desk.runs[0], label="Run", interactive=len(desk.runs) > 1)
+            run = gr.Dropdown(desk.runs, value=desk.runs[0], label="Run", interactive=len(desk.runs) > 1, elem_id="run")
             about = gr.Markdown(about_run(desk, desk.runs[0]), elem_id="about", container=True)
         with gr.Tab("Chat"):
-            chat_tab(desk, run, about, talk)
+            chat_tab(desk, run, about, talk, session)
         with gr.Tab("Samples") as samples:
             samples_tab(desk, run, samples)
         with gr.Tab("Report") as report:
@@ -76,7 +92,7 @@ def build(desk: Desk) -> Any:
 # chat
 
 
-def chat_tab(desk: Desk, run: Any, about: Any, talk: Any) -> None:
+def chat_tab(desk: Desk, run: Any, about: Any, talk: Any, session: Any) -> None:
     """Both models side by side, their ratings below them, and the question."""
     import gradio as gr
 
@@ -119,15 +135,26 @@ def chat_tab(desk: Desk, run: Any, about: Any, talk: Any) -> None:
     def view(now: Talk, words: str) -> list[Any]:
         return [now, *(conversation(now, role) for role in ROLES), *states(gr, now), words]
 
-    def ask(now: Talk, asked: str, *given: float) -> Iterator[list[Any]]:
+    def ask(open_page: Session, now: Talk, asked: str, *given: float) -> Iterator[list[Any]]:
+        open_page.stop()
+        asking = open_page.asking = Asking()
+        grown = now
         try:
             temperature, best_of, new_tokens = given
             chosen = Settings(float(temperature), int(best_of), int(new_tokens))
-            for grown in desk.models.answer(now, asked or "", chosen):
-                yield ["", *view(grown, remark(desk, grown))]
+            for grown in desk.models.answer(now, asked or "", chosen, asking):
+                yield ["", *view(grown, remark(grown))]
+            if grown != grown.finished:
+                yield [asked, *view(grown.finished, "Stopped.")]  # the question can be changed and asked again
         except LoraGANError as error:
             gr.Warning(html.escape(str(error)))
             yield [asked, *view(now.finished, " ")]
+        finally:
+            asking.over.set()
+
+    def fresh(open_page: Session, run: str) -> list[Any]:
+        open_page.stop()
+        return ["", *view(Talk(run), " ")]
 
     def rate(change: Callable[[Talk], Talk], row: Callable[[Talk], dict[str, Any]], words: str) -> Callable[..., Any]:
         def clicked(now: Talk) -> list[Any]:
@@ -141,14 +168,12 @@ def chat_tab(desk: Desk, run: Any, about: Any, talk: Any) -> None:
 
         return clicked
 
-    asking = [
-        each(ask, [talk, question, *settings], [question, *shown], show_progress="hidden", **MODEL)
-        for each in (send.click, question.submit)
-    ]
-    stop.click(lambda now: view(now.finished, "Stopped."), talk, shown, cancels=asking, **FILES)
-    new.click(lambda now: view(Talk(now.run), " "), talk, shown, cancels=asking, **FILES)
-    changed = run.change(lambda name: view(Talk(name), " "), run, shown, cancels=asking, **FILES)
-    changed.then(lambda name: about_run(desk, name), run, about, **MODEL)
+    for asks in (send.click, question.submit):
+        asks(ask, [session, talk, question, *settings], [question, *shown], show_progress="hidden", **ASK)
+    stop.click(Session.stop, session, None, show_progress="hidden", **QUICK)
+    for begins in (new.click, run.change):
+        begins(fresh, [session, run], [question, *shown], show_progress="hidden", **QUICK)
+    run.change(partial(about_run, desk), run, about, **FILES)
     for role, (better, good, bad) in rated.items():
         single, name = partial(single_row, role=role), TITLES[role].lower()
         clicks = {
@@ -157,7 +182,7 @@ def chat_tab(desk: Desk, run: Any, about: Any, talk: Any) -> None:
             bad: rate(partial(label, role=role, good=False), single, f"Saved: the answer of the {name} is bad."),
         }
         for button, clicked in clicks.items():
-            button.click(clicked, talk, shown, show_progress="hidden", **FILES)
+            button.click(clicked, talk, shown, show_progress="hidden", **RATE)
 
 
 def settings_of(desk: Desk) -> list[Any]:
@@ -218,7 +243,7 @@ def escaped(text: str, *below: str) -> str:
     return (said + noted).replace("\r", "").replace("\n", "&#10;")
 
 
-def remark(desk: Desk, talk: Talk) -> str:
+def remark(talk: Talk) -> str:
     """What a person should know of the last turn."""
     turn = talk.turns[-1]
     if turn.forgotten:

@@ -135,8 +135,9 @@ def check_first(desk: Any) -> None:
     from lora_gan.best_of import BestOf
     from lora_gan.inference import sampling_at
 
-    first, settings = desk.models.load(desk.runs[0]), desk.settings
+    settings = desk.settings
     sampling_at(settings.temperature, BestOf(settings.best_of, "discriminator"), settings.new_tokens)
+    first = desk.models.load(desk.runs[0])
     if settings.best_of > 1 and not first.scores:
         raise LoraGANError(f"{first.no_scores}; leave out --best_of")
 

@@ -126,8 +126,6 @@ class Models:
         Raises:
             LoraGANError: The run is none of those named, or it cannot be loaded.
         """
-        if run not in self.folders:
-            raise LoraGANError(f"There is no run {run!r} here; choose one of {', '.join(self.folders)}.")
         return self._thread.submit(self._saved, run).result()
 
     def keeps(self, run: str) -> bool:
@@ -135,6 +133,8 @@ class Models:
         return self.template is None and self.load(run).prompts.keeps_dialogue
 
     def _saved(self, run: str) -> Saved:
+        if run not in self.folders:
+            raise LoraGANError(f"There is no run {run!r} here; choose one of {', '.join(self.folders)}.")
         if run not in self._loaded:
             path = checkpoint_of(self.folders[run])
             self._loaded[run] = load_saved(str(path), self._base, self._dequantize)
@@ -215,7 +215,7 @@ class Models:
                 f"{how.max_new_tokens} tokens, {max(room, 0)} fit into the context of {saved.backbone.context_length}. "
                 "Shorten the question, or lower the longest answer in the settings."
             )
-        read = [*turns[forgotten:], *asked.messages[-1:]] if keeps else clean(question)
+        read = [*turns[forgotten:], *asked.messages[-1:]] if keeps else question
         return prompt, Turn(question, read, forgotten // 2)
 
 

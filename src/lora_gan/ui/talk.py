@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from lora_gan.backbone import GENERATOR
+from lora_gan.data.files import clean
 from lora_gan.errors import LoraGANError
 from lora_gan.ui.ratings import Prompt
 
@@ -110,12 +111,12 @@ def _rateable(talk: Talk) -> Turn:
 
 
 def check_question(talk: Talk, question: str) -> str:
-    """The question without outer white space.
+    """The question without outer white space and signs that no tokenizer reads.
 
     Raises:
         LoraGANError: It is empty or too long, or the conversation is.
     """
-    asked = question.strip()
+    asked = clean(question)
     if not asked:
         raise LoraGANError("The question is empty.")
     if len(asked) > CHARACTERS:

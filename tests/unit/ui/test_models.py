@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,14 @@ from lora_gan.data import Alpaca, InstructionDataModule
 from lora_gan.data.files import clean
 from lora_gan.errors import LoraGANError
 from lora_gan.inference import load_saved
+from lora_gan.module import LoraGANModule
 from lora_gan.sampling import Sampling, sample
 from lora_gan.types import Message
 from lora_gan.ui.models import Models, Settings
 from lora_gan.ui.talk import NEW_TOKENS, Talk, choose
-from tests.conftest import randomise
-from tests.helpers.steps import Build, trainer
+from tests.conftest import randomise, tiny
+from tests.helpers.settings import grouped
+from tests.helpers.steps import trainer
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -27,27 +28,31 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def run(build: Build, bases: dict[str, str], tmp_path: Path) -> Callable[..., Path]:
+def made(bases: dict[str, str], folder: Path, chat: bool) -> Path:
     """The folder of a run whose adapters matter."""
+    base = shutil.copytree(bases["gpt2"], folder / "base")
+    if chat:
+        (base / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    rows = folder / "rows.json"
+    rows.write_text('[{"instruction": "Say hello.", "output": "Hello!"}]', encoding="utf-8")
+    data = InstructionDataModule(Alpaca(str(rows)), tokenizer=str(base), validation=0, test=0, chat=chat)
+    torch.manual_seed(4)
+    module, runner = LoraGANModule(**grouped(tiny(str(base)))), trainer(1)
+    runner.fit(module, datamodule=data)
+    randomise(module.backbone)
+    runner.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {}, "data": {}}), encoding="utf-8")
+    return folder
 
-    def make(chat: bool = False, adversarial: bool = True) -> Path:
-        base = shutil.copytree(bases["gpt2"], tmp_path / f"base{chat}", dirs_exist_ok=True)
-        if chat:
-            (base / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-        rows = tmp_path / "rows.json"
-        rows.write_text('[{"instruction": "Say hello.", "output": "Hello!"}]', encoding="utf-8")
-        data = InstructionDataModule(Alpaca(str(rows)), tokenizer=str(base), validation=0, test=0, chat=chat)
-        module, runner = build(base=str(base)), trainer(1)
-        runner.fit(module, datamodule=data)
-        if adversarial:
-            randomise(module.backbone)
-        folder = tmp_path / f"run{chat}"
-        runner.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-        (folder / "config.yaml").write_text(yaml.safe_dump({"model": {}, "data": {}}), encoding="utf-8")
-        return folder
 
-    return make
+@pytest.fixture(scope="module")
+def folder(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(bases, tmp_path_factory.mktemp("run"), chat=False)
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> Models:
+    return Models({"mine": folder})
 
 
 def greedy(folder: Path, text: str, role: str, tokens: int = 6) -> str:
@@ -61,9 +66,7 @@ def asked(models: Models, talk: Talk, question: str, **settings: float) -> Talk:
     return list(models.answer(talk, question, Settings(**{"new_tokens": 6, **settings})))[-1]  # type: ignore[arg-type]
 
 
-def test_both_models_answer_as_in_chat(run: Callable[..., Path]) -> None:
-    folder = run()
-    models = Models({"mine": folder})
+def test_both_models_answer_as_in_chat(models: Models, folder: Path) -> None:
     turn = asked(models, Talk("mine"), " hi ").turns[0]
     assert (turn.question, turn.prompt, turn.done) == ("hi", "hi", True)
     for role in ("generator", "base"):
@@ -74,8 +77,8 @@ def test_both_models_answer_as_in_chat(run: Callable[..., Path]) -> None:
     assert not models.keeps("mine")
 
 
-def test_the_conversation_goes_on_with_the_chosen_answer(run: Callable[..., Path]) -> None:
-    folder = run(chat=True)
+def test_the_conversation_goes_on_with_the_chosen_answer(bases: dict[str, str], tmp_path: Path) -> None:
+    folder = made(bases, tmp_path, chat=True)
     models = Models({"mine": folder})
     first = asked(models, Talk("mine"), "one")
     texts = {role: clean(answer.text) for role, answer in first.turns[0].answers.items()}
@@ -89,8 +92,7 @@ def test_the_conversation_goes_on_with_the_chosen_answer(run: Callable[..., Path
     assert (long.turns[1].forgotten, long.turns[1].prompt) == (1, [Message("user", "x" * 200)])
 
 
-def test_answers_grow_and_stop(run: Callable[..., Path]) -> None:
-    models = Models({"mine": run()})
+def test_answers_grow_and_stop(models: Models) -> None:
     views = list(models.answer(Talk("mine"), "hi", Settings(1.0, new_tokens=120)))
     lengths = [len(view.turns[0].answers["generator"].text) for view in views if view.turns[0].answers]
     assert len(set(lengths)) > 2 and lengths == sorted(lengths)
@@ -101,8 +103,7 @@ def test_answers_grow_and_stop(run: Callable[..., Path]) -> None:
     assert asked(models, stopped, "again").turns[0].question == "again"  # the thread is free, the rest forgotten
 
 
-def test_the_best_of_n_is_the_discriminators(run: Callable[..., Path]) -> None:
-    models = Models({"mine": run()})
+def test_the_best_of_n_is_the_discriminators(models: Models) -> None:
     torch.manual_seed(3)
     one = [asked(models, Talk("mine"), "hi", temperature=1.0).turns[0].answers for _ in range(3)]
     best = [asked(models, Talk("mine"), "hi", temperature=1.0, best_of=16).turns[0].answers for _ in range(3)]
@@ -113,17 +114,17 @@ def test_the_best_of_n_is_the_discriminators(run: Callable[..., Path]) -> None:
         asked(models, Talk("mine"), "hi", best_of=4)
 
 
-def test_a_run_whose_discriminator_has_not_learned_has_no_scores(run: Callable[..., Path]) -> None:
-    models = Models({"mine": run()})
-    saved = models.load("mine")
-    saved.__dict__["_discriminator"] = "the discriminator of this run has never been trained"
+def test_a_run_whose_discriminator_has_not_learned_has_no_scores(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = "the discriminator of this run has never been trained"
+    monkeypatch.setitem(models.load("mine").__dict__, "_discriminator", never)
     assert asked(models, Talk("mine"), "hi").turns[0].answers["base"].score is None
-    with pytest.raises(LoraGANError, match=r"No best of 2: the discriminator .* has never been trained"):
+    with pytest.raises(LoraGANError, match=f"No best of 2: {never}"):
         asked(models, Talk("mine"), "hi", temperature=1.0, best_of=2)
 
 
-def test_what_is_out_of_bounds_is_refused(run: Callable[..., Path]) -> None:
-    models = Models({"mine": run()})
+def test_what_is_out_of_bounds_is_refused(models: Models) -> None:
     for wrong in (
         {"temperature": -1.0},
         {"temperature": float("nan")},
@@ -140,4 +141,6 @@ def test_what_is_out_of_bounds_is_refused(run: Callable[..., Path]) -> None:
         asked(models, Talk("mine"), "x" * 300)
     with pytest.raises(LoraGANError, match=r"no run '\.\./other' here; choose one of mine"):
         models.load("../other")
+    with pytest.raises(LoraGANError, match=r"no run None here"):
+        asked(models, Talk(None), "hi")  # type: ignore[arg-type]
     assert asked(models, Talk("mine"), "hi").turns[0].done  # after all of that

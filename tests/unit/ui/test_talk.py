@@ -86,7 +86,7 @@ def test_an_unfinished_answer_cannot_be_rated() -> None:
 
 
 def test_questions_and_conversations_are_bounded() -> None:
-    assert check_question(ONE, "  hi \n") == "hi"
+    assert check_question(ONE, "  h\x00i\ud800 \n") == "hi"
     assert len(check_question(ONE, "x" * CHARACTERS)) == CHARACTERS
     with pytest.raises(LoraGANError, match=f"has {CHARACTERS + 1} characters; at most {CHARACTERS}"):
         check_question(ONE, "x" * (CHARACTERS + 1))

@@ -127,10 +127,7 @@ class Guard:
             if refusal:
                 await refuse(send, *refusal)
             else:
-                query = scope["query_string"] if scope["path"].endswith(QUERIED) else b""
-                await self.app(
-                    {**scope, "query_string": query}, replayed(body, receive), Sealed(send, scope["path"]).send
-                )
+                await self.app(bare(scope), replayed(body, receive), Sealed(send, scope["path"]).send)
 
     def refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and words, where a request is refused."""
@@ -195,6 +192,13 @@ class Sealed:
             **({"cache-control": "no-store"} if self.is_page or self.is_report else {}),
         }
         return [(name.encode(), value.encode()) for name, value in named.items()]
+
+
+def bare(scope: Scope) -> Scope:
+    """A request without a query that is not read, and without leave to compress the page, whose scripts are marked."""
+    query = scope["query_string"] if scope["path"].endswith(QUERIED) else b""
+    headers = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding" or scope["path"] != "/"]
+    return {**scope, "query_string": query, "headers": headers}
 
 
 def host_name(host: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ log = logging.getLogger("lora_gan")
 
 QUEUE = 16  # requests that wait
 SESSIONS = 64  # pages whose conversation is kept
+BETTER, GOOD, BAD = "better", "good", "bad"  # kinds of ratings
+KINDS = {BETTER: "This one is better", GOOD: "Good", BAD: "Bad"}
 TITLES = {GENERATOR: "Generator", BASE: "Base model"}
 WAITING = 8  # questions that wait for the models, which answer one after the other
 ASK: dict[str, Any] = {"concurrency_id": "ask", "concurrency_limit": WAITING, "api_visibility": "private"}
@@ -96,12 +98,43 @@ def chat_tab(desk: Desk, run: Any, about: Any, talk: Any, session: Any) -> None:
     """Both models side by side, their ratings below them, and the question."""
     import gradio as gr
 
-    columns: dict[str, Any] = {}
-    rated: dict[str, tuple[Any, Any, Any]] = {}
+    columns, buttons = both_columns()
+    said = gr.Markdown(" ", elem_id="said")
+    with gr.Row(equal_height=True):
+        question = gr.Textbox(
+            placeholder="Your question",
+            show_label=False,
+            max_length=CHARACTERS,
+            max_lines=8,
+            scale=8,
+            autofocus=True,
+            elem_id="question",
+        )
+        send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="send")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, elem_id="stop")
+        new = gr.Button("New", scale=1, min_width=90, elem_id="new")
+    settings = settings_of(desk)
+    shown = [talk, *columns, *buttons.values(), said]
+    for asks in (send.click, question.submit):
+        inputs = [session, talk, question, *settings]
+        asks(partial(ask, desk), inputs, [question, *shown], show_progress="hidden", **ASK)
+    stop.click(Session.stop, session, None, show_progress="hidden", **QUICK)
+    for begins in (new.click, run.change):
+        begins(fresh, [session, run], [question, *shown], show_progress="hidden", **QUICK)
+    run.change(partial(about_run, desk), run, about, **FILES)
+    for (role, kind), button in buttons.items():
+        button.click(partial(rate, desk, role, kind), talk, shown, show_progress="hidden", **RATE)
+
+
+def both_columns() -> tuple[list[Any], dict[tuple[str, str], Any]]:
+    """The conversation with each model, and the buttons that rate its last answer, by role and kind of rating."""
+    import gradio as gr
+
+    columns, buttons = [], {}
     with gr.Row():
         for role in ROLES:
             with gr.Column(min_width=280):
-                columns[role] = gr.Chatbot(
+                chat = gr.Chatbot(
                     label=TITLES[role],
                     height="50vh",
                     min_height=260,
@@ -113,76 +146,57 @@ def chat_tab(desk: Desk, run: Any, about: Any, talk: Any, session: Any) -> None:
                     elem_classes="chat",
                     placeholder="Ask something below.",
                 )
+                columns.append(chat)
                 with gr.Row():
-                    words = ("This one is better", "Good", "Bad")
-                    rated[role] = tuple(
-                        gr.Button(word, size="sm", interactive=False, elem_id=f"{role}_{word.split()[-1].lower()}")
-                        for word in words
-                    )
-    said = gr.Markdown(" ", elem_id="said")
-    with gr.Row(equal_height=True):
-        question = gr.Textbox(
-            placeholder="Your question", show_label=False, max_length=CHARACTERS, scale=8, lines=1, max_lines=8,
-            autofocus=True, elem_id="question",
-        )  # fmt: skip
-        send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="send")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, elem_id="stop")
-        new = gr.Button("New", scale=1, min_width=90, elem_id="new")
-    settings = settings_of(desk)
-    buttons = [button for each in rated.values() for button in each]
-    shown = [talk, *columns.values(), *buttons, said]
+                    for kind, words in KINDS.items():
+                        button = gr.Button(words, size="sm", interactive=False, elem_id=f"{role}_{kind}")
+                        buttons[role, kind] = button
+    return columns, buttons
 
-    def view(now: Talk, words: str) -> list[Any]:
-        return [now, *(conversation(now, role) for role in ROLES), *states(gr, now), words]
 
-    def ask(open_page: Session, now: Talk, asked: str, *given: float) -> Iterator[list[Any]]:
-        open_page.stop()
-        asking = open_page.asking = Asking()
-        grown = now
-        try:
-            temperature, best_of, new_tokens = given
-            chosen = Settings(float(temperature), int(best_of), int(new_tokens))
-            for grown in desk.models.answer(now, asked or "", chosen, asking):
-                yield ["", *view(grown, remark(grown))]
-            if grown != grown.finished:
-                yield [asked, *view(grown.finished, "Stopped.")]  # the question can be changed and asked again
-        except LoraGANError as error:
-            gr.Warning(html.escape(str(error)))
-            yield [asked, *view(now.finished, " ")]
-        finally:
-            asking.over.set()
+def ask(desk: Desk, session: Session, talk: Talk, question: str, *given: float) -> Iterator[list[Any]]:
+    """What the page shows as the answers grow."""
+    import gradio as gr
 
-    def fresh(open_page: Session, run: str) -> list[Any]:
-        open_page.stop()
-        return ["", *view(Talk(run), " ")]
+    session.stop()
+    asking = session.asking = Asking()
+    grown = talk
+    try:
+        temperature, best_of, new_tokens = given
+        settings = Settings(float(temperature), int(best_of), int(new_tokens))
+        for grown in desk.models.answer(talk, question or "", settings, asking):
+            yield ["", *view(grown, remark(grown))]
+        if grown != grown.finished:
+            yield [question, *view(grown.finished, "Stopped.")]  # the question can be changed and asked again
+    except LoraGANError as error:
+        gr.Warning(html.escape(str(error)))
+        yield [question, *view(talk.finished, " ")]
+    finally:
+        asking.over.set()
 
-    def rate(change: Callable[[Talk], Talk], row: Callable[[Talk], dict[str, Any]], words: str) -> Callable[..., Any]:
-        def clicked(now: Talk) -> list[Any]:
-            try:
-                after = change(now)
-                save(desk.ratings, row(after))
-            except LoraGANError as error:
-                gr.Warning(html.escape(str(error)))
-                return view(now, " ")
-            return view(after, words)
 
-        return clicked
+def fresh(session: Session, run: str) -> list[Any]:
+    """A new conversation with the models of a run."""
+    session.stop()
+    return ["", *view(Talk(run), " ")]
 
-    for asks in (send.click, question.submit):
-        asks(ask, [session, talk, question, *settings], [question, *shown], show_progress="hidden", **ASK)
-    stop.click(Session.stop, session, None, show_progress="hidden", **QUICK)
-    for begins in (new.click, run.change):
-        begins(fresh, [session, run], [question, *shown], show_progress="hidden", **QUICK)
-    run.change(partial(about_run, desk), run, about, **FILES)
-    for role, (better, good, bad) in rated.items():
-        single, name = partial(single_row, role=role), TITLES[role].lower()
-        clicks = {
-            better: rate(partial(choose, role=role), chosen_row, f"Saved: the answer of the {name} is better."),
-            good: rate(partial(label, role=role, good=True), single, f"Saved: the answer of the {name} is good."),
-            bad: rate(partial(label, role=role, good=False), single, f"Saved: the answer of the {name} is bad."),
-        }
-        for button, clicked in clicks.items():
-            button.click(clicked, talk, shown, show_progress="hidden", **RATE)
+
+def rate(desk: Desk, role: str, kind: str, talk: Talk) -> list[Any]:
+    """Save a rating, then show it."""
+    import gradio as gr
+
+    try:
+        after = choose(talk, role) if kind == BETTER else label(talk, role, kind == GOOD)
+        save(desk.ratings, chosen_row(after) if kind == BETTER else single_row(after, role))
+    except LoraGANError as error:
+        gr.Warning(html.escape(str(error)))
+        return view(talk, " ")
+    return view(after, f"Saved: the answer of the {TITLES[role].lower()} is {kind}.")
+
+
+def view(talk: Talk, words: str) -> list[Any]:
+    """The conversation as the page shows it, and what is said below it."""
+    return [talk, *(conversation(talk, role) for role in ROLES), *states(talk), words]
 
 
 def settings_of(desk: Desk) -> list[Any]:
@@ -198,8 +212,10 @@ def settings_of(desk: Desk) -> list[Any]:
         ]  # fmt: skip
 
 
-def states(gr: Any, talk: Talk) -> Iterator[Any]:
+def states(talk: Talk) -> Iterator[Any]:
     """Which of the buttons of a rating can be clicked."""
+    import gradio as gr
+
     for role in ROLES:
         turn = talk.last
         yield gr.Button(interactive=turn is not None and turn.chosen is None)

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is there whole, or as it was before.
+"""Atomic writes: a file, a folder or a line at a file's end is there whole, or all is as it was before.
 
 A link stays, and what it points to is replaced. A device or a pipe is never replaced, but written to.
 """
@@ -6,12 +6,18 @@ A link stays, and what it points to is replaced. A device or a pipe is never rep
 from __future__ import annotations
 
 import errno
+import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+
+BLOCK = 1 << 16  # bytes
+log = logging.getLogger("lora_gan")
 
 
 @contextmanager
@@ -54,6 +60,56 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def append_json_line(path: Path, row: object) -> None:
+    """Add one line of JSON to a file; it has reached the disk when this returns. Several processes may do it at once.
+
+    What a process that was killed while it wrote has left of its line is cut off, with a warning.
+
+    Args:
+        path: The file, which is made with its folder; a lock file lies beside it.
+        row: What ``json`` can write.
+
+    Raises:
+        OSError: The line cannot be written; the file is as it was before.
+    """
+    from filelock import FileLock
+
+    line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")), path.open("a+b", buffering=0) as file:
+        size = _end_of_lines(path, file)
+        try:
+            written = file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, "no space left for a whole line", str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _end_of_lines(path: Path, file: FileIO) -> int:
+    """Where the next line begins, after a file whose last line is not whole has been mended."""
+    size = file.seek(0, os.SEEK_END)
+    begin, last = size, b""
+    while begin and b"\n" not in last:
+        begin = max(begin - BLOCK, 0)
+        file.seek(begin)
+        last = file.read(size - begin)
+    begin += last.rfind(b"\n") + 1
+    last = last[last.rfind(b"\n") + 1 :]
+    if not last:
+        return size
+    try:
+        json.loads(last)
+    except ValueError:
+        log.warning("%s ended in a line that was cut short; it is removed: %r", path, last[:200])
+        file.truncate(begin)
+        return begin
+    return size + file.write(b"\n")  # a line that someone wrote without its end
 
 
 def check_file_writable(path: Path) -> None:

@@ -116,6 +116,12 @@ class Saved:
             ) from error
         return found
 
+    def answer_after_work(self, text: str) -> str | None:
+        """The final answer in a completion where work stands before it; None where the run looks for none."""
+        find = self.final_answer
+        found = find(text) if find is not None else None
+        return found if find is not None and found is not None and find.work(text).strip() else None
+
     @cached_property
     def rewards(self) -> list[Reward]:
         """The run's rewards; the default ones where it names none."""
@@ -310,7 +316,7 @@ def chat(
         best_by: Which one that is: by agreement, logprob, discriminator or reward, see generate.
     """
     best = BestOf(best_of, best_by)
-    how = _how(temperature, best, max_new_tokens=max_new_tokens)
+    how = sampling_at(temperature, best, max_new_tokens=max_new_tokens)
     saved = load_saved(ckpt_path, base, dequantize)
     check_way(saved, best)
     session = _Session(saved, how, template, compare, best)
@@ -319,8 +325,12 @@ def chat(
         pass
 
 
-def _how(temperature: float, best: BestOf, max_new_tokens: int, top_p: float = 1.0) -> Sampling:
-    """Settings of sampling, where a temperature of 0 is greedy decoding."""
+def sampling_at(temperature: float, best: BestOf, max_new_tokens: int, top_p: float = 1.0) -> Sampling:
+    """Settings of sampling, where a temperature of 0 is greedy decoding.
+
+    Raises:
+        LoraGANError: A setting is out of its range, or has no effect at temperature 0.
+    """
     if best.n > 1 and not temperature:
         raise LoraGANError(
             f"best_of {best.n} needs different completions, and at temperature 0, the default, all are the same; set "
@@ -386,7 +396,10 @@ class _Session:
         for name in self.models:
             print(f"{name:<11}" if len(self.models) > 1 else "", end="", flush=True)
             asked = self.saved.question(question, self.template)
-            prompt = self._prompt(self.turns[name], asked)
+            prompt, forgotten = prompt_after(self.saved, self.turns[name], asked, self.how.max_new_tokens)
+            if forgotten:
+                del self.turns[name][:forgotten]
+                print("(the oldest turns no longer fit into the context and are forgotten)")
             with modes[name]():
                 completion, text = self._completion(prompt)
             print(self._notes(prompt, completion, text), flush=True)
@@ -403,22 +416,30 @@ class _Session:
 
     def _notes(self, prompt: Tensor, completion: Tensor, text: str) -> str:
         """What follows a completion: its final answer, where work stands before it, and the discriminator's score."""
-        notes, find = [], self.saved.final_answer
-        if find is not None and find(text) is not None and find.work(text).strip():
-            notes.append(f"final answer {find(text)}")
+        found = self.saved.answer_after_work(text)
+        notes = [f"final answer {found}"] * (found is not None)
         if self.saved.scores:
             notes.append(f"discriminator {self.saved.score([prompt], [[completion]]).item():.2f}")
         return f"   ({', '.join(notes)})" * bool(notes)
 
-    def _prompt(self, turns: list[Message], asked: Example) -> Tensor:
-        """The question after as many of the turns as fit into the context; the others are forgotten."""
-        while True:
-            example = self.saved.prompts.dialogue([*turns, *asked.messages]) if turns else asked
-            prompt = self.saved.prompt(example)
-            if not turns or len(prompt) + self.how.max_new_tokens <= self.saved.backbone.context_length:
-                return prompt
-            del turns[:2]
-            print("(the oldest turns no longer fit into the context and are forgotten)")
+
+def prompt_after(saved: Saved, turns: Sequence[Message], asked: Example, new_tokens: int) -> tuple[Tensor, int]:
+    """Token ids (P,) of a question after as many of the turns as fit into the context.
+
+    Args:
+        saved: Its prompts can have earlier turns, or there are none.
+        turns: Questions, each with its answer.
+        asked: The question.
+        new_tokens: Length of the completion, which has to fit, too.
+
+    Returns:
+        The prompt, and how many of the turns, the oldest, it leaves out.
+    """
+    for forgotten in range(0, len(turns), 2):
+        prompt = saved.prompt(saved.prompts.dialogue([*turns[forgotten:], *asked.messages]))
+        if len(prompt) + new_tokens <= saved.backbone.context_length:
+            return prompt, forgotten
+    return saved.prompt(asked), len(turns)
 
 
 def check_way(saved: Saved, best: BestOf) -> None:
@@ -434,13 +455,19 @@ def check_way(saved: Saved, best: BestOf) -> None:
         raise LoraGANError(f"this run has no reward; {others}")
 
 
-def sample_best(saved: Saved, prompts: Sequence[Tensor], how: Sampling, best: BestOf) -> Rollout:
-    """The best of n completions of the active mode to each of B prompts.
+def sample_best(
+    saved: Saved,
+    prompts: Sequence[Tensor],
+    how: Sampling,
+    best: BestOf,
+    on_tokens: Callable[[Tensor], None] | None = None,
+) -> Rollout:
+    """The best of n completions of the active mode to each of B prompts; ``on_tokens`` is that of :func:`sample`.
 
     Raises:
         LoraGANError: All rewards of the run need a target.
     """
-    rollout = sample(saved.backbone, prompts, best.n, how)
+    rollout = sample(saved.backbone, prompts, best.n, how, on_tokens=on_tokens)
     if best.n == 1:
         return rollout
     likely = rollout.logprobs.sum(-1)
@@ -580,7 +607,7 @@ def generate(
     if not output_key.strip():
         raise LoraGANError("output_key is empty; it names the field for the completion, such as completion")
     best = BestOf(best_of, best_by)
-    how = _how(temperature, best, max_new_tokens=max_new_tokens, top_p=top_p)
+    how = sampling_at(temperature, best, max_new_tokens=max_new_tokens, top_p=top_p)
     rows = _rows(Path(input))
     _check_keys(rows, [output_key])
     if output not in STDOUT:

@@ -39,7 +39,7 @@ LAYERS = [
     {"evolution", "export"},
     {"callbacks", "api"},
     {"report"},
-    {"run_end"},
+    {"run_end", "ui"},
     {"cli"},
     {"__init__", "__main__"},
 ]

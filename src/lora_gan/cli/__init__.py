@@ -1,4 +1,4 @@
-"""``python -m src.cli`` or ``lora-gan``: fit, validate, test, predict, data, chat, generate, report, export.
+"""``python -m src.cli`` or ``lora-gan``: fit, validate, test, predict, data, chat, generate, report, ui, export.
 
 What a user types wrong is found here, before torch and lightning are imported.
 """
@@ -75,7 +75,7 @@ def _run(arguments: list[str]) -> None:
         also = f"; did you mean {close[0]}?" if close else ""
         raise LoraGANError(f"no command {name}; the commands are {', '.join(help.COMMANDS)}{also}")
     elif name in help.FUNCTIONS:
-        _call(name, _with_runs(rest) if name == "report" else rest)
+        _call(name, _with_runs(rest) if name in ("report", "ui") else rest)
     elif rest and rest[0] in HELP:
         print(help.of_command(name, *rest[1:2]))
     elif name in help.PRINTED:
@@ -92,7 +92,7 @@ def _printed(name: str, arguments: list[str]) -> str:
 
 
 def _with_runs(arguments: list[str]) -> list[str]:
-    """The arguments of ``report``, which begin with the folders of runs, with their name."""
+    """The arguments of ``report`` and ``ui``, which begin with the folders of runs, with their name."""
     folders = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     rest = arguments[len(folders) :]
     return [f"--runs={json.dumps(folders)}", *rest] if folders and folders[0] not in HELP else arguments

@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "talk to a trained generator",
     "generate": "complete the prompts of a file with a trained generator",
     "report": "write curves, results and samples of runs to one HTML file",
+    "ui": "serve a page to talk to trained generators, rate answers and see runs",
     "export": "write a trained generator as a PEFT adapter or a merged model",
     "schema": "print the JSON schema of configuration files, for editors",
     "completion": "print a completion script for bash, zsh or tcsh",
@@ -28,6 +29,7 @@ FUNCTIONS = {  # commands that are one function
     "export": "lora_gan.export.export",
     "generate": "lora_gan.inference.generate",
     "report": "lora_gan.report.write.report",
+    "ui": "lora_gan.ui.command.ui",
 }
 PRINTED = {"schema": "> schema.json", "completion": "SHELL"}  # commands that print a file, and how they are used
 TOPICS = {

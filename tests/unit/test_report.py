@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lora_gan.errors import LoraGANError
 from lora_gan.report import page as pages
 from lora_gan.report import report, write_report
+from lora_gan.report.plots import whole
 from lora_gan.report.run import read_run, thinned
 from lora_gan.report.settings import differences
 from lora_gan.report.warnings import kept_warnings
@@ -120,6 +121,16 @@ def test_a_completion_is_text_and_the_page_is_whole(tmp_path: Path) -> None:
     assert "0.200 ± 0.040 (n = 100)" in text and "<td>0.500</td>" in text
     assert "step 2, by text/answer 0.250" in text and "from step 2: coefficients" in text
     assert "http:" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text), "nothing is loaded"
+
+
+def test_a_coefficient_stays_as_it_is_to_the_end_of_the_run(tmp_path: Path) -> None:
+    """It is logged when it changes, so its curve would end there."""
+    folder = made_run(tmp_path / "run", steps=6)
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_scalar("coefficient/policy", 0.5, 2)
+    run = read_run(folder)
+    assert whole(run, "coefficient/policy") == {2: 0.5, 5: 0.5} and max(whole(run, "loss/0")) == 5
+    assert "Coefficients" in pages.page([run])
 
 
 def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

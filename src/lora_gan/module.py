@@ -32,7 +32,7 @@ from lora_gan.errors import LoraGANError
 from lora_gan.evaluation import Evaluated
 from lora_gan.final_answer import FinalAnswer, find_answer
 from lora_gan.generator import Generator, GeneratorSettings, easiest
-from lora_gan.lightning_compat import is_fitting
+from lora_gan.lightning_compat import forget_logged, is_fitting
 from lora_gan.optimization import Optimization, OptimizationSettings
 from lora_gan.policy import ActivePolicy
 from lora_gan.rewards import (
@@ -442,6 +442,7 @@ class LoraGANModule(Evaluated):
         """Log what a step reported, the totals in the progress bar, too, and coefficients when they change."""
         shown = {name for name in metrics if name in (REWARD, "loss/generator", "loss/discriminator")}
         coefficients = {name for name in metrics if name.startswith(COEFFICIENT)}
+        forget_logged(self.trainer, "training_step")
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
         others = metrics.keys() - shown - coefficients
         self.log_dict({name: value for name, value in metrics.items() if name in others}, batch_size=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,26 @@ def test_a_discriminator_of_preferences_is_the_reward_of_another_run(bases: dict
     assert next(saved).read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
 
 
+def test_ratings_become_the_reward(bases: dict[str, str], tmp_path: Path) -> None:
+    """The generator and the discriminator learn from choices and ratings; then the score is the only reward."""
+    rows = tmp_path / "ratings.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"prompt": f"Say {n}.", "completion": f"I say {n}.", "label": True} for n in range(30)
+    ]
+    lines += [{"prompt": f"Say {n}.", "completion": "No.", "label": False} for n in range(20, 40)]
+    lines += [{"prompt": f"Write {n}.", "chosen": f"{n}.", "rejected": f"I write {n}."} for n in range(30)]
+    rows.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    config = pressed("feedback", bases["gpt2"], rows, tmp_path)
+    config["data"]["init_args"]["source"] = None
+    logged = fit(config, tmp_path)
+    assert len(logged["loss/supervised"]) == len(logged["discriminator/learning_rate"]) == 1, "in the first phase"
+    assert len(logged["text/only_named"]) == len(logged["preference/accuracy"]) == 2
+    assert len(logged["preference/length_accuracy"]) == 2
+    assert len(logged["reward/adversarial"]) == STEPS - 1 and any(logged["reward/adversarial"])
+    assert logged["coefficient/discriminator_updates"] == [1.0, 0.0]
+    assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
+
+
 def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     config = pressed("evolve", bases["gpt2"], rows, tmp_path)
     settings = config["model"]["init_args"]
@@ -236,6 +257,9 @@ def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path:
     logged = fit(config, tmp_path)
     assert len(logged["fitness/best"]) == STEPS and len(logged["loss/policy"]) == STEPS
     assert all(map(math.isfinite, [*logged["fitness/held_out"], *logged["population/diversity"]]))
+    (report,) = tmp_path.glob("evolve/version_0/report.html")
+    text = report.read_text(encoding="utf-8")
+    assert {"Fitness of the population", "Diversity and survival of members"} <= set(re.findall("[A-Z][a-z ]+", text))
 
 
 @pytest.mark.slow
@@ -287,6 +311,7 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "evolve",
         "sft",
         "chat_sft",
+        "feedback",
         "judge",  # below, and with a real model in the tests of JudgeReward
         "gpt2_alpaca",
         "pretrain",

@@ -112,7 +112,7 @@ def test_the_report_shows_the_run(sft: Run) -> None:
     text = (sft.folder / "report.html").read_text(encoding="utf-8")
     assert "4 of 4" in text and "step 4, by validation/loss" in text and text.count("<svg") >= 3
     (result,) = read_results(sft.folder)
-    assert result.counted == {"exact_match": result.prompts} and f"(n = {result.prompts})" in text
+    assert result.counted == {"exact_match": result.prompts} and f"{result.prompts} prompts" in text and " ± " in text
     assert "<td>model.coefficients.policy</td><td>0</td>" in text
 
 

@@ -38,6 +38,7 @@ PANELS = (
     Panel("Completion length", r"completions/mean_length|text/length"),
     Panel("Signs of collapse", r"collapse/(?!length).*"),
     Panel("Fitness of the population", r"fitness/.*"),
+    Panel("Diversity and survival of members", r"population/diversity|survival/.*"),
     Panel("Coefficients that changed or count", r"coefficient/.*"),
     Panel("Learning rates", r"(generator|discriminator)/learning_rate"),
     Panel("Norms of the gradients", r"(generator|discriminator)/grad_norm"),

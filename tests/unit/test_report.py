@@ -21,6 +21,7 @@ from lora_gan.report.run import read_run, thinned
 from lora_gan.report.settings import differences
 from lora_gan.report.warnings import kept_warnings
 from lora_gan.results import Result, markdown_table, read_table, save_result
+from tests.screenshots.report import browser, screenshot
 
 EVIL = "<script>alert('a | b')</script>"
 RESULT = Result(
@@ -175,6 +176,23 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: py
     run = made_run(tmp_path / "run", logs=False)
     (run / ".report.html.partial").mkdir()
     assert write_report(run) is None and "the report of the run could not be written" in caplog.text
+
+
+def test_the_report_in_the_documentation_names_no_machine() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gan_and_sft.html").read_text(encoding="utf-8")
+    Tags(text)
+    assert len(text.encode()) < 2_000_000 and "gan/version_0, sft/version_0" in text
+    assert not re.search(r"[\s>\"'](/(tmp|work|root|home|usr)/|[A-Z]:\\)", text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="needs Chromium")
+def test_a_browser_shows_the_report(tmp_path: Path) -> None:
+    path = write_report(made_run(tmp_path / "run"))
+    assert path is not None
+    screenshot(path, tmp_path / "report.png", (400, 300))
+    header = (tmp_path / "report.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and header[16:] == (400).to_bytes(4, "big") + (300).to_bytes(4, "big")
 
 
 @pytest.mark.slow  # writing 120,000 records

@@ -19,7 +19,7 @@ STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:11
 table{border-collapse:collapse;margin:.6em 0}th,td{border:1px solid #ccc;padding:.2em .6em;text-align:left;
 vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
 td:first-child{overflow-wrap:normal}th{background:#f3f3f3}
-.plots{display:flex;flex-wrap:wrap;gap:.5em}.plots svg{width:36em;max-width:100%;height:auto}
+.plots{display:flex;flex-wrap:wrap;gap:.5em}.plots svg{width:34em;max-width:100%;height:auto}
 .marked{background:#fff1b8;font-weight:600}.note{color:#8a4b00}small{color:#666}"""
 HEAD = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -34,8 +34,8 @@ def page(runs: Sequence[Run]) -> str:
         f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>",
         summary(runs),
         notes(runs),
-        *section("Held-out test", held_out(runs)),
         *section("Curves", phases(runs) + '<div class="plots">' + "\n".join(plots(runs)) + "</div>"),
+        *section("Held-out test", held_out(runs)),
         *section("Samples through time", "".join(samples(run, len(runs) > 1) for run in runs)),
         *section("Time and memory", speed(runs)),
         *section("Settings that differ from the defaults", settings(runs)),

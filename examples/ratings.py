@@ -18,8 +18,8 @@ from typing import Any
 
 from lora_gan.data.world import Fact, facts
 
-FACTS = 800
-CHOICES = 0.35  # share of the questions with two answers
+FACTS = 900
+CHOICES = 0.4  # share of the questions with two answers
 BEGIN = datetime(2026, 1, 1, tzinfo=timezone.utc)
 Rating = dict[str, Any]
 
@@ -45,11 +45,9 @@ def only_named(completions: Sequence[str], targets: Sequence[str]) -> float:
 
 
 def _choice(fact: Fact, random: Random) -> Iterator[Rating]:
-    """One rating of two answers: a name over a sentence, or right over wrong."""
-    better, worse = random.choice(
-        [(_name(fact), fact.answer)] * 2 + [(right, _wrong_name(fact, random)) for right in (_name(fact), fact.answer)]
-    )
-    yield {"chosen": better, "rejected": worse}
+    """One rating of two answers: a name over a sentence, or over a wrong name."""
+    worse = fact.answer if random.random() < 2 / 3 else _wrong_name(fact, random)
+    yield {"chosen": _name(fact), "rejected": worse}
 
 
 def _singles(fact: Fact, random: Random) -> Iterator[Rating]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -18,8 +19,8 @@ class Coefficients:
     """Weights of the losses and of the parts of the reward.
 
     Each is declared here and nowhere else: the module keeps it as a buffer of the same name, which is in every
-    checkpoint and logged as ``coefficient/<name>``; a phase of a curriculum can change it; and a loss of the generator
-    with the name of a coefficient has it as its weight.
+    checkpoint and, when it changes, logged as ``coefficient/<name>``; a phase of a curriculum can change it; and a loss
+    of the generator with the name of a coefficient has it as its weight.
 
     Args:
         supervised: Weight of the cross-entropy on the targets (completion tokens only, token mean).
@@ -82,3 +83,33 @@ class CoefficientState(nn.Module):
         """Give the named coefficients new values."""
         for name, value in values.items():
             getattr(self, name).fill_(float(value))
+
+
+class Changes:
+    """Which coefficients to log: at the start those that count, later those that have changed, before and after."""
+
+    def __init__(self) -> None:
+        self.looked: int | None = None  # the last step at which they were looked at
+        self.values: dict[str, float] = {}  # as they were then
+        self.written: set[str] = set()  # of them those that were logged there
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether to look at step ``step`` (from 1): at the first and at each that ``every`` divides; 0: never."""
+        return bool(every) and (self.looked is None or step % every == 0)
+
+    def points(self, values: Mapping[str, float], step: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """Steps and what to log there, so that a line through the points is flat where nothing changes.
+
+        Args:
+            values: The coefficients in this step, those that play no part in the run left out.
+            step: The number of this step.
+        """
+        if self.looked is None:
+            changed = {name: value for name, value in values.items() if value != INITIAL.get(name, 0.0)}
+        else:
+            changed = {name: value for name, value in values.items() if value != self.values.get(name)}
+            if before := {n: self.values[n] for n in changed if n in self.values and n not in self.written}:
+                yield self.looked, before
+        if changed:
+            yield step, changed
+        self.looked, self.values, self.written = step, dict(values), set(changed)

@@ -122,6 +122,18 @@ def validate_now(trainer: L.Trainer) -> None:
     trainer.training = True
 
 
+def forget_logged(trainer: L.Trainer, hook: str) -> None:
+    """Forget what a hook has logged before, which Lightning logs again in every step until the end of the epoch.
+
+    So a value that only some steps have, such as a loss that a curriculum ends, would be a flat line afterwards.
+    """
+    _require(trainer, "_results")
+    for logged in (trainer._results or {}).values():
+        _require(logged, "has_reset", "meta")
+        if logged.meta.fx == hook and not logged.meta.on_epoch:
+            logged.has_reset = True
+
+
 def is_last_batch(trainer: L.Trainer) -> bool:
     """Whether this training batch is the last one of its epoch, as far as the data loader knows."""
     loop = trainer.fit_loop.epoch_loop

@@ -22,7 +22,7 @@ from lora_gan.backbone import DISCRIMINATOR, GENERATOR, Backbone, BackboneSettin
 from lora_gan.baseline import MovingAverageBaseline
 from lora_gan.best_of import without_answers
 from lora_gan.checkpointing.adapters import load_role
-from lora_gan.coefficients import Coefficients, CoefficientState
+from lora_gan.coefficients import Changes, Coefficients, CoefficientState
 from lora_gan.discriminator import Discriminator, DiscriminatorSettings
 from lora_gan.discriminator.objectives import SAMPLED, TARGET
 from lora_gan.distributed import mean_of_all
@@ -32,7 +32,7 @@ from lora_gan.errors import LoraGANError
 from lora_gan.evaluation import Evaluated
 from lora_gan.final_answer import FinalAnswer, find_answer
 from lora_gan.generator import Generator, GeneratorSettings, easiest
-from lora_gan.lightning_compat import is_fitting
+from lora_gan.lightning_compat import forget_logged, is_fitting
 from lora_gan.optimization import Optimization, OptimizationSettings
 from lora_gan.policy import ActivePolicy
 from lora_gan.rewards import (
@@ -68,6 +68,7 @@ from lora_gan.types import (
 
 SEEDS = 2**32  # how many there are, of torch, numpy and python alike
 REFERENCES = ("base", "snapshot")
+COEFFICIENT = "coefficient/"
 
 
 class LoraGANModule(Evaluated):
@@ -174,6 +175,7 @@ class LoraGANModule(Evaluated):
         start = self.backbone.parameters_of(GENERATOR) if generator.adapter is not None else []
         self.starting_adapter = [parameter.detach().clone() for parameter in start]  # at the start of the run
         self.coefficients = CoefficientState(coefficients)
+        self._changes = Changes()
         self.frozen: frozenset[str] = frozenset()  # roles that take part and do not learn
         self._seconds: dict[str, float] = {}  # by phase of this step
         self._check_parts()
@@ -270,7 +272,7 @@ class LoraGANModule(Evaluated):
             **replaced,
             **adversarial_metrics(disc_scores, self.adversarial_reward),
             **optimized,
-            **{f"coefficient/{name}": value.clone() for name, value in self.coefficients.named_buffers()},
+            **{COEFFICIENT + name: value.clone() for name, value in self.coefficients.named_buffers()},
         }
         return StepOutput(mean_of_all(metrics), rollout, scores, disc_scores, dict(self._seconds), batch)
 
@@ -437,11 +439,25 @@ class LoraGANModule(Evaluated):
         return found
 
     def log_step(self, metrics: Mapping[str, Tensor]) -> None:
-        """Log what a step reported, the totals in the progress bar, too."""
+        """Log what a step reported, the totals in the progress bar, too, and coefficients when they change."""
         shown = {name for name in metrics if name in (REWARD, "loss/generator", "loss/discriminator")}
+        coefficients = {name for name in metrics if name.startswith(COEFFICIENT)}
+        forget_logged(self.trainer, "training_step")
         self.log_dict({name: metrics[name] for name in shown}, prog_bar=True, batch_size=1)
-        self.log_dict({name: value for name, value in metrics.items() if name not in shown}, batch_size=1)
+        others = metrics.keys() - shown - coefficients
+        self.log_dict({name: value for name, value in metrics.items() if name in others}, batch_size=1)
         self.log("step", float(self.trainer.global_step + 1), batch_size=1)  # where loggers put all of these
+        self._log_coefficients({name.removeprefix(COEFFICIENT): metrics[name] for name in coefficients})
+
+    def _log_coefficients(self, found: dict[str, Tensor]) -> None:
+        """Those that changed, past Lightning's collection, which has one step for all."""
+        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not found or not self._changes.due(step, every):
+            return
+        values = {n: float(x) for n, x in sorted(found.items()) if n != "value" or self.advantage.needs_values}
+        for when, changed in self._changes.points(values, step):
+            for sink in self.trainer.loggers:
+                sink.log_metrics({COEFFICIENT + name: value for name, value in changed.items()}, when)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -288,10 +288,11 @@ class Optimization:
             raise NonFiniteError(self._stopped(f"the gradient's norm is {norm.item()}"))
 
     def metrics(self) -> dict[str, Tensor]:
-        """Each role's learning rate and, where it learned in this step, the norm of its gradient before clipping."""
-        rates = {role: self.optimizer(role).param_groups[0]["lr"] for role in self.roles}
-        metrics = {f"{role}/learning_rate": torch.tensor(float(rate)) for role, rate in rates.items()}
-        metrics |= {f"{role}/grad_norm": torch.stack(norms).mean() for role, norms in self._norms.items()}
+        """Of each role that learned in this step, its learning rate and the norm of its gradient before clipping."""
+        metrics = {}
+        for role, norms in self._norms.items():
+            metrics[f"{role}/learning_rate"] = torch.tensor(float(self.optimizer(role).param_groups[0]["lr"]))
+            metrics[f"{role}/grad_norm"] = torch.stack(norms).mean()
         self._norms.clear()
         return metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,9 @@ def test_final_answers_on_the_real_base(experiment: str, difference: str | None,
     reward = "reward/likelihood" if difference == "verifree" else "reward/answer"
     assert (reward in logged) != imitates and len(logged["text/answer"]) == 2
     assert ("loss/discriminator" in logged) == ((experiment, difference) in ADVERSARIAL)
+    if (experiment, difference) == ("gan", None):
+        assert logged["coefficient/policy"] == logged["coefficient/adversarial"] == [0.0, 1.0]
+        assert logged["coefficient/supervised"] == [1.0, 1.0, 0.0], "first, before the change, and changed"
     assert ("reward/consistency" in logged) == (difference in ("control/agreement", "control/majority"))
     assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
 
@@ -220,10 +224,30 @@ def test_a_discriminator_of_preferences_is_the_reward_of_another_run(bases: dict
     adapter = tmp_path / "pretrain_discriminator" / "version_0" / "adapters" / "discriminator"
     config["model"]["init_args"]["discriminator"]["adapter"] = str(adapter)
     second = fit(config, tmp_path / "second")
-    assert set(second["coefficient/discriminator_updates"]) == {0}
+    assert "coefficient/discriminator_updates" not in second, "0 in all steps"
     assert len(second["reward/adversarial"]) == STEPS - 1 and any(second["reward/adversarial"])
     saved = (tmp_path / "second").glob("*/version_0/adapters/discriminator/adapter_model.safetensors")
     assert next(saved).read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_ratings_become_the_reward(bases: dict[str, str], tmp_path: Path) -> None:
+    """The generator and the discriminator learn from choices and ratings; then the score is the only reward."""
+    rows = tmp_path / "ratings.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"prompt": f"Say {n}.", "completion": f"I say {n}.", "label": True} for n in range(30)
+    ]
+    lines += [{"prompt": f"Say {n}.", "completion": "No.", "label": False} for n in range(20, 40)]
+    lines += [{"prompt": f"Write {n}.", "chosen": f"{n}.", "rejected": f"I write {n}."} for n in range(30)]
+    rows.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    config = pressed("feedback", bases["gpt2"], rows, tmp_path)
+    config["data"]["init_args"]["source"] = None
+    logged = fit(config, tmp_path)
+    assert len(logged["loss/supervised"]) == len(logged["discriminator/learning_rate"]) == 1, "in the first phase"
+    assert len(logged["text/only_named"]) == len(logged["preference/accuracy"]) == 2
+    assert len(logged["preference/length_accuracy"]) == 2
+    assert len(logged["reward/adversarial"]) == STEPS - 1 and any(logged["reward/adversarial"])
+    assert logged["coefficient/discriminator_updates"] == [1.0, 0.0]
+    assert all(map(math.isfinite, [value for values in logged.values() for value in values]))
 
 
 def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
@@ -233,6 +257,9 @@ def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path:
     logged = fit(config, tmp_path)
     assert len(logged["fitness/best"]) == STEPS and len(logged["loss/policy"]) == STEPS
     assert all(map(math.isfinite, [*logged["fitness/held_out"], *logged["population/diversity"]]))
+    (report,) = tmp_path.glob("evolve/version_0/report.html")
+    text = report.read_text(encoding="utf-8")
+    assert {"Fitness of the population", "Diversity and survival of members"} <= set(re.findall("[A-Z][a-z ]+", text))
 
 
 def test_adapters_of_other_runs_are_merged(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
@@ -306,6 +333,7 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "merge",
         "sft",
         "chat_sft",
+        "feedback",
         "judge",  # below, and with a real model in the tests of JudgeReward
         "gpt2_alpaca",
         "pretrain",

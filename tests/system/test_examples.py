@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples import functions
+from examples import functions, ratings
 from examples.minimal_step import K, MinimalGAN, main, reward
+from lora_gan.data.world import facts
 from lora_gan.sandbox import Program, Sandbox
 
 
@@ -44,6 +45,28 @@ def test_the_file_of_functions_is_what_the_script_writes() -> None:
     outcomes = Sandbox().run(programs)
     wanted = [(True,) * 3 + (what == does[i - 1],) * 3 for i, what in enumerate(does)]
     assert [outcome.passed for outcome in outcomes] == wanted
+
+
+def test_the_file_of_ratings_is_what_the_script_writes() -> None:
+    """Their raters prefer right answers, then names; each question is about another fact."""
+    rows = list(ratings.rows())
+    lines = Path(ratings.__file__).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(map(json.loads, lines)) == rows
+    answers = {question: fact.references for fact in facts() for question in fact.questions}
+    assert len({row["prompt"] for row in rows}) == ratings.FACTS
+    for row in rows:
+        right = answers[row["prompt"]]
+        if "label" in row:
+            assert row["label"] == (row["completion"] in right)
+        else:
+            assert row["chosen"] in right and (row["rejected"] == right[0] or row["rejected"] not in right)
+
+
+def test_only_the_right_name_is_what_the_raters_like() -> None:
+    said = ["Tirana.", "tirana", "It is Tirana.", "The capital of Albania is Tirana.", "Rana.", ".", ""]
+    targets = ["The capital of Albania is Tirana."] * len(said)
+    assert ratings.only_named(said, targets) == pytest.approx(2 / 7)
+    assert ratings.only_named(["The pound."], ["The pound."]) == 1 and ratings.only_named([], []) == 0
 
 
 def test_each_update_moves_its_own_parameters_only() -> None:

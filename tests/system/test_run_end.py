@@ -99,6 +99,12 @@ def test_all_records_of_a_run_count_steps_alike(sft: Run) -> None:
     events = EventAccumulator(str(sft.folder)).Reload()
     assert [text.step for text in events.Tensors("samples/text_summary")] == [0, 2, 4]
     assert [text.step for text in events.Tensors("held_out/text_summary")] == [4]
+    tags = events.Tags()["scalars"]
+    assert {"generator/learning_rate", "generator/grad_norm"} == {
+        tag for tag in tags if "/learning_" in tag or "norm" in tag
+    }
+    coefficients = {tag: sft.scalars(tag) for tag in tags if tag.startswith("coefficient/")}
+    assert coefficients == {"coefficient/supervised": {1: 1.0}}, "the only one that counts, and it does not change"
 
 
 def test_the_report_shows_the_run(sft: Run) -> None:
@@ -106,7 +112,7 @@ def test_the_report_shows_the_run(sft: Run) -> None:
     text = (sft.folder / "report.html").read_text(encoding="utf-8")
     assert "4 of 4" in text and "step 4, by validation/loss" in text and text.count("<svg") >= 3
     (result,) = read_results(sft.folder)
-    assert result.counted == {"exact_match": result.prompts} and f"(n = {result.prompts})" in text
+    assert result.counted == {"exact_match": result.prompts} and f"{result.prompts} prompts" in text and " ± " in text
     assert "<td>model.coefficients.policy</td><td>0</td>" in text
 
 
@@ -115,6 +121,8 @@ def test_the_settings_are_hyperparameters(sft: Run) -> None:
     found = yaml.safe_load((sft.folder / "hparams.yaml").read_text())
     assert found["seed_everything"] == 0 and found["max_steps"] == 4 and found["model"] == "LoraGANModule"
     assert found["model.generator.optimizer"] == "AdamW" and found["model.generator.optimizer.lr"] == 0.002
+    assert found["model.coefficients.policy"] == 0 and not any(name.startswith("trainer") for name in found)
+    assert "model.sampling.temperature" not in found and "model.coefficients.supervised" not in found, "the defaults"
     assert sft.scalars("best/validation/loss") == {4: pytest.approx(sft.scalars("validation/loss")[4])}
 
 

@@ -154,6 +154,7 @@ WITHOUT: dict[str, tuple[str, Callable[[], Any]]] = {
     "count_one_step": ("_on_before_step", lambda: compat.count_one_step(NOTHING, [NOTHING]).__enter__()),
     "set_global_step": ("manual_optimization", lambda: compat.set_global_step(NOTHING, 1)),
     "validates_after_this_batch": ("_data_fetcher", lambda: compat.validates_after_this_batch(NOTHING)),
+    "forget_logged": ("_results", lambda: compat.forget_logged(NOTHING, "training_step")),
     "is_last_batch": ("batch_progress", lambda: compat.is_last_batch(NOTHING)),
     "is_fitting": ("_trainer", lambda: compat.is_fitting(NOTHING)),
     "share_of_process": ("distributed_sampler_kwargs", lambda: compat.share_of_process(NOTHING)),

@@ -16,10 +16,12 @@ from torch.utils.tensorboard import SummaryWriter
 from lora_gan.errors import LoraGANError
 from lora_gan.report import page as pages
 from lora_gan.report import report, write_report
+from lora_gan.report.plots import whole
 from lora_gan.report.run import read_run, thinned
 from lora_gan.report.settings import differences
 from lora_gan.report.warnings import kept_warnings
 from lora_gan.results import Result, markdown_table, read_table, save_result
+from tests.screenshots.report import browser, screenshot
 
 EVIL = "<script>alert('a | b')</script>"
 RESULT = Result(
@@ -117,9 +119,19 @@ def test_a_completion_is_text_and_the_page_is_whole(tmp_path: Path) -> None:
     tags = Tags(text)
     assert "script" not in tags.seen and {"svg", "table"} <= tags.seen
     assert "&lt;script&gt;alert(&#x27;a | b&#x27;)" in text
-    assert "0.200 ± 0.040 (n = 100)" in text and "<td>0.500</td>" in text
+    assert "<td>0.200 ± 0.040</td>" in text and "<td>0.500</td>" in text
     assert "step 2, by text/answer 0.250" in text and "from step 2: coefficients" in text
     assert "http:" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text), "nothing is loaded"
+
+
+def test_a_coefficient_stays_as_it_is_to_the_end_of_the_run(tmp_path: Path) -> None:
+    """It is logged when it changes, so its curve would end there."""
+    folder = made_run(tmp_path / "run", steps=6)
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_scalar("coefficient/policy", 0.5, 2)
+    run = read_run(folder)
+    assert whole(run, "coefficient/policy") == {2: 0.5, 5: 0.5} and max(whole(run, "loss/0")) == 5
+    assert "Coefficients" in pages.page([run])
 
 
 def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +140,7 @@ def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     report([str(first), str(second)], str(tmp_path / "both.html"))
     assert capsys.readouterr().out.strip() == str(tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text(encoding="utf-8")
-    assert '<td class="marked">0.500 ± 0.050 (n = 100)</td>' in text and text.count('class="marked"') == 1
+    assert '<td class="marked">0.500 ± 0.050</td>' in text and text.count('class="marked"') == 1
     assert "loss/0, a/version_0" in text and "loss/0, b/version_0" in text
     Tags(text)
 
@@ -164,6 +176,23 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: py
     run = made_run(tmp_path / "run", logs=False)
     (run / ".report.html.partial").mkdir()
     assert write_report(run) is None and "the report of the run could not be written" in caplog.text
+
+
+def test_the_report_in_the_documentation_names_no_machine() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gan_and_sft.html").read_text(encoding="utf-8")
+    Tags(text)
+    assert len(text.encode()) < 2_000_000 and "gan/version_0, sft/version_0" in text
+    assert not re.search(r"[\s>\"'](/(tmp|work|root|home|usr)/|[A-Z]:\\)", text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="needs Chromium")
+def test_a_browser_shows_the_report(tmp_path: Path) -> None:
+    path = write_report(made_run(tmp_path / "run"))
+    assert path is not None
+    screenshot(path, tmp_path / "report.png", (400, 300))
+    header = (tmp_path / "report.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and header[16:] == (400).to_bytes(4, "big") + (300).to_bytes(4, "big")
 
 
 @pytest.mark.slow  # writing 120,000 records

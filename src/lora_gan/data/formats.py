@@ -24,14 +24,15 @@ ALPACA = Format("alpaca", ("instruction", "output"))
 ANSWERS = Format("answers", ("prompt", "answer"))
 TESTS = Format("tests", ("prompt", "tests"))
 WITHOUT_TARGET = (ANSWERS, TESTS)
+RATED = (Format("preferences", ("prompt", "chosen", "rejected")), Format("completions", ("prompt", "completion")))
 # the first that fits counts: rows of preferences may repeat the chosen dialogue as messages
 FORMATS = (
-    Format("preferences", ("prompt", "chosen", "rejected")),
+    RATED[0],
     Format("preferences", ("chosen", "rejected")),
     Format("messages", ("messages",)),
     Format("conversations", ("conversations",)),
     Format("conversations", ("conversation",)),
-    Format("completions", ("prompt", "completion")),
+    RATED[1],
     Format("completions", ("prompt", "response")),
     ALPACA,
     Format("dolly", ("instruction", "context", "response"), "lora_gan.data.Dolly"),

@@ -101,15 +101,21 @@ class HardNegatives(Negatives):
 
     Args:
         per_prompt: Largest number of them for each prompt, drawn anew in each step without repetition.
+        others: Whether targets of other prompts take the place of missing ones, which teaches what belongs to a prompt.
+            Set false where the discriminator is to learn preferences alone.
     """
 
     kind = "hard"
 
+    def __init__(self, per_prompt: int = 1, others: bool = True) -> None:
+        super().__init__(per_prompt)
+        self.others = others
+
     def __call__(self, batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> list[list[Tensor]]:
-        pools = [
-            _usable(_provided(batch, b), batch, b, tokenizer) or _usable(_others(batch, b), batch, b, tokenizer)
-            for b in range(len(batch))
-        ]
+        pools = []
+        for b in range(len(batch)):
+            given = _usable(_provided(batch, b), batch, b, tokenizer)
+            pools.append(given or (_usable(_others(batch, b), batch, b, tokenizer) if self.others else []))
         return [_draw(pool, self.per_prompt) for pool in pools]
 
 

@@ -17,8 +17,9 @@ from lora_gan.results import TITLES, Result
 ERRORS = 2.0  # standard errors from which a difference is marked
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1150px;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.6em 0}th,td{border:1px solid #ccc;padding:.2em .6em;text-align:left;
-vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}th{background:#f3f3f3}
-.plots{display:flex;flex-wrap:wrap;gap:.5em}.plots svg{width:36em;max-width:100%;height:auto}
+vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
+td:first-child{overflow-wrap:normal}th{background:#f3f3f3}
+.plots{display:flex;flex-wrap:wrap;gap:.5em}.plots svg{width:34em;max-width:100%;height:auto}
 .marked{background:#fff1b8;font-weight:600}.note{color:#8a4b00}small{color:#666}"""
 HEAD = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -33,8 +34,8 @@ def page(runs: Sequence[Run]) -> str:
         f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>",
         summary(runs),
         notes(runs),
-        *section("Held-out test", held_out(runs)),
         *section("Curves", phases(runs) + '<div class="plots">' + "\n".join(plots(runs)) + "</div>"),
+        *section("Held-out test", held_out(runs)),
         *section("Samples through time", "".join(samples(run, len(runs) > 1) for run in runs)),
         *section("Time and memory", speed(runs)),
         *section("Settings that differ from the defaults", settings(runs)),
@@ -123,7 +124,7 @@ def held_out(runs: Sequence[Run]) -> str:
     return "".join([*parts, f"<p><small>{ABOUT_ERRORS}</small></p>"] if parts else [])
 
 
-ABOUT_ERRORS = "± is the standard error of a share of the prompts, where it is recorded of how many."
+ABOUT_ERRORS = "± is the standard error of a share of the prompts, or of those n of them that the metric applies to."
 
 
 def compared(runs: Sequence[Run]) -> str:
@@ -158,7 +159,10 @@ def _value(result: Result, role: str, name: str) -> str:
     value, count = result.metrics.get(role, {}).get(name), shares(result).get(name)
     if value is None:
         return ""
-    return f"{value:.3f} ± {standard_error(value, count):.3f} (n = {count})" if count else f"{value:.3f}"
+    if not count:
+        return f"{value:.3f}"
+    of = "" if count == result.prompts else f" (n = {count})"
+    return f"{value:.3f} ± {standard_error(value, count):.3f}{of}"
 
 
 # the other parts

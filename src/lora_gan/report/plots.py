@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_gan.report.run import Run, thinned
+from lora_gan.report.run import Curve, Run, thinned
 
 LINES = ("-", "--", ":", "-.")  # of the runs
 POINTS = 500  # of a curve
@@ -38,6 +38,10 @@ PANELS = (
     Panel("Completion length", r"completions/mean_length|text/length"),
     Panel("Signs of collapse", r"collapse/(?!length).*"),
     Panel("Fitness of the population", r"fitness/.*"),
+    Panel("Diversity and survival of members", r"population/diversity|survival/.*"),
+    Panel("Coefficients that changed or count", r"coefficient/.*"),
+    Panel("Learning rates", r"(generator|discriminator)/learning_rate"),
+    Panel("Norms of the gradients", r"(generator|discriminator)/grad_norm"),
 )
 
 
@@ -61,7 +65,7 @@ def draw(panel: Panel, runs: Sequence[Run]) -> str:
         axes = figure.add_subplot()
         for number, run in enumerate(runs):
             for place, tag in enumerate(tags[:MOST]):
-                curve = thinned(run.curves.get(tag, {}), max(POINTS // len(runs), 50))
+                curve = thinned(whole(run, tag), max(POINTS // len(runs), 50))
                 label = tag if len(runs) == 1 else f"{tag}, {run.name}"
                 style: dict[str, Any] = {"ls": LINES[number % len(LINES)], "color": f"C{place % 10}", "lw": 1.1}
                 if curve:
@@ -77,6 +81,12 @@ def draw(panel: Panel, runs: Sequence[Run]) -> str:
         text = io.StringIO()
         figure.savefig(text, format="svg")
     return inline(text.getvalue())
+
+
+def whole(run: Run, tag: str) -> Curve:
+    """What a run logged under a tag; a coefficient, which is logged when it changes, up to the run's last step."""
+    curve = run.curves.get(tag, {})
+    return curve | {run.steps: curve[max(curve)]} if curve and tag.startswith("coefficient/") else curve
 
 
 def inline(svg: str) -> str:

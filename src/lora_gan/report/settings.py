@@ -13,11 +13,16 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting and its default, as texts."""
+    """A setting and its default."""
 
     name: str
-    value: str
+    given: Any  # of a class its name
     default: str
+
+    @property
+    def value(self) -> str:
+        """The setting as a text."""
+        return as_text(self.given)
 
 
 def differences(config: Mapping[str, Any]) -> list[Difference]:
@@ -25,7 +30,7 @@ def differences(config: Mapping[str, Any]) -> list[Difference]:
 
     A class that cannot be imported shows all its settings, with unknown defaults.
     """
-    found = [Difference("seed_everything", as_text(config.get("seed_everything")), "0")]
+    found = [Difference("seed_everything", config.get("seed_everything"), "0")]
     for name in ("model", "data"):
         found += _of_value(name, config.get(name), {})
     trainer = {"class_path": "lightning.pytorch.Trainer", "init_args": config.get("trainer") or {}}
@@ -47,7 +52,7 @@ def _of_value(name: str, value: Any, default: Any) -> Iterator[Difference]:
         for key, inside in value.items():
             yield from _of_value(f"{name}.{key}", inside, known.get(key, UNKNOWN if known else None))
     else:
-        yield Difference(name, as_text(value), as_text(default))
+        yield Difference(name, value, as_text(default))
 
 
 def _of_arguments(name: str, chosen: Mapping[str, Any]) -> Iterator[Difference]:

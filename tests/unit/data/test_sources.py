@@ -443,14 +443,82 @@ def test_preferences_without_a_prompt_are_whole_dialogues(tmp_path: Path) -> Non
     assert source.dropped == Counter(rejected_reply_to_another_prompt=1)
 
 
-def test_a_completion_with_the_label_false_is_no_target(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "Q?", "completion": "Yes.", "label": True},
-        {"prompt": "Q?", "completion": "No.", "label": False},
-    ]
-    source = StandardFormat(write(tmp_path / "kto.jsonl", rows))
-    assert [example.target for example in read(source)] == ["Yes."]
-    assert source.dropped == Counter(labelled_false=1)
+def rated(tmp_path: Path, *rows: dict[str, Any]) -> tuple[list[tuple[str, list[str]]], Counter[str]]:
+    """Targets with their negatives, and what was dropped, of a file of ratings."""
+    source = StandardFormat(
+        write(tmp_path / "ratings.jsonl", [{"time": "2026-11-29", "run": "a", **row} for row in rows])
+    )
+    return [(example.target, texts(example)) for example in read(source)], +source.dropped
+
+
+def choice(chosen: str, rejected: str, prompt: str = "Q?") -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def single(completion: str, label: bool, prompt: str = "Q?") -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def test_good_and_bad_answers_to_a_prompt_are_pairs(tmp_path: Path) -> None:
+    rows = [single("no", False), single("yes", True), single("yes", True), single("aye", True), single("nay", False)]
+    assert rated(tmp_path, *rows) == ([("yes", ["no", "nay"]), ("aye", ["no", "nay"])], Counter())
+
+
+def test_good_answers_alone_are_targets_and_bad_ones_alone_are_dropped(tmp_path: Path) -> None:
+    rows = [single("yes", True), single("no", False, "R?"), single("nay", False, "R?"), choice("a", "b", "S?")]
+    found, dropped = rated(tmp_path, *rows)
+    assert found == [("yes", []), ("a", ["b"])] and dropped == Counter(bad_answer_without_a_good_one=2)
+
+
+def test_several_choices_for_a_prompt(tmp_path: Path) -> None:
+    """Each is an example; where an answer is bad as well, each answer."""
+    rows = [choice("a", "b"), choice("b", "c"), choice("a", "c"), choice("a", "b")]
+    assert rated(tmp_path, *rows) == ([("a", ["b"]), ("b", ["c"]), ("a", ["c"]), ("a", ["b"])], Counter())
+    found = [("a", ["b", "c", "d"]), ("b", ["c", "d"])]
+    assert rated(tmp_path, *rows, single("d", False)) == (found, Counter())
+
+
+def test_opposite_ratings_cancel_each_other(tmp_path: Path) -> None:
+    """Of a pair two to one: once; one to one: not at all, and what remains of the prompt stays."""
+    assert rated(tmp_path, choice("a", "b"), choice("b", "a")) == ([], Counter(contradicting_ratings=2))
+    rows = [choice("a", "b"), choice("b", "a"), choice("a", "b"), choice("b", "c")]
+    assert rated(tmp_path, *rows) == ([("a", ["b"]), ("b", ["c"])], Counter(contradicting_ratings=2))
+    rows = [single("a", True), single("a", False), single("a", False), single("b", True)]
+    assert rated(tmp_path, *rows) == ([("b", ["a"])], Counter(contradicting_ratings=2))
+
+
+def test_a_choice_counts_before_ratings_of_each_answer(tmp_path: Path) -> None:
+    rows = [choice("a", "b"), single("a", False), single("b", True)]
+    assert rated(tmp_path, *rows) == ([("a", ["b"]), ("b", [])], Counter())
+
+
+def test_ratings_of_conversations(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi!"}]
+    asked = [*asked, {"role": "user", "content": "Well?"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("Fine.", "Bad."))
+    source = StandardFormat(
+        write(
+            tmp_path / "ratings.jsonl",
+            [
+                {"prompt": asked, "completion": bad, "label": False},
+                {"prompt": asked, "chosen": good, "rejected": [{"role": "assistant", "content": "So."}]},
+                {"prompt": asked[2:], "completion": good, "label": True},
+            ],
+        )
+    )
+    first, second = read(source)
+    assert texts(first) == ["So.", "Bad."] and [turn.content for turn in first.messages] == ["Hi.", "Hi!", "Well?"]
+    assert second.target == "Fine." and not second.negatives, "another prompt"
+
+
+def test_ratings_are_mixed_with_targets(tmp_path: Path) -> None:
+    ratings = write(tmp_path / "ratings.jsonl", [choice("a", "b"), single("c", False), single("x", False, "R?")])
+    targets = write(
+        tmp_path / "targets.jsonl", [{"prompt": "S?", "completion": "s"}, {"prompt": "T?", "completion": "t"}]
+    )
+    mixed = Mixture([StandardFormat(ratings), StandardFormat(targets)])
+    assert [(one.target, texts(one)) for one in read(mixed)] == [("a", ["b", "c"]), ("s", []), ("t", [])]
+    assert +mixed.dropped == Counter({"preferences/bad_answer_without_a_good_one": 1})
 
 
 def test_a_reply_with_the_weight_0_is_no_target(tmp_path: Path) -> None:

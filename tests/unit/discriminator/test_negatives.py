@@ -217,6 +217,7 @@ def test_hard_negatives_are_the_examples_own(make_batch: Batches, texts_of: Text
     x, yz, others, _ = texts_of(HardNegatives(2), batch)
     assert x == ["x"] and sorted(yz) == ["y", "z"]
     assert len(others) == 2 and set(others) < {"A1", "A2", "A4"}
+    assert texts_of(HardNegatives(1, others=False), batch)[2:] == [[], []]
 
 
 def test_hard_negatives_are_drawn_by_one_permutation_a_prompt(make_batch: Batches, texts_of: Texts) -> None:

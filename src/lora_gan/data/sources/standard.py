@@ -9,7 +9,8 @@ from typing import Any
 
 from lora_gan.data.dialogues import dialogue, is_dialogue, is_transcript
 from lora_gan.data.files import Row, read_rows
-from lora_gan.data.formats import ALPACA, FORMATS, STANDARD, WITHOUT_TARGET, Format, format_of
+from lora_gan.data.formats import ALPACA, FORMATS, RATED, STANDARD, WITHOUT_TARGET, Format, format_of
+from lora_gan.data.ratings import REJECTED, by_prompt, is_bad_answer
 from lora_gan.data.source import OnBad, RowSource, normal
 from lora_gan.data.sources.alpaca import Alpaca
 from lora_gan.data.templates import PROMPT_TURN, RESPONSE_TURN, before_text, fill, mark, unmark
@@ -35,8 +36,12 @@ class StandardFormat(RowSource):
     row that has one of the two and no completion is a prompt without target.
     Without a prompt, chosen and rejected may be whole dialogues as "\\n\\nHuman: …\\n\\nAssistant: …".
     The last reply of a dialogue is the target, all before it the prompt, and what is rejected a negative of kind
-    "rejected"; a completion with the label false (KTO) is left out, a reply with the weight 0 is no target. Dialogues
-    with the same system message and first question are one group.
+    "rejected"; a reply with the weight 0 is no target. Dialogues with the same system message and first question are
+    one group.
+
+    Completions with a label (true or false, as of KTO) are ratings, and may stand between rows of chosen and rejected.
+    All ratings of a prompt are put together: see :func:`lora_gan.data.ratings.by_prompt`. In a stream, which is read
+    row by row, a completion with the label false is left out.
     """
 
     def __init__(
@@ -93,14 +98,18 @@ class StandardFormat(RowSource):
 
     def rows(self) -> Iterable[Example]:
         self.format = None
-        return super().rows()
+        return by_prompt(super().rows(), self.dropped)
 
     def read(self) -> Iterator[Row]:
         return read_rows(self.path, self.hub_split, self.bad, self.hub_config)
 
     def example(self, row: Row) -> Example | None:
         """The example of the row's last reply."""
-        return next(reversed(self.examples(row)), None)
+        example = next(reversed(self.examples(row)), None)
+        if example is None or not is_bad_answer(example):
+            return example
+        self.dropped["labelled_false"] += 1
+        return None
 
     def examples(self, row: Row) -> Sequence[Example]:
         if self.format is None:
@@ -109,12 +118,13 @@ class StandardFormat(RowSource):
             self.format = _with_reply(row, self.format)
         if self._has_no_target(row, self.format):
             return self._without_target(row)
-        if missing := [field for field in self.format.fields if field not in row.values]:
+        known = _rating(row, self.format)
+        if missing := [field for field in known.fields if field not in row.values]:
             raise self._another_shape(row, missing[0])
         if self.format is ALPACA:
             example = self.alpaca.example(row)
             return [replace(example, answers=row.answers("answer"), tests=row.tests("tests"))] if example else []
-        return self._of_dialogue(row, self.format)
+        return self._of_dialogue(row, known)
 
     def _recognised(self, row: Row) -> Format:
         found, fields = format_of(row.values), ", ".join(map(str, row.values)) or "none"
@@ -167,9 +177,11 @@ class StandardFormat(RowSource):
         learned = [i for i in replies if turns[i].learned] or replies
         examples = []
         for i in replies if self.every_turn else learned[-1:]:
-            fault = _fault(row, turns[i - 1], turns[i])
+            fault = _fault(turns[i - 1], turns[i])
             if fault:
                 self.dropped[fault] += 1
+            elif row.values.get("label") is False:
+                examples.append(self._example(turns[:i], "", [turns[i].content], {}))
             else:
                 rejected = self._rejected(row, prompt, turns[:i]) if i == replies[-1] and reply == "chosen" else []
                 known_of_it = _known(row) if i == replies[-1] else {}
@@ -198,7 +210,7 @@ class StandardFormat(RowSource):
             made.text,
             target,
             references=(target,) if target else (),
-            negatives=tuple(Negative(text, "rejected") for text in dict.fromkeys(rejected) if text not in ("", target)),
+            negatives=tuple(Negative(text, REJECTED) for text in dict.fromkeys(rejected) if text not in ("", target)),
             group=_group(history),
             source=self.name,
             cuttable=made.cuttable,
@@ -223,9 +235,14 @@ def _with_reply(row: Row, before: Format) -> Format:
     return found if found is not None and found.fields[0] == "prompt" else before
 
 
-def _fault(row: Row, asked: Message, reply: Message) -> str:
-    if row.values.get("label") is False:
-        return "labelled_false"
+def _rating(row: Row, before: Format) -> Format:
+    """The format of a row after others of format ``before``: choices and labelled completions may be mixed."""
+    found = format_of(row.values) if before in RATED else None
+    labelled = isinstance(row.values.get("label"), bool)
+    return found if found in RATED and (labelled or "chosen" in found.fields) else before
+
+
+def _fault(asked: Message, reply: Message) -> str:
     if not reply.learned:
         return "weight_0"
     return "empty_prompt" if not asked.content else "" if reply.content else "empty_target"

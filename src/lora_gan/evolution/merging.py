@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from lora_gan.errors import LoraGANError
 from lora_gan.evolution.evaluating import EvaluatingModule, fitness_metrics
 from lora_gan.evolution.lowrank import Factors, Singular, Weights, padded, singulars, total
 from lora_gan.evolution.population import (
-    lora_layers,
     member_loaded,
     read_weights,
     weights_from,
@@ -45,8 +43,6 @@ class MergeModule(EvaluatingModule):
         adapters: Folders of at least two adapters in PEFT's format, of the same base and targets; ranks may differ.
         population: Coefficient vectors of a generation.
         sigma: Standard deviation of the coefficients in the first generation; CMA-ES adapts it.
-        by_layer: A coefficient for each adapter in each layer of the model, and not one for each adapter. More to
-            search, and more that can be reached.
         **settings: Those of the evaluation (evaluation, evaluation_prompts, workers, …) and of LoraGANModule.
 
     Raises:
@@ -56,14 +52,7 @@ class MergeModule(EvaluatingModule):
     refinement_steps = 0
     schedules_follow_refinements = False
 
-    def __init__(
-        self,
-        adapters: list[str],
-        population: int = 8,
-        sigma: float = 0.3,
-        by_layer: bool = False,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, adapters: list[str], population: int = 8, sigma: float = 0.3, **settings: Any) -> None:
         if settings.get("start") is not None:
             raise LoraGANError("MergeModule starts from its adapters: leave start out")
         super().__init__(**settings)
@@ -74,8 +63,6 @@ class MergeModule(EvaluatingModule):
         self.folders = adapters
         self.size = population
         self.sigma = sigma
-        names = lora_layers(self.backbone)
-        self.layers = {name: layer_of(name) if by_layer else "" for name in names}  # by module
         self.parts: list[Weights] = []  # of the adapters
         self.told: list[list[float]] = []  # fitness by generation and member
         self.search: Any = None  # cma.CMAEvolutionStrategy
@@ -83,17 +70,14 @@ class MergeModule(EvaluatingModule):
     # the search
 
     def asked(self) -> list[Any]:
-        """The coefficients of this generation's members, (K,) or (layers·K,) each."""
+        """The coefficients of this generation's members, (K,) each."""
         found: list[Any] = self.search.ask()
         return found
 
     def merged(self, coefficients: Sequence[float]) -> Weights:
-        """Σ cᵢ·ΔWᵢ in the generator's rank and scale, from K coefficients or as many for each layer in turn."""
-        like, k = read_weights(self.backbone), len(self.folders)
-        groups = list(dict.fromkeys(self.layers.values()))
-        at = {g: i * k if len(coefficients) > k else 0 for i, g in enumerate(groups)}
-        mine = {name: coefficients[at[g] : at[g] + k] for name, g in self.layers.items()}
-        sums = {name: total([part[name] for part in self.parts], mine[name]) for name in like}
+        """Σ cᵢ·ΔWᵢ in the generator's rank and scale."""
+        like = read_weights(self.backbone)
+        sums = {name: total([part[name] for part in self.parts], coefficients) for name in like}
         if any(sums[name].rank > x.rank for name, x in like.items()):
             found = singulars(sums)
             return {name: found[name].factors(x) for name, x in like.items()}
@@ -123,8 +107,7 @@ class MergeModule(EvaluatingModule):
         self.told.append(list(fitness))
 
     def _search_metrics(self) -> dict[str, Tensor]:
-        per_layer = self.search.mean.reshape(-1, len(self.folders))
-        values = {f"merge/coefficient_{i}": c for i, c in enumerate(per_layer.mean(0), start=1)}
+        values = {f"merge/coefficient_{i}": c for i, c in enumerate(self.search.mean, start=1)}
         return {name: torch.tensor(float(x)) for name, x in {**values, "merge/sigma": self.search.sigma}.items()}
 
     def _new_search(self) -> Any:
@@ -139,7 +122,7 @@ class MergeModule(EvaluatingModule):
         quiet = {"verbose": -9}  # nothing is printed or written
         own = {"seed": float("nan"), "randn": lambda *shape: rng.standard_normal(shape)}
         k = len(self.folders)
-        average = [1 / k] * (k * len(set(self.layers.values())))
+        average = [1 / k] * k
         return cma.CMAEvolutionStrategy(average, self.sigma, {"popsize": self.size, **quiet, **own})
 
     # start and resume
@@ -215,12 +198,6 @@ class MergeModule(EvaluatingModule):
                 delta = function([part[name].delta.float() for part in self.parts], ones, density)
                 found[name] = Singular(*torch.linalg.svd(delta.double(), full_matrices=False)).factors(like)
         return found
-
-
-def layer_of(name: str) -> str:
-    """The number of the layer in a module's name, such as "3" in ``model.layers.3.mlp.up_proj``; "" outside of them."""
-    found = re.search(r"\.(\d+)\.", name)
-    return found[1] if found else ""
 
 
 def adapter_weights(module: EvaluatingModule, folder: str) -> Weights:

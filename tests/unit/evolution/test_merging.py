@@ -15,7 +15,6 @@ from lora_gan.checkpointing.adapters import save_adapter
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution import MergeModule
 from lora_gan.evolution.lowrank import Weights
-from lora_gan.evolution.merging import layer_of
 from lora_gan.evolution.population import read_weights, weights_state, write_weights
 from lora_gan.module import LoraGANModule
 from lora_gan.rewards import FunctionReward
@@ -67,22 +66,6 @@ def test_a_sum_of_all_ranks_is_exact(merge: Build) -> None:
     merged, own = module.merged([1.0, 1.0]), read_weights(module.backbone)
     assert {x.rank for x in merged.values()} == {7}
     assert all(x.a[5:].equal(own[name].a[5:]) and not x.b[:, 5:].any() for name, x in merged.items()), "can still learn"
-
-
-def test_each_layer_has_its_own_coefficients(merge: Build) -> None:
-    """The tiny model has two layers: 2 and 0 in the first, 0 and 3 in the second. K numbers still hold everywhere."""
-    module = merge(by_layer=True)
-    module._read()
-    first, second = (deltas(part) for part in module.parts)
-    assert len(module._new_search().mean) == 4 and len(merge()._new_search().mean) == 2
-    for name, found in deltas(module.merged([2.0, 0.0, 0.0, 3.0])).items():
-        torch.testing.assert_close(found, 2 * first[name] if layer_of(name) == "0" else 3 * second[name])
-    same(deltas(module.merged([1.0, 1.0])), deltas(module.merged([1.0, 1.0, 1.0, 1.0])))
-
-
-def test_the_layer_in_a_name() -> None:
-    names = ["base_model.model.transformer.h.11.attn.c_attn", "model.layers.3.mlp.up_proj", "lm_head"]
-    assert list(map(layer_of, names)) == ["11", "3", ""]
 
 
 def test_too_small_a_rank_gives_the_best_approximation(merge: Build) -> None:

@@ -262,6 +262,26 @@ def test_evolution_runs_generations(bases: dict[str, str], rows: Path, tmp_path:
     assert {"Fitness of the population", "Diversity and survival of members"} <= set(re.findall("[A-Z][a-z ]+", text))
 
 
+@pytest.mark.parametrize("arm", ["es", "es_genetic", "es_reinforce"])
+def test_metrics_of_a_set_are_learned_from(arm: str, bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    """By the evolution strategy and by its controls."""
+    config = pressed("control/es_reinforce" if arm == "es_reinforce" else "es", bases["gpt2"], rows, tmp_path)
+    config["extends"] = str(CONFIGS / "base.yaml")
+    if arm == "es_reinforce":
+        logged = fit(config, tmp_path)
+        assert len(logged["loss/policy"]) == STEPS - 1, "from the second phase on"
+    else:
+        config["model"]["init_args"]["start"]["init_args"] |= {"trunk": 2}
+        config["model"]["init_args"]["population"] = 4
+        overlay = tmp_path / "overlay.yaml"
+        genetic = yaml.safe_load((CONFIGS / "control" / "es_genetic.yaml").read_text(encoding="utf-8"))
+        genetic["model"]["init_args"]["population"] = 4
+        overlay.write_text(yaml.safe_dump(genetic), encoding="utf-8")
+        logged = fit(config, tmp_path, *([overlay] if arm == "es_genetic" else []))
+        assert len(logged["fitness/best"]) == STEPS and all(map(math.isfinite, logged["fitness/held_out"]))
+        assert ("es/sigma" in logged) == (arm == "es")
+
+
 def test_adapters_of_other_runs_are_merged(bases: dict[str, str], rows: Path, tmp_path: Path) -> None:
     """Two supervised runs; the test has a column for each adapter and for each other merge."""
     adapters = []
@@ -329,6 +349,7 @@ def test_every_experiment_and_variant_is_tried_here() -> None:
         "few_facts",
         "gan",
         "distill",
+        "es",
         "evolve",
         "merge",
         "sft",

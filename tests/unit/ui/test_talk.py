@@ -60,7 +60,8 @@ def test_ratings_are_data(prompt: Any) -> None:
     source = StandardFormat("ratings.jsonl")
     good, bad = (Row(ratings.single(prompt, "yes", good, "run"), "line 1") for good in (True, False))
     assert [example.target for example in source.examples(good)] == ["yes"]
-    assert list(source.examples(bad)) == []
+    [worse] = source.examples(bad)
+    assert (worse.target, [n.text for n in worse.negatives]) == ("", ["yes"])  # of the prompt's good answers
 
 
 def test_each_rating_is_taken_once() -> None:

@@ -16,7 +16,7 @@ from lora_gan.inference import load_saved
 from lora_gan.module import LoraGANModule
 from lora_gan.sampling import Sampling, sample
 from lora_gan.types import Message
-from lora_gan.ui.models import Models, Settings
+from lora_gan.ui.models import Asking, Models, Settings
 from lora_gan.ui.talk import NEW_TOKENS, Talk, choose
 from tests.conftest import randomise, tiny
 from tests.helpers.settings import grouped
@@ -92,7 +92,16 @@ def test_the_conversation_goes_on_with_the_chosen_answer(bases: dict[str, str], 
     assert (long.turns[1].forgotten, long.turns[1].prompt) == (1, [Message("user", "x" * 200)])
 
 
-def test_answers_grow_and_stop(models: Models) -> None:
+def test_a_page_that_is_slow_gets_the_newest_view() -> None:
+    asking = Asking()
+    for view in (Talk("old"), Talk("new"), None):
+        asking.views.put(view)
+    assert list(asking.newest()) == [Talk("new")]
+
+
+def test_answers_grow_and_stop(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every view: how many of them a page gets depends on the time."""
+    monkeypatch.setattr(Asking, "newest", lambda asking: iter(asking.views.get, None))
     views = list(models.answer(Talk("mine"), "hi", Settings(1.0, new_tokens=120)))
     lengths = [len(view.turns[0].answers["generator"].text) for view in views if view.turns[0].answers]
     assert len(set(lengths)) > 2 and lengths == sorted(lengths)

@@ -64,7 +64,8 @@ class MergeModule(EvaluatingModule):
         self.size = population
         self.sigma = sigma
         self.parts: list[Weights] = []  # of the adapters
-        self.told: list[list[float]] = []  # fitness by generation and member
+        self.history: list[list[float]] = []  # fitness by generation and member
+        self.others: dict[str, Weights] = {}  # in a test, by the name of their column
         self.search: Any = None  # cma.CMAEvolutionStrategy
 
     # the search
@@ -104,7 +105,7 @@ class MergeModule(EvaluatingModule):
 
     def _tell(self, asked: Sequence[Any], fitness: Sequence[float]) -> None:
         self.search.tell(asked, [-x for x in fitness])  # it minimises
-        self.told.append(list(fitness))
+        self.history.append(list(fitness))
 
     def _search_metrics(self) -> dict[str, Tensor]:
         values = {f"merge/coefficient_{i}": c for i, c in enumerate(self.search.mean, start=1)}
@@ -132,10 +133,10 @@ class MergeModule(EvaluatingModule):
         super().on_fit_start()
         self._read()
         self.search = self._new_search()
-        told, self.told = self.told, []
-        for fitness in told:
+        history, self.history = self.history, []
+        for fitness in history:
             self._tell(self.asked(), fitness)
-        if not told:
+        if not history:
             write_weights(self.backbone, self.merged(self.search.mean))
 
     def _read(self) -> None:
@@ -146,7 +147,7 @@ class MergeModule(EvaluatingModule):
         """Save the adapters, so that their folders may go, and the fitness of all members."""
         super().on_save_checkpoint(checkpoint)
         adapters = [weights_state(x) for x in self.parts]
-        checkpoint["lora_gan"][STATE] = {"adapters": adapters, "told": self.told}
+        checkpoint["lora_gan"][STATE] = {"adapters": adapters, "history": self.history, "search": self._of_search()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load them."""
@@ -154,18 +155,44 @@ class MergeModule(EvaluatingModule):
         state = checkpoint["lora_gan"].get(STATE)
         if state is None and is_fitting(self):
             raise LoraGANError("the checkpoint is not one of a merge; list its adapter among adapters instead")
-        if state is not None:
-            self.parts = [weights_from(x, self.device) for x in state["adapters"]]
-            self.told = state["told"]
-            self.generation = len(self.told)
+        if state is None:
+            return
+        if is_fitting(self) and state["search"] != self._of_search():
+            here = ", ".join(f"{name} {value}" for name, value in self._of_search().items())
+            there = ", ".join(f"{name} {value}" for name, value in state["search"].items())
+            raise LoraGANError(
+                f"the search of the checkpoint has {there}, here it is {here}; set those of the checkpoint"
+            )
+        self.parts = [weights_from(x, self.device) for x in state["adapters"]]
+        self.history = state["history"]
+        self.generation = len(self.history)
+
+    def _of_search(self) -> dict[str, float]:
+        """What a search must share with one that goes on from it."""
+        return {
+            "adapters": len(self.folders),
+            "population": self.size,
+            "sigma": self.sigma,
+            "evolution_seed": self.evolution_seed,
+        }
 
     # test
+
+    def on_test_start(self) -> None:
+        """Make the merges that are measured beside the searched one, once for all batches."""
+        super().on_test_start()
+        self._read()
+        self.others = dict(self.alternatives())
+
+    def on_test_end(self) -> None:
+        """Forget them."""
+        super().on_test_end()
+        self.others = {}
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, EvalOutput]:
         """As in every test; and each adapter alone, and merges without a search."""
         outputs = super().test_step(batch, batch_idx)
-        self._read()
-        for role, weights in self.alternatives():
+        for role, weights in self.others.items():
             with member_loaded(self.backbone, weights), self.backbone.generator():
                 outputs[role] = self.complete(batch, self.greedy)
         return outputs

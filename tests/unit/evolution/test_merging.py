@@ -124,12 +124,12 @@ def test_the_search_finds_the_coefficients_of_the_best_merge(merge: Build) -> No
 def test_the_run_starts_from_the_average_and_writes_the_merge_of_the_mean(merge: Build, batch: PromptBatch) -> None:
     module = merge(population=4)
     recorder, trainer = fit(module, [batch], 2)
-    assert trainer.global_step == 2 and len(module.told) == 2 and len(module.told[0]) == 4
+    assert trainer.global_step == 2 and len(module.history) == 2 and len(module.history[0]) == 4
     written, wanted = read_weights(module.backbone), module.merged(module.search.mean)
     same(weights_state(written), weights_state(wanted))
     last = recorder.reports[-1]
     assert [last["merge/coefficient_1"], last["merge/coefficient_2"]] == pytest.approx(module.search.mean.tolist())
-    assert last["fitness/best"] == pytest.approx(max(module.told[-1]))
+    assert last["fitness/best"] == pytest.approx(max(module.history[-1]))
     assert module._new_search().mean.tolist() == [0.5, 0.5]
 
 
@@ -150,6 +150,7 @@ def test_a_test_measures_each_adapter_and_the_other_merges(merge: Build, batch: 
     module = merge(population=4)
     fit(module, [batch], 1)
     before = weights_state(read_weights(module.backbone))
+    module.on_test_start()
     outputs = module.test_step(batch, 0)
     same(weights_state(read_weights(module.backbone)), before)
     others = ["adapter_1", "adapter_2", "merge_average", "merge_sum", "merge_TIES", "merge_DARE"]
@@ -177,4 +178,14 @@ def test_a_missing_folder_is_refused_before_the_first_step(merge: Build, batch: 
     module = merge(adapters=["nowhere", "neither"])
     with pytest.raises(LoraGANError, match="'nowhere' holds no adapter"):
         fit(module, [batch], 1)
-    assert not module.told
+    assert not module.history
+
+
+@pytest.mark.parametrize("changed", [{"population": 6}, {"sigma": 0.2}, {"evolution_seed": 1}])
+def test_another_search_does_not_go_on_from_a_checkpoint(
+    changed: dict[str, Any], merge: Build, batch: PromptBatch, tmp_path: Path
+) -> None:
+    _, trainer = fit(merge(population=4), [batch], 1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(LoraGANError, match=r"the search of the checkpoint has adapters 2, population 4, sigma 0\.3"):
+        fit(merge(**{"population": 4, **changed}), [batch], 2, ckpt_path=str(tmp_path / "one.ckpt"))

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 COLOURS = {START: "grey", MUTATED: "tab:blue", CROSSED: "tab:green", REFINED: "tab:red", "elite": "black"}
 
 
-class FittestMembers(StepCallback):
+class _OfEvolution(StepCallback):
+    """Refuses another module before the training."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            _evolution_module(pl_module, self)
+
+
+class FittestMembers(_OfEvolution):
     """Saves the fittest members as PEFT adapters in ``checkpoints/gen-<generation>/<rank>`` of the run's folder.
 
     ``member.json`` in an adapter's folder holds its fitness, origin and id. The folders can be the ``start`` of another
@@ -50,10 +58,6 @@ class FittestMembers(StepCallback):
         self.every_n_generations = every_n_generations
         self.members = members
         self.keep_last = keep_last
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == TrainerFn.FITTING:
-            _evolution_module(pl_module, self)
 
     def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
         if trainer.global_step % self.every_n_generations:
@@ -84,7 +88,7 @@ class Generation:
         return sum(self.fitness) / len(self.fitness)
 
 
-class FitnessPlot(StepCallback):
+class FitnessPlot(_OfEvolution):
     """Plots fitness and diversity over generations to ``fitness.png`` in the run's folder and to TensorBoard.
 
     Args:
@@ -96,10 +100,6 @@ class FitnessPlot(StepCallback):
             raise LoraGANError(f"every_n_generations must be at least 1, got {every_n_generations}")
         self.every_n_generations = every_n_generations
         self.history: list[Generation] = []
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == TrainerFn.FITTING:
-            _evolution_module(pl_module, self)
 
     def after_step(self, trainer: L.Trainer, module: StepModule, output: StepOutput, batch: PromptBatch) -> None:
         members = _evolution_module(module, self).ranked

@@ -42,7 +42,7 @@ class FunctionReward(Reward):
         self.needs_target = needs_target
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        targets = [batch.targets[n // context.num_generations] for n in range(len(completions))]
+        targets = _targets(batch, context, len(completions))
         if not self.batched:
             scores = [
                 self._number(self._called(completion, target))
@@ -113,8 +113,13 @@ class SetReward(FunctionReward):
         super().__init__(function, weight, name, needs_target=needs_target)
 
     def __call__(self, completions: Sequence[str], batch: PromptBatch, context: RewardContext) -> Tensor:
-        targets = [batch.targets[n // context.num_generations] for n in range(len(completions))]
+        targets = _targets(batch, context, len(completions))
         return torch.full((len(completions),), self._number(self._called(list(completions), targets)))
+
+
+def _targets(batch: PromptBatch, context: RewardContext, count: int) -> list[str]:
+    """The target of each completion's prompt."""
+    return [batch.targets[n // context.num_generations] for n in range(count)]
 
 
 def _short(value: Any) -> str:

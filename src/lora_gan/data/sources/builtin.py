@@ -12,6 +12,7 @@ from lora_gan.data.source import Source
 from lora_gan.data.splits import assign_splits, one_wording_each
 from lora_gan.data.templates import default_template, fill
 from lora_gan.data.world import Fact, facts
+from lora_gan.data.world import relations as world_relations
 from lora_gan.errors import LoraGANError
 from lora_gan.types import Example, Negative
 
@@ -32,9 +33,12 @@ class BuiltinWorld(Source):
         super().__init__()
         fill(template, question="")
         self.template = template
-        known = dict.fromkeys(fact.relation for fact in facts())
-        if relations is not None and (not relations or set(relations) - set(known)):
-            raise LoraGANError(f"relations must be some of {', '.join(known)}; got {', '.join(relations) or 'none'}")
+        if relations is not None:
+            known = [relation.name for relation in world_relations()]
+            if not relations or set(relations) - set(known):
+                raise LoraGANError(
+                    f"relations must be some of {', '.join(known)}; got {', '.join(relations) or 'none'}"
+                )
         self.relations = relations
 
     @property

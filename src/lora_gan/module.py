@@ -239,16 +239,20 @@ class LoraGANModule(Evaluated):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One step: sample, score, update the discriminator, compute advantages, update the generator."""
-        require_prompts(batch)
-        self.seed_step()
-        self._seconds = {}
+        self.begin_step(batch)
         with self.optimization.counted():
             output = self.run_step(batch)
             self.log_step(output.metrics)
             return {OUTPUT: output}
 
+    def begin_step(self, batch: PromptBatch) -> None:
+        """Check the batch, seed the step, and begin its times."""
+        require_prompts(batch)
+        self.seed_step()
+        self._seconds = {}
+
     def run_step(self, batch: PromptBatch) -> StepOutput:
-        """The step itself; the caller seeds, counts and logs it, and begins its times."""
+        """The step itself; the caller begins, counts and logs it."""
         with self._timed("sample"):
             rollout = self.sample_rollout(batch)
         early = self._scores_meanwhile(rollout, batch)

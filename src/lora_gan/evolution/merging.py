@@ -23,7 +23,7 @@ from lora_gan.evolution.population import (
 from lora_gan.evolution.tasks import seeded
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.step_callback import OUTPUT
-from lora_gan.types import EvalOutput, PromptBatch, StepOutput, require_prompts
+from lora_gan.types import EvalOutput, PromptBatch, StepOutput
 
 STATE = "merge"  # in checkpoints
 
@@ -86,9 +86,7 @@ class MergeModule(EvaluatingModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One generation: ask for coefficients, evaluate their merges, report their fitness to the search."""
-        require_prompts(batch)
-        self.seed_step()
-        self._seconds = {}
+        self.begin_step(batch)
         with self.optimization.counted():
             asked = self.asked()
             with self._timed("evaluate"):

@@ -19,7 +19,7 @@ from lora_gan.evolution.population import Member, diversity, fitness_of, surviva
 from lora_gan.evolution.selection import Selection, Tournament, ranking
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.step_callback import OUTPUT
-from lora_gan.types import PromptBatch, StepOutput, require_prompts
+from lora_gan.types import PromptBatch, StepOutput
 
 
 class EvolutionModule(EvaluatingModule):
@@ -102,9 +102,7 @@ class EvolutionModule(EvaluatingModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One generation: evaluate, select, cross over, mutate and refine."""
-        require_prompts(batch)
-        self.seed_step()
-        self._seconds = {}
+        self.begin_step(batch)
         with self.optimization.counted():
             with self._timed("evaluate"):
                 evaluations = self.evaluated([member.weights for member in self.population], batch)

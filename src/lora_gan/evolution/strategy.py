@@ -24,7 +24,7 @@ from lora_gan.evolution.population import Member, lora_layers, read_weights, wri
 from lora_gan.evolution.tasks import seeded
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.step_callback import OUTPUT
-from lora_gan.types import PromptBatch, StepOutput, require_prompts
+from lora_gan.types import PromptBatch, StepOutput
 
 STATE = "evolution_strategy"  # in checkpoints
 
@@ -212,9 +212,7 @@ class EvolutionStrategy(EvaluatingModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One generation: evaluate the members, step along the gradient, refine the mean."""
-        require_prompts(batch)
-        self.seed_step()
-        self._seconds = {}
+        self.begin_step(batch)
         with self.optimization.counted():
             population = self.perturbed()
             with self._timed("evaluate"):

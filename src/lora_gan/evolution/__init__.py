@@ -26,6 +26,7 @@ from lora_gan.evolution.strategy import (
     Noise,
     RankOneNoise,
     Sigma,
+    SuccessRule,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Sigma",
     "SingularValueMutation",
     "Start",
+    "SuccessRule",
     "SupervisedStart",
     "SwapModules",
     "Tournament",

@@ -27,6 +27,7 @@ from lora_gan.step_callback import OUTPUT
 from lora_gan.types import PromptBatch, StepOutput
 
 STATE = "evolution_strategy"  # in checkpoints
+MEAN = -1  # the mean's place beside the members
 
 
 class Noise(ABC):
@@ -70,20 +71,28 @@ class Sigma(ABC):
         sigma: In the first generation, the standard deviation of the change of an element of A or B.
     """
 
+    compares_mean = False  # whether the mean is evaluated as well
+
     def __init__(self, sigma: float = 0.02) -> None:
         if not 0 < sigma < math.inf:
             raise LoraGANError(f"sigma must be a finite number > 0, got {sigma}")
         self.sigma = sigma
 
     @abstractmethod
-    def following(self, sigma: float, fitness: Tensor) -> float:
-        """σ of the next generation, from that of this one and the fitness (P,) of its members."""
+    def following(self, sigma: float, fitness: Tensor, of_mean: float | None) -> float:
+        """σ of the next generation.
+
+        Args:
+            sigma: That of this one.
+            fitness: (P,) that of its members.
+            of_mean: That of their mean, if :attr:`compares_mean`.
+        """
 
 
 class ConstantSigma(Sigma):
     """The same σ in all generations."""
 
-    def following(self, sigma: float, fitness: Tensor) -> float:
+    def following(self, sigma: float, fitness: Tensor, of_mean: float | None) -> float:
         return sigma
 
 
@@ -103,13 +112,55 @@ class DecayingSigma(Sigma):
         self.decay = decay
         self.least = least
 
-    def following(self, sigma: float, fitness: Tensor) -> float:
+    def following(self, sigma: float, fitness: Tensor, of_mean: float | None) -> float:
         return max(sigma * self.decay, self.least)
+
+
+class SuccessRule(Sigma):
+    """σ grows while many members are fitter than their mean, and falls while few are (Rechenberg 1973).
+
+    σ ← σ·exp(rate·(p − target)/(1 − target)), as in Igel et al. 2007 (Evolutionary Computation 15(1)), with the share p
+    of the members that are fitter than the mean, of which one that is equally fit counts half. Where the fitness is
+    linear, one member of each pair is fitter, so σ grows up to the size at which it is not. The mean is one more member
+    to evaluate.
+
+    Args:
+        sigma: As in :class:`Sigma`.
+        target: Share of fitter members at which σ stays, in (0, 1).
+        rate: Speed of the adaptation.
+        least: Smallest σ.
+        most: Largest σ.
+    """
+
+    compares_mean = True
+
+    def __init__(
+        self, sigma: float = 0.02, target: float = 0.2, rate: float = 0.3, least: float = 0.001, most: float = 0.2
+    ) -> None:
+        super().__init__(sigma)
+        if not 0 < target < 1 or not rate > 0 or not 0 < least <= sigma <= most:
+            raise LoraGANError(
+                f"need target in (0, 1), rate > 0 and 0 < least <= sigma <= most, got {target}, {rate} and {least}, "
+                f"{sigma}, {most}"
+            )
+        self.target = target
+        self.rate = rate
+        self.least = least
+        self.most = most
+
+    def following(self, sigma: float, fitness: Tensor, of_mean: float | None) -> float:
+        assert of_mean is not None
+        fitter = float((fitness > of_mean).double().mean() + 0.5 * (fitness == of_mean).double().mean())
+        factor = math.exp(self.rate * (fitter - self.target) / (1 - self.target))
+        return min(max(sigma * factor, self.least), self.most)
 
 
 @dataclass(frozen=True)
 class Perturbed(Sequence[Weights]):
-    """The members of a generation, each made when it is asked for: 2p is mean + σ·ε_p, 2p + 1 is mean − σ·ε_p."""
+    """The members of a generation, each made when it is asked for.
+
+    Member 2p is mean + σ·ε_p, 2p + 1 is mean − σ·ε_p, and −1 is the mean itself.
+    """
 
     mean: Weights
     noise: Noise
@@ -128,7 +179,10 @@ class Perturbed(Sequence[Weights]):
     def __getitem__(self, index: int | slice) -> Weights | Perturbed:
         if isinstance(index, slice):
             return replace(self, members=self.members[index])
-        pair, negative = divmod(self.members[index], 2)
+        member = self.members[index]
+        if member == MEAN:
+            return self.mean
+        pair, negative = divmod(member, 2)
         return shifted(self.mean, self.direction(pair), -self.sigma if negative else self.sigma)
 
     def direction(self, pair: int) -> Weights:
@@ -206,9 +260,10 @@ class EvolutionStrategy(EvaluatingModule):
         self.schedules_follow_refinements = refinement_steps > 0
 
     def perturbed(self) -> Perturbed:
-        """The members of this generation."""
+        """The members of this generation; the mean is the first, if it is evaluated as well."""
         mean = read_weights(self.backbone)
-        return Perturbed(mean, self.noise, self.sigma, self.evolution_seed, self.generation, range(self.size))
+        members = range(MEAN if self.adaptation.compares_mean else 0, self.size)
+        return Perturbed(mean, self.noise, self.sigma, self.evolution_seed, self.generation, members)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:
         """One generation: evaluate the members, step along the gradient, refine the mean."""
@@ -217,14 +272,17 @@ class EvolutionStrategy(EvaluatingModule):
             population = self.perturbed()
             with self._timed("evaluate"):
                 evaluations = self.evaluated(population, batch)
+            of_mean = evaluations.pop(0).fitness if self.adaptation.compares_mean else None
             fitness = torch.tensor([one.fitness for one in evaluations], dtype=torch.float64)
             with self._timed("update"):
                 metrics = self._ascend(gradient(population, fitness))
             metrics |= {**fitness_metrics(fitness), "es/sigma": torch.tensor(self.sigma)}
+            if of_mean is not None:
+                metrics["fitness/of_mean"] = torch.tensor(of_mean)
             last = StepOutput({}, evaluations[int(fitness.argmax())].rollout, None, None, {})
             if self.refinement_steps:
                 last = self._refine_mean(batch)
-            self.sigma = self.adaptation.following(self.sigma, fitness)
+            self.sigma = self.adaptation.following(self.sigma, fitness, of_mean)
             self.generation += 1
             metrics = {**last.metrics, **metrics}
             self.log_step(metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution import DecayingSigma, EvolutionStrategy, FullNoise, Noise, RankOneNoise
+from lora_gan.evolution import DecayingSigma, EvolutionStrategy, FullNoise, Noise, RankOneNoise, Sigma, SuccessRule
 from lora_gan.evolution import tasks as evolution_tasks
 from lora_gan.evolution.lowrank import Factors, Weights
 from lora_gan.evolution.population import read_weights
@@ -110,12 +111,57 @@ def test_a_step_of_the_trainer_follows_the_gradient(strategy: Build, batch: Prom
     assert report["es/sigma"] == pytest.approx(0.02) and report["es/grad_norm"] > 0 and trainer.global_step == 1
 
 
-@pytest.mark.parametrize("refinement_steps", [0, 2])
+def test_the_success_rule_by_hand() -> None:
+    """Two of four members are fitter than 1.5 and one is equal: p = 5/8, and (5/8 − 1/5)/(1 − 1/5) = 17/32."""
+    rule = SuccessRule(0.1, target=0.2, rate=0.5, least=0.05, most=0.4)
+    fitness = torch.tensor([3.0, 1.5, 1.0, 2.0])
+    assert rule.following(0.1, fitness, 1.5) == pytest.approx(0.1 * math.exp(0.5 * 17 / 32))
+    assert rule.following(0.1, fitness, 9.0) == pytest.approx(0.1 * math.exp(-0.5 / 4))
+    assert rule.following(0.39, fitness, 0.0) == 0.4 and rule.following(0.051, fitness, 9.0) == 0.05
+
+
+@pytest.mark.parametrize("sigma", [0.02, 20.0])
+def test_the_success_rule_finds_the_size_of_the_noise(sigma: float) -> None:
+    """The fitness −‖w − goal‖² of 10 weights at a distance of 14.6.
+
+    w + σ·ε is fitter if 2σ·14.6·z > σ²·‖ε‖², z normal and ‖ε‖² about 10; with a probability of 0.2 (z > 0.842) if σ is
+    2 · 14.6 · 0.842 / 10 = 2.46.
+    """
+    mean, goal = {"layer": Factors(torch.zeros(2, 3), torch.ones(2, 2), 1.0)}, 5.0
+    rule, found = SuccessRule(sigma, most=20.0), []
+    for generation in range(90):
+        members = Perturbed(mean, FullNoise(), sigma, 0, generation, range(-1, 32))
+        errors = [[(w - goal).square().sum() for w in (x["layer"].a, x["layer"].b)] for x in members]
+        of_mean, *fitness = (-float(sum(error)) for error in errors)
+        sigma = rule.following(sigma, torch.tensor(fitness), of_mean)
+        found.append(math.log(sigma))
+    assert members[0] is mean and math.exp(sum(found[-40:]) / 40) == pytest.approx(2.46, rel=0.15)
+
+
+def test_the_mean_is_evaluated_beside_its_members(strategy: Build, batch: PromptBatch) -> None:
+    """Its fitness decides the next σ, and the step is the one without it."""
+    steps = []
+    for sigma in (None, SuccessRule(0.02)):
+        module = strategy(sigma=sigma)
+        mean = read_weights(module.backbone)
+        recorder, _ = fit(module, [batch], 1)
+        steps.append((read_weights(module.backbone), recorder.reports[0]))
+    assert module.sigma != 0.02
+    module.generation = 0  # whose random numbers the completions had
+    (evaluation,) = module.evaluated([mean], batch)
+    (plain, _), (moved, report) = steps
+    assert report["fitness/of_mean"] == pytest.approx(evaluation.fitness)
+    for name, x in plain.items():
+        torch.testing.assert_close(moved[name].a, x.a)
+        torch.testing.assert_close(moved[name].b, x.b)
+
+
+@pytest.mark.parametrize(("refinement_steps", "sigma"), [(0, DecayingSigma(0.05, 0.5)), (2, SuccessRule(0.05))])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    strategy: Build, batch: PromptBatch, tmp_path: Path, refinement_steps: int
+    strategy: Build, batch: PromptBatch, tmp_path: Path, refinement_steps: int, sigma: Sigma
 ) -> None:
     def build(**changed: Any) -> EvolutionStrategy:
-        kept = {"sigma": DecayingSigma(0.05, 0.5), "refinement_steps": refinement_steps, "members_at_once": 3}
+        kept = {"sigma": sigma, "refinement_steps": refinement_steps, "members_at_once": 3}
         return strategy(**kept, generator_scheduler=lambda o: StepLR(o, 1, 0.9), **changed)
 
     whole, _ = fit(build(), [batch], 3)
@@ -183,3 +229,11 @@ def test_a_task_holds_the_mean_whatever_the_number_of_members(strategy: Build, b
     ]
     weights = sum(w.nbytes for x in mean.values() for w in (x.a, x.b))
     assert sizes[0] == sizes[1] < sizes[2] - 10 * weights
+
+
+@pytest.mark.parametrize(
+    "changed", [{"target": 0.0}, {"target": 1.0}, {"rate": 0.0}, {"least": 0.03}, {"most": 0.01}, {"sigma": math.nan}]
+)
+def test_invalid_success_rules(changed: dict[str, float]) -> None:
+    with pytest.raises(LoraGANError, match=r"need target in|finite number > 0"):
+        SuccessRule(**changed)

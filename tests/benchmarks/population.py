@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_gan.backbone import Backbone
-from lora_gan.evolution.lowrank import Weights
+from lora_gan.evolution.lowrank import Stacked, Weights
 from lora_gan.evolution.multi_lora import sample_population
+from lora_gan.evolution.noise import Perturbed, RankOneNoise
 from lora_gan.evolution.population import read_weights, write_weights
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import Rollout
@@ -40,14 +42,14 @@ class PopulationSides:
         return read_weights(self.backbone)
 
     @property
-    def megabytes(self) -> float:
-        """Of a member's A and B."""
-        return sum(w.nbytes for x in self.members[0].values() for w in (x.a, x.b)) / 1e6
+    def perturbed(self) -> Perturbed:
+        """As many members, made of a mean and noise of rank 1."""
+        return Perturbed(self.members[0], RankOneNoise(), 0.02, 0, 0, range(len(self.members)))
 
-    def together(self) -> list[Rollout]:
-        """All members in one decode, with their log-probabilities."""
+    def together(self, members: Sequence[Weights] | None = None) -> list[Rollout]:
+        """All members in one decode, with their log-probabilities; the making of noise is counted."""
         uniform = draw_uniform(len(self.prompts), self.how, self.backbone.device)
-        return sample_population(self.backbone, self.members, self.prompts, 1, self.how, uniform)
+        return sample_population(self.backbone, members or self.members, self.prompts, 1, self.how, uniform)
 
     @torch.no_grad()
     def one_by_one(self) -> list[Tensor]:
@@ -73,5 +75,13 @@ def compare_population(size: Size, folder: Path, repeats: int) -> Iterator[Compa
     yield compare(size.name, what, "`generate` for each member", sides.together, sides.one_by_one, 2.5, repeats)
     for members in GROWTH:
         sides = PopulationSides(size, folder, members, max(1, MEMBERS * PROMPTS // members))
-        what = f"{members} members × {len(sides.prompts)} prompts, {sides.megabytes:.2f} MB each"
-        yield compare(size.name, what, "one model, equal rows", sides.together, sides.one_model, 0.8, repeats)
+        for kind, members_of in {"A and B": sides.members, "rank-one noise": sides.perturbed}.items():
+            what = f"{members} members × {len(sides.prompts)} prompts, {kind}, {megabytes(members_of):.2f} MB each"
+            decode = partial(sides.together, members_of)
+            yield compare(size.name, what, "one model, equal rows", decode, sides.one_model, 0.8, repeats)
+
+
+def megabytes(members: Sequence[Weights]) -> float:
+    """What a member takes in a decode."""
+    stacked = members.stacked() if isinstance(members, Perturbed) else Stacked.of(members)
+    return sum(w.nbytes for x in stacked.factors.values() for w in (x.a, x.b)) / len(members) / 1e6

@@ -2,6 +2,7 @@
 
 from lora_gan.evolution.merging import MergeModule
 from lora_gan.evolution.module import EvolutionModule
+from lora_gan.evolution.noise import FullNoise, Noise, RankOneNoise
 from lora_gan.evolution.operators import (
     Crossover,
     ElementWise,
@@ -18,16 +19,7 @@ from lora_gan.evolution.operators import (
 from lora_gan.evolution.ray_workers import RayWorkers
 from lora_gan.evolution.selection import FitnessProportional, Selection, Tournament, Truncation
 from lora_gan.evolution.start import AsItIs, SavedAdapters, Start, SupervisedStart
-from lora_gan.evolution.strategy import (
-    ConstantSigma,
-    DecayingSigma,
-    EvolutionStrategy,
-    FullNoise,
-    Noise,
-    RankOneNoise,
-    Sigma,
-    SuccessRule,
-)
+from lora_gan.evolution.strategy import ConstantSigma, DecayingSigma, EvolutionStrategy, Sigma, SuccessRule
 
 __all__ = [
     "AsItIs",

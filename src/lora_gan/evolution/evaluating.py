@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lora_gan.backbone import GENERATOR
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Weights
+from lora_gan.evolution.noise import seeded
 from lora_gan.evolution.population import Member, lora_layers
 from lora_gan.evolution.start import AsItIs, Start
-from lora_gan.evolution.tasks import EvaluateTask, Evaluation, MemberModule, Refinement, RefineTask, seeded
+from lora_gan.evolution.tasks import EvaluateTask, Evaluation, MemberModule, Refinement, RefineTask
 from lora_gan.evolution.workers import CloseWorkers, InProcess, Workers
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import EvalOutput, PromptBatch, Rollout

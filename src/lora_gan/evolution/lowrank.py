@@ -42,6 +42,21 @@ Weights = Mapping[str, Factors]  # the factors of a member by module
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """P members side by side."""
+
+    factors: Weights  # A (P, r, in) and B (P, out, r)
+    mean: Weights | None = None  # what their updates are added to
+
+    @classmethod
+    def of(cls, members: Sequence[Weights]) -> Stacked:
+        """Members of equal shapes."""
+        first = members[0]
+        a, b = ({n: torch.stack([getattr(m[n], which) for m in members]) for n in first} for which in ("a", "b"))
+        return cls({name: replace(x, a=a[name], b=b[name]) for name, x in first.items()})
+
+
+@dataclass(frozen=True)
 class Singular:
     """ΔW = u·diag(values)·vh."""
 

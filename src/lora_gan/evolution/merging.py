@@ -13,6 +13,7 @@ from lora_gan.checkpointing.adapters import adapter_factors
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.evaluating import EvaluatingModule, fitness_metrics
 from lora_gan.evolution.lowrank import Factors, Singular, Weights, padded, singulars, total
+from lora_gan.evolution.noise import seeded
 from lora_gan.evolution.population import (
     member_loaded,
     read_weights,
@@ -20,7 +21,6 @@ from lora_gan.evolution.population import (
     weights_state,
     write_weights,
 )
-from lora_gan.evolution.tasks import seeded
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.step_callback import OUTPUT
 from lora_gan.types import EvalOutput, PromptBatch, StepOutput

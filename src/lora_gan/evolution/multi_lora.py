@@ -2,13 +2,14 @@
 
 The products with the frozen base, most of the work, are computed for the rows of all members together, so the base's
 weights are read once for each token instead of once for each member. Each row then gets the update of its own member.
-All members have the same prompts and the same random numbers: they differ by their weights alone.
+All members have the same prompts and the same random numbers: they differ by their weights alone. Those of rank-one
+noise are small changes of a mean, and come beside the mean's product, which is that of a single model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from lora_gan.backbone import Backbone
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution.lowrank import Weights
-from lora_gan.evolution.population import lora_layers
+from lora_gan.evolution.lowrank import Stacked, Weights
+from lora_gan.evolution.noise import Perturbed
+from lora_gan.evolution.population import lora_layers, member_loaded
 from lora_gan.lightning_compat import patched_forward
 from lora_gan.sampling import Sampling, prepare, sample
 from lora_gan.types import Rollout
@@ -60,11 +62,13 @@ class RowMapping:
 
     def add(self, to: Tensor, left: Tensor, right: Tensor) -> None:
         """Add the product of ``left`` (members, m·t, r) and ``right`` (members, r, out) to the rows of ``to``."""
+        outer = left.shape[-1] == 1  # faster by elements than as matrices
         if self.place is None and to.dtype == left.dtype == right.dtype:
-            to.view(self.members, -1, to.shape[-1]).baddbmm_(left, right)
+            grouped = to.view(self.members, -1, to.shape[-1])
+            _ = grouped.addcmul_(left, right) if outer else grouped.baddbmm_(left, right)
             return
         rows = to.view(self.rows, -1, to.shape[-1])
-        product = torch.bmm(left, right).view(-1, *rows.shape[1:])
+        product = (left * right if outer else torch.bmm(left, right)).view(-1, *rows.shape[1:])
         rows += product if self.place is None else product[self.place]
 
 
@@ -78,24 +82,47 @@ def multi_lora(backbone: Backbone, population: Sequence[Weights], prompts: int) 
         prompts: Prompts of each member.
     """
     mapping = RowMapping(len(population), prompts)
-    layers = lora_layers(backbone)
-    names = {layer: name for name, layer in layers.items()}
+    members = population.stacked() if isinstance(population, Perturbed) else Stacked.of(population)
+    updates = {
+        layer: partial(_add, *_laid_out(members, name), mapping) for name, layer in lora_layers(backbone).items()
+    }
+    if members.mean is None:
+        with patched_forward(updates, lambda layer: partial(_forward, layer.base_layer, updates[layer])):
+            yield mapping
+    else:  # the generator is the mean, in the way of the sampler, and its layers' results change
+        with member_loaded(backbone, members.mean), backbone.generator(), _hooked(updates):
+            yield mapping
 
-    def update(layer: LoraLayer) -> Callable[[Tensor], Tensor]:
-        name = names[layer]
-        a = torch.stack([weights[name].a.T for weights in population])
-        b = torch.stack([weights[name].scale * weights[name].b.T for weights in population])
-        return partial(_forward, layer.base_layer, a, b, mapping)
 
-    with patched_forward(layers.values(), update):
-        yield mapping
+def _laid_out(members: Stacked, name: str) -> tuple[Tensor, Tensor]:
+    """A as (members, in, r) and scale·B as (members, r, out) of a module."""
+    x = members.factors[name]
+    return x.a.mT.contiguous(), (x.scale * x.b).mT.contiguous()
 
 
-def _forward(base: nn.Module, a: Tensor, b: Tensor, mapping: RowMapping, x: Tensor) -> Tensor:
-    """The base's product plus each row's own update; a (members, in, r), b (members, r, out)."""
-    result: Tensor = base(x)
-    mapping.add(result, torch.bmm(mapping.group(x.to(a.dtype)), a), b)
+def _forward(base: nn.Module, update: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    return update(x, base(x))
+
+
+def _add(a: Tensor, b: Tensor, mapping: RowMapping, x: Tensor, result: Tensor) -> Tensor:
+    """Add each row's own update to ``result``; a (members, in, r), b (members, r, out)."""
+    mapping.add(result, _times(mapping.group(x.to(a.dtype)), a), b)
     return result
+
+
+@contextmanager
+def _hooked(updates: Mapping[LoraLayer, Callable[[Tensor, Tensor], Tensor]]) -> Iterator[None]:
+    """Call each layer's function with its input and its result."""
+    with ExitStack() as stack:
+        for layer, update in updates.items():
+            hook = layer.register_forward_hook(lambda _, args, result, update=update: update(args[0], result))
+            stack.callback(hook.remove)
+        yield
+
+
+def _times(rows: Tensor, a: Tensor) -> Tensor:
+    """(members, m·t, in) times (members, in, r); a batch of products with one vector each is slow as matrices."""
+    return torch.bmm(rows, a) if a.shape[-1] > 1 else torch.linalg.vecdot(rows, a.mT)[..., None]
 
 
 def sample_population(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Factors, Singular, Weights, mix, moved_a, moved_b, norm, singular
+from lora_gan.evolution.noise import normal, rank_one
 
 # mutation
 
@@ -150,16 +151,6 @@ def _shifted(
     effect = norm(replace(x, a=noise) if on_a else replace(x, b=noise))
     move = moved_a if on_a else moved_b
     return [move(x, sign * length / effect * noise) for sign in signs]
-
-
-def normal(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
-    """Normal noise, drawn on the CPU so that all devices get the same."""
-    return torch.randn(shape, generator=rng).to(like.a)
-
-
-def rank_one(shape: torch.Size, like: Factors, rng: torch.Generator) -> Tensor:
-    """The outer product of two normal vectors."""
-    return torch.outer(normal(shape[:1], like, rng), normal(shape[1:], like, rng))
 
 
 # crossover

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, overload
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,50 +17,14 @@ from torch import Tensor
 from lora_gan.backbone import GENERATOR
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.evaluating import EvaluatingModule, fitness_metrics
-from lora_gan.evolution.lowrank import Factors, Weights
-from lora_gan.evolution.operators import normal, rank_one
+from lora_gan.evolution.lowrank import Weights
+from lora_gan.evolution.noise import MEAN, FullNoise, Noise, Perturbed, shifted
 from lora_gan.evolution.population import Member, lora_layers, read_weights, write_weights
-from lora_gan.evolution.tasks import seeded
 from lora_gan.lightning_compat import is_fitting
 from lora_gan.step_callback import OUTPUT
 from lora_gan.types import PromptBatch, StepOutput
 
 STATE = "evolution_strategy"  # in checkpoints
-MEAN = -1  # the mean's place beside the members
-
-
-class Noise(ABC):
-    """Directions ε with E[ε εᵀ] = 1, in which the mean is moved."""
-
-    @abstractmethod
-    def module(self, x: Factors, rng: torch.Generator) -> Factors:
-        """The noise of one module's A and B."""
-
-    def __call__(self, mean: Weights, rng: torch.Generator) -> Weights:
-        """The noise of all modules."""
-        return {name: self.module(x, rng) for name, x in mean.items()}
-
-
-class FullNoise(Noise):
-    """Independent normal noise on every element of A and B."""
-
-    def module(self, x: Factors, rng: torch.Generator) -> Factors:
-        return replace(x, a=normal(x.a.shape, x, rng), b=normal(x.b.shape, x, rng))
-
-
-class RankOneNoise(Noise):
-    """Noise of rank 1 on A or on B, so that each module's ΔW changes by rank 1 (EGGROLL, arXiv 2511.16652).
-
-    One of both is chosen at random, with √2 times the noise; B while it is 0, since A then has no effect.
-    """
-
-    def module(self, x: Factors, rng: torch.Generator) -> Factors:
-        free = bool(x.b.any())
-        on_a = bool(torch.rand(1, generator=rng) < 0.5) and free
-        noise = (math.sqrt(2) if free else 1.0) * rank_one(x.a.shape if on_a else x.b.shape, x, rng)
-        if on_a:
-            return replace(x, a=noise, b=torch.zeros_like(x.b))
-        return replace(x, a=torch.zeros_like(x.a), b=noise)
 
 
 class Sigma(ABC):
@@ -153,46 +116,6 @@ class SuccessRule(Sigma):
         fitter = float((fitness > of_mean).double().mean() + 0.5 * (fitness == of_mean).double().mean())
         factor = math.exp(self.rate * (fitter - self.target) / (1 - self.target))
         return min(max(sigma * factor, self.least), self.most)
-
-
-@dataclass(frozen=True)
-class Perturbed(Sequence[Weights]):
-    """The members of a generation, each made when it is asked for.
-
-    Member 2p is mean + σ·ε_p, 2p + 1 is mean − σ·ε_p, and −1 is the mean itself.
-    """
-
-    mean: Weights
-    noise: Noise
-    sigma: float
-    seed: int
-    generation: int
-    members: range
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    @overload
-    def __getitem__(self, index: int) -> Weights: ...
-    @overload
-    def __getitem__(self, index: slice) -> Perturbed: ...
-    def __getitem__(self, index: int | slice) -> Weights | Perturbed:
-        if isinstance(index, slice):
-            return replace(self, members=self.members[index])
-        member = self.members[index]
-        if member == MEAN:
-            return self.mean
-        pair, negative = divmod(member, 2)
-        return shifted(self.mean, self.direction(pair), -self.sigma if negative else self.sigma)
-
-    def direction(self, pair: int) -> Weights:
-        """ε of a pair, from (seed, generation, pair)."""
-        return self.noise(self.mean, seeded(self.seed, "noise", self.generation, pair))
-
-
-def shifted(x: Weights, direction: Weights, by: float) -> Weights:
-    """A and B of each module moved by ``by`` times the direction's."""
-    return {name: replace(f, a=f.a + by * direction[name].a, b=f.b + by * direction[name].b) for name, f in x.items()}
 
 
 def centred_ranks(fitness: Tensor) -> Tensor:

@@ -7,12 +7,10 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from lora_gan.backbone import DISCRIMINATOR, GENERATOR, SNAPSHOT, adapter_of
 from lora_gan.checkpointing.state import seed_by
-from lora_gan.data.splits import digest
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.multi_lora import sample_population
 from lora_gan.evolution.population import REFINED, Member, read_weights, write_weights
@@ -21,11 +19,6 @@ from lora_gan.sampling import Sampling
 from lora_gan.types import PromptBatch, Rollout, StepOutput
 
 Done = TypeVar("Done", covariant=True)
-
-
-def seeded(seed: int, *purpose: object) -> torch.Generator:
-    """Random numbers that depend on the seed and the purpose alone, so a resumed run draws the same."""
-    return torch.Generator().manual_seed(int(digest(seed, *purpose)[:15], 16))
 
 
 @dataclass(frozen=True)
@@ -73,8 +66,7 @@ class EvaluateTask:
 
     def __call__(self, module: MemberModule) -> list[Evaluation]:
         prompts, k = self.batch.prompt_ids, self.num_generations
-        members = list(self.members)  # made here, where they may come from a mean and seeds
-        rollouts = sample_population(module.backbone, members, prompts, k, self.how, self.uniform)
+        rollouts = sample_population(module.backbone, self.members, prompts, k, self.how, self.uniform)
         return [Evaluation(rollout, module.fitness(rollout, self.batch)) for rollout in rollouts]
 
 

@@ -12,6 +12,7 @@ from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.multi_lora import RowMapping, multi_lora, sample_population
+from lora_gan.evolution.noise import Perturbed, RankOneNoise
 from lora_gan.evolution.population import read_weights, write_weights
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import Rollout
@@ -74,6 +75,17 @@ def test_members_of_another_shape_sample_as_alone(lora: LoraSettings, bases: dic
     uniform = draw_uniform(6, how, backbone.device, torch.Generator().manual_seed(0))
     together = sample_population(backbone, members, prompts(backbone), 2, how, uniform)
     same(together, one_by_one(backbone, members, 2, how, uniform))
+
+
+def test_changes_of_a_mean_sample_as_alone(architecture: str, make_backbone: Callable[..., Backbone]) -> None:
+    """Members that are given by their mean and a change of rank 1."""
+    backbone, how = make_backbone(architecture), Sampling(max_new_tokens=8)
+    (mean,) = population(backbone, 1)
+    members = Perturbed(mean, RankOneNoise(), 0.1, 0, 0, range(-1, 4))
+    uniform = draw_uniform(6, how, backbone.device, torch.Generator().manual_seed(0))
+    together = sample_population(backbone, members, prompts(backbone), 2, how, uniform)
+    assert len({r.texts for r in together}) > 1
+    same(together, one_by_one(backbone, list(members), 2, how, uniform))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -17,9 +17,10 @@ from lora_gan.errors import LoraGANError
 from lora_gan.evolution import DecayingSigma, EvolutionStrategy, FullNoise, Noise, RankOneNoise, Sigma, SuccessRule
 from lora_gan.evolution import tasks as evolution_tasks
 from lora_gan.evolution.lowrank import Factors, Weights
+from lora_gan.evolution.noise import Perturbed, shifted
 from lora_gan.evolution.population import read_weights
 from lora_gan.evolution.remote import to_bytes
-from lora_gan.evolution.strategy import Perturbed, centred_ranks, gradient, shifted
+from lora_gan.evolution.strategy import centred_ranks, gradient
 from lora_gan.evolution.tasks import EvaluateTask
 from lora_gan.rewards import FunctionReward
 from lora_gan.types import PromptBatch
@@ -52,9 +53,9 @@ class Known(Noise):
     def __init__(self) -> None:
         self.calls = 0
 
-    def module(self, x: Factors, rng: torch.Generator) -> Factors:
+    def __call__(self, mean: Weights, rng: torch.Generator) -> Weights:
         self.calls += 1
-        return Factors(torch.tensor([[float((self.calls - 1) % 2 + 1)]]), torch.tensor([[-1.0]]), 1.0)
+        return one(float((self.calls - 1) % 2 + 1), -1)
 
 
 def test_a_generation_by_hand() -> None:
@@ -83,6 +84,25 @@ def test_members_are_symmetric_and_made_again_from_seeds(noise: Noise) -> None:
             assert torch.linalg.matrix_rank(plus.delta - mean["layer"].delta, rtol=1e-4) == 1
         assert torch.equal(again[2:][2 * pair - 2]["layer"].a if pair else again[0]["layer"].a, plus.a)
     assert not torch.equal(first[0]["layer"].delta, first[2]["layer"].delta)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (4, 2, 3)])  # also with a rank above in or out
+@pytest.mark.parametrize("free", [True, False])
+def test_changes_of_rank_one_are_those_of_the_members(free: bool, shape: tuple[int, int, int]) -> None:
+    """Also where B is 0, and 0 for the mean."""
+    rank, inputs, outputs = shape
+    mean = {n: Factors(torch.randn(rank, inputs), free * torch.randn(outputs, rank), 2.0) for n in ("one", "two")}
+    members = Perturbed(mean, RankOneNoise(), 0.1, 7, 3, range(-1, 12))
+    stacked = members.stacked()
+    assert stacked.mean is mean
+    for name, x in stacked.factors.items():
+        assert x.a.shape == (13, 1, inputs) and x.b.shape == (13, outputs, 1)
+        changes = x.scale * x.b @ x.a
+        assert not changes[0].any()
+        for member, change in zip(members, changes, strict=True):
+            torch.testing.assert_close(member[name].delta - mean[name].delta, change, atol=1e-6, rtol=1e-4)
+        part = members[3:5].stacked().factors[name]
+        assert torch.equal(part.a, x.a[3:5]) and torch.equal(part.b, x.b[3:5])
 
 
 @pytest.mark.parametrize("noise", [FullNoise(), RankOneNoise()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -128,25 +128,53 @@ def test_the_best_is_merged_into_its_base(evolved: Evolved, tmp_path: Path) -> N
     torch.testing.assert_close(merged(input_ids=IDS).logits, adapted(input_ids=IDS).logits, atol=1e-5, rtol=0)
 
 
+EVOLVE, CONTROL = ROOT / "configs" / "evolve.yaml", ROOT / "configs" / "control"
+
+
 @pytest.mark.parametrize("control", ["evolution_only", "random_search", "gradient_only", "supervised_only"])
 def test_controls_use_the_same_compute(control: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As many completions and training prompts as evolve.yaml; supervised learning has no completions."""
-    files = [ROOT / "configs" / "evolve.yaml", ROOT / "configs" / "control" / f"{control}.yaml"]
-    (completions, learned), (control_completions, control_learned) = (compute(files[:n], capsys) for n in (1, 2))
-    assert control_learned == learned
-    assert control_completions == completions or control == "supervised_only"
+    compute = compute_of([EVOLVE], capsys)
+    found = compute_of([EVOLVE, CONTROL / f"{control}.yaml"], capsys)
+    assert found.learned == compute.learned
+    assert found.completions == compute.completions or control == "supervised_only"
 
 
-def compute(files: list[Path], capsys: pytest.CaptureFixture[str]) -> tuple[int, int]:
-    """Completions of a generation, and training prompts of a whole run."""
+@pytest.mark.parametrize("control", ["strategy_only", "strategy_gradients"])
+def test_strategies_use_the_same_compute(control: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compute_of([CONTROL / f"{control}.yaml"], capsys) == compute_of([EVOLVE], capsys)
+
+
+def test_a_merge_uses_the_same_compute(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its adapters are trained by one run, and their coefficients are searched by another."""
+    compute = compute_of([EVOLVE], capsys)
+    branches = compute_of([EVOLVE, CONTROL / "branches.yaml"], capsys)
+    merge = compute_of([CONTROL / "merge_branches.yaml"], capsys)
+    assert branches.learned == compute.learned and merge == replace(compute, learned=0)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a run of evolution takes."""
+
+    generations: int
+    completions: int  # of a generation
+    learned: int  # training prompts of the whole run
+
+
+def compute_of(files: list[Path], capsys: pytest.CaptureFixture[str]) -> Compute:
     with pytest.raises(SystemExit):
         main(["fit", *(f"--config={file}" for file in files), "--print_config"])
     config = yaml.safe_load(capsys.readouterr().out)
-    model, start = config["model"]["init_args"], config["model"]["init_args"]["start"]["init_args"]
-    refined = model["refined"] * config["data"]["init_args"]["batch_size"]
+    model, generations = config["model"]["init_args"], config["trainer"]["max_steps"]
+    refined = (
+        model.get("refined", int(model.get("refinement_steps", 0) > 0)) * config["data"]["init_args"]["batch_size"]
+    )
     evaluated = model["population"] * model["evaluation_prompts"] * model["evaluation_num_generations"]
-    supervised = (start["trunk"] + model["population"] * start["branch"]) * start["prompts"]
-    return evaluated + refined * model["num_generations"], supervised + refined * config["trainer"]["max_steps"]
+    start = (model["start"] or {"init_args": {"trunk": 0, "branch": 0, "prompts": 0}})["init_args"]
+    branches = model["population"] if "refined" in model else 1
+    supervised = (start["trunk"] + branches * start["branch"]) * start["prompts"]
+    return Compute(generations, evaluated + refined * model["num_generations"], supervised + refined * generations)
 
 
 def test_the_plot_continues_after_a_resume() -> None:

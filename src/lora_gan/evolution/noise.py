@@ -65,8 +65,8 @@ class RankOneNoise(Noise):
         found = {}
         for name, (on_a, left, right) in self._vectors(mean, [rng]).items():
             x = mean[name]
-            noise = torch.outer(left[0, : len(x.a if on_a else x.b)], right[0, : (x.a if on_a else x.b).shape[1]])
-            none = torch.zeros_like(x.b if on_a else x.a)
+            moved, still = (x.a, x.b) if on_a else (x.b, x.a)
+            noise, none = torch.outer(left[0, : len(moved)], right[0, : moved.shape[1]]), torch.zeros_like(still)
             found[name] = replace(x, a=noise, b=none) if on_a else replace(x, a=none, b=noise)
         return found
 

@@ -17,7 +17,7 @@ from lora_gan.evolution.lowrank import Weights
 from lora_gan.evolution.noise import seeded
 from lora_gan.evolution.population import Member, lora_layers
 from lora_gan.evolution.start import AsItIs, Start
-from lora_gan.evolution.tasks import EvaluateTask, Evaluation, MemberModule, Refinement, RefineTask
+from lora_gan.evolution.tasks import EvaluateTask, Evaluations, MemberModule, Refinement, RefineTask
 from lora_gan.evolution.workers import CloseWorkers, InProcess, Workers
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import EvalOutput, PromptBatch, Rollout
@@ -91,7 +91,7 @@ class EvaluatingModule(MemberModule):
                 f"{self.evaluation.num_beams}; set evaluation: {{num_beams: 1}}"
             )
 
-    def evaluated(self, members: Sequence[Weights], batch: PromptBatch) -> list[Evaluation]:
+    def evaluated(self, members: Sequence[Weights], batch: PromptBatch) -> Evaluations:
         """Evaluate members on the same prompts with the same random numbers; fitness is the mean reward."""
         batch = batch.of(range(len(batch))[: self.evaluation_prompts])
         k, how = self.evaluation_num_generations, self.evaluation
@@ -99,9 +99,9 @@ class EvaluatingModule(MemberModule):
         at_once = self.members_at_once or len(members)
         parts = [members[i : i + at_once] for i in range(0, len(members), at_once)]
         done = self.workers.run(self, [EvaluateTask(part, batch, k, how, uniform) for part in parts])
-        evaluations = [one for part in done for one in part]
+        evaluations = Evaluations.joined(done)
         if self.generation == 0:
-            self._check_rewards(batch, evaluations[0].rollout)
+            self._check_rewards(batch, evaluations.rollout)
         return evaluations
 
     def refine(self, members: Sequence[Member], batch: PromptBatch) -> list[Refinement]:
@@ -113,11 +113,12 @@ class EvaluatingModule(MemberModule):
         steps = [batch.of(part.tolist()) for part in parts]
         shared_state = self.shared_state()
         tasks = [
-            RefineTask(member, shared_state, steps, self.step_seed + ((place,) if place else ()))
+            RefineTask(member, shared_state, steps, self.step_seed + ((place,) if place else ()), place == 0)
             for place, member in enumerate(members)
         ]
         refined = self.workers.run(self, tasks)
         if refined:
+            assert refined[0].shared_state is not None
             self.load_shared_state(refined[0].shared_state)
             self.load_optimizer_state(GENERATOR, refined[0].member.optimizer_state)
         return refined

@@ -91,15 +91,14 @@ class MergeModule(EvaluatingModule):
             asked = self.asked()
             with self._timed("evaluate"):
                 evaluations = self.evaluated([self.merged(c) for c in asked], batch)
-            fitness = torch.tensor([one.fitness for one in evaluations], dtype=torch.float64)
+            fitness = torch.tensor(evaluations.fitness, dtype=torch.float64)
             with self._timed("update"):
                 self._tell(asked, fitness.tolist())
                 write_weights(self.backbone, self.merged(self.search.mean))
             self.generation += 1
             metrics = {**fitness_metrics(fitness), **self._search_metrics()}
             self.log_step(metrics)
-            rollout = evaluations[int(fitness.argmax())].rollout
-            return {OUTPUT: StepOutput(metrics, rollout, None, None, dict(self._seconds))}
+            return {OUTPUT: StepOutput(metrics, evaluations.rollout, None, None, dict(self._seconds))}
 
     def _tell(self, asked: Sequence[Any], fitness: Sequence[float]) -> None:
         self.search.tell(asked, [-x for x in fitness])  # it minimises

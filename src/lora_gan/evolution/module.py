@@ -106,7 +106,7 @@ class EvolutionModule(EvaluatingModule):
         with self.optimization.counted():
             with self._timed("evaluate"):
                 evaluations = self.evaluated([member.weights for member in self.population], batch)
-            members = [replace(m, fitness=one.fitness) for m, one in zip(self.population, evaluations, strict=True)]
+            members = [replace(m, fitness=one) for m, one in zip(self.population, evaluations.fitness, strict=True)]
             order = ranking(fitness_of(members))
             self.ranked = ranked = [members[i] for i in order]
             with self._timed("breed"):
@@ -119,7 +119,7 @@ class EvolutionModule(EvaluatingModule):
             write_weights(self.backbone, best.weights)
             self.population = [*elites, *(replace(m, id=next(self._ids)) for m in (*improved, *children))]
             self.generation += 1
-            last = refined[0].output if refined else StepOutput({}, evaluations[order[0]].rollout, None, None, {})
+            last = refined[0].output if refined else StepOutput({}, evaluations.rollout, None, None, {})
             self.log_step(last.metrics)
             metrics = self.population_metrics(members)
             self.log("fitness/best", metrics["fitness/best"], prog_bar=True, batch_size=1)

@@ -195,14 +195,15 @@ class EvolutionStrategy(EvaluatingModule):
             population = self.perturbed()
             with self._timed("evaluate"):
                 evaluations = self.evaluated(population, batch)
-            of_mean = evaluations.pop(0).fitness if self.adaptation.compares_mean else None
-            fitness = torch.tensor([one.fitness for one in evaluations], dtype=torch.float64)
+            found = list(evaluations.fitness)
+            of_mean = found.pop(0) if self.adaptation.compares_mean else None
+            fitness = torch.tensor(found, dtype=torch.float64)
             with self._timed("update"):
                 metrics = self._ascend(gradient(population, fitness))
             metrics |= {**fitness_metrics(fitness), "es/sigma": torch.tensor(self.sigma)}
             if of_mean is not None:
                 metrics["fitness/of_mean"] = torch.tensor(of_mean)
-            last = StepOutput({}, evaluations[int(fitness.argmax())].rollout, None, None, {})
+            last = StepOutput({}, evaluations.rollout, None, None, {})
             if self.refinement_steps:
                 last = self._refine_mean(batch)
             self.sigma = self.adaptation.following(self.sigma, fitness, of_mean)

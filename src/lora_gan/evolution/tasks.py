@@ -31,19 +31,25 @@ class SharedState:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A member's completions and its fitness."""
+class Evaluations:
+    """The fitness of P members, and the completions of the fittest; those of the others need not travel."""
 
-    rollout: Rollout
-    fitness: float
+    fitness: tuple[float, ...]  # P
+    rollout: Rollout  # of the fittest; of equal ones the first
+
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluations]) -> Evaluations:
+        """Those of the members of all parts, in order."""
+        best = max(parts, key=lambda part: max(part.fitness))
+        return cls(tuple(one for part in parts for one in part.fitness), best.rollout)
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """A refined member, the shared state after its steps, and the output of the last step."""
+    """A refined member, the shared state after its steps if the task returns it, and the output of the last step."""
 
     member: Member
-    shared_state: SharedState
+    shared_state: SharedState | None
     output: StepOutput  # of the last step, with the metrics of all steps; later steps overwrite
 
 
@@ -64,10 +70,10 @@ class EvaluateTask:
     how: Sampling
     uniform: Tensor  # (B·num_generations, T, tries) random numbers
 
-    def __call__(self, module: MemberModule) -> list[Evaluation]:
+    def __call__(self, module: MemberModule) -> Evaluations:
         prompts, k = self.batch.prompt_ids, self.num_generations
         rollouts = sample_population(module.backbone, self.members, prompts, k, self.how, self.uniform)
-        return [Evaluation(rollout, module.fitness(rollout, self.batch)) for rollout in rollouts]
+        return Evaluations.joined([Evaluations((module.fitness(one, self.batch),), one) for one in rollouts])
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class RefineTask:
     shared_state: SharedState  # at the start
     steps: Sequence[PromptBatch]
     seed: tuple[int, ...]
+    returns_shared_state: bool  # only that of the best member is used
 
     def __call__(self, module: MemberModule) -> Refinement:
         module.load_shared_state(self.shared_state)
@@ -93,7 +100,8 @@ class RefineTask:
             lineage=self.member.lineage,
             optimizer_state=module.optimizer_state(GENERATOR),
         )
-        return Refinement(refined, module.shared_state(), replace(outputs[-1], metrics=metrics))
+        shared_state = module.shared_state() if self.returns_shared_state else None
+        return Refinement(refined, shared_state, replace(outputs[-1], metrics=metrics))
 
 
 class MemberModule(LoraGANModule):

@@ -121,7 +121,7 @@ def test_a_step_of_the_trainer_follows_the_gradient(strategy: Build, batch: Prom
     population = module.perturbed()
     recorder, trainer = fit(module, [batch], 1)
     module.generation = 0  # whose random numbers the completions had
-    fitness = torch.tensor([one.fitness for one in module.evaluated(population, batch)])
+    fitness = torch.tensor(module.evaluated(population, batch).fitness)
     (report,) = recorder.reports
     assert report["fitness/best"] == pytest.approx(float(fitness.max())) and len(set(fitness.tolist())) > 1
     moved, wanted = read_weights(module.backbone), shifted(population.mean, gradient(population, fitness), 0.5)
@@ -168,9 +168,9 @@ def test_the_mean_is_evaluated_beside_its_members(strategy: Build, batch: Prompt
         steps.append((read_weights(module.backbone), recorder.reports[0]))
     assert module.sigma != 0.02
     module.generation = 0  # whose random numbers the completions had
-    (evaluation,) = module.evaluated([mean], batch)
+    (of_mean,) = module.evaluated([mean], batch).fitness
     (plain, _), (moved, report) = steps
-    assert report["fitness/of_mean"] == pytest.approx(evaluation.fitness)
+    assert report["fitness/of_mean"] == pytest.approx(of_mean)
     for name, x in plain.items():
         torch.testing.assert_close(moved[name].a, x.a)
         torch.testing.assert_close(moved[name].b, x.b)

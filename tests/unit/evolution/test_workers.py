@@ -19,10 +19,10 @@ from lora_gan.checkpointing.adapters import save_adapter
 from lora_gan.errors import LoraGANError, NonFiniteError
 from lora_gan.evolution import RayWorkers
 from lora_gan.evolution.remote import WorkerActor, WorkerSpec, from_bytes, to_bytes
-from lora_gan.evolution.tasks import MemberModule, Task
+from lora_gan.evolution.tasks import Evaluations, MemberModule, Task
 from lora_gan.evolution.workers import Done, InProcess, Workers
 from lora_gan.rewards import FunctionReward
-from lora_gan.types import PromptBatch
+from lora_gan.types import PromptBatch, Rollout
 from tests.helpers.generations import everything, same_runs
 from tests.helpers.steps import fit
 
@@ -54,6 +54,37 @@ def test_a_remote_worker_gives_the_same_results(bases: dict[str, str], batch: Pr
         found.append((module, recorder))
     same_runs(*found)
     assert remote.closed == 1
+
+
+class Results(InProcess):
+    """Keeps the results of all tasks."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def run(self, module: MemberModule, tasks: Sequence[Task[Done]]) -> list[Done]:
+        done = super().run(module, tasks)
+        self.kept += done
+        return done
+
+
+def test_results_hold_only_what_is_used(bases: dict[str, str], batch: PromptBatch) -> None:
+    """The completions of the fittest of a task, and the discriminator after the refinement of the best member."""
+    results = Results()
+    fit(everything(bases["gpt2"], workers=results), [batch], 1, MovingAverageBaseline())
+    evaluated, refined = results.kept[:2], results.kept[2:]
+    assert [len(one.fitness) for one in evaluated] == [2, 2]
+    assert [len(one.rollout) for one in evaluated] == [3, 3]  # one prompt, three completions, one of two members
+    assert [one.shared_state is not None for one in refined] == [True, False]
+
+
+def test_joined_evaluations_have_the_completions_of_the_fittest() -> None:
+    first, second, third = (Rollout.empty(torch.device("cpu")) for _ in range(3))
+    joined = Evaluations.joined(
+        [Evaluations((0.5, 1.0), first), Evaluations((2.0,), second), Evaluations((2.0,), third)]
+    )
+    assert joined.fitness == (0.5, 1.0, 2.0, 2.0)
+    assert joined.rollout is second, "of equal ones the first"
 
 
 def test_mixed_precision(bases: dict[str, str], batch: PromptBatch) -> None:

@@ -31,7 +31,7 @@ def main() -> None:
         prog="python -m tests.benchmarks", description="Speed against the usual alternatives."
     )
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["gpt2", "builtin"])
-    parser.add_argument("--only", choices=(*SPEED, "memory"), nargs="+", default=SPEED)
+    parser.add_argument("--only", choices=(*SPEED, "workers", "memory"), nargs="+", default=SPEED)
     parser.add_argument("--repeats", type=int, default=5, help="pairs that count, after one to warm up")
     parser.add_argument("--threads", type=int, default=2, help="with 1, CPU time is measured instead of wall time")
     parser.add_argument("--json", type=Path, help="also write all seconds to this file")
@@ -40,13 +40,16 @@ def main() -> None:
         parser.error(
             "steps are measured against TRL's: pip install trl==1.16.0, or choose --only tree sampler population"
         )
+    if "workers" in chosen.only and find_spec("ray") is None:
+        print("workers: skipped, because Ray is missing: pip install ray")
+        chosen.only = [name for name in chosen.only if name != "workers"]
     torch.set_num_threads(chosen.threads)
     be_quiet()
     print(f"{platform.machine()}, torch {torch.__version__}, {chosen.threads} thread(s)", end=", ")
     print(f"load average at the start {os.getloadavg()[0]:.1f}\n", flush=True)
     if "memory" in chosen.only:
         print_memory(chosen.repeats)
-    done = list(_speed(chosen)) if set(chosen.only) & set(SPEED) else []
+    done = list(_speed(chosen)) if set(chosen.only) & {*SPEED, "workers"} else []
     if chosen.json:
         chosen.json.write_text(json.dumps([comparison.record() for comparison in done], indent=2) + "\n")
 
@@ -65,6 +68,10 @@ def _measure(size: Size, wanted: Sequence[str], repeats: int) -> Iterator[Compar
         yield from compare_passes(size, folder, repeats, wanted)
         if "population" in wanted:
             yield from compare_population(size, folder, repeats)
+        if "workers" in wanted:
+            from .workers import compare_workers
+
+            yield from compare_workers(size, folder, repeats)
         if "step" in wanted:
             from .steps import compare_steps  # needs TRL
 

@@ -14,6 +14,7 @@ from .passes import Passes
 from .peak import peak_megabytes
 from .population import PopulationSides
 from .setting import SIZES, save_model
+from .workers import KINDS, Traffic, run
 
 pytestmark = pytest.mark.benchmark
 TINY = SIZES["tiny"]
@@ -47,6 +48,13 @@ def test_a_population_and_its_members_draw_as_many_tokens(folder: Path) -> None:
     assert {r.ids.shape for r in together} == {g.shape for g in one_by_one} == {(2, TINY.completion_tokens)}
     assert all(r.mask.all() for r in together)
     assert sides.one_model().ids.shape == (6, TINY.completion_tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generations_and_their_traffic(kind: str, folder: Path) -> None:
+    traffic = Traffic()
+    assert len(run(kind, TINY, folder, traffic, 1)) == 1
+    assert traffic.sent > traffic.received > 0
 
 
 def test_steps_have_completions_of_equal_length(folder: Path) -> None:

@@ -9,20 +9,28 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 import yaml
 
 from lora_gan.callbacks import MovingAverageBaseline
 from lora_gan.cli import main
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution import RayWorkers
+from lora_gan.evolution import EvolutionStrategy, RayWorkers, ray_workers
+from lora_gan.evolution.remote import to_bytes
+from lora_gan.evolution.strategy import Perturbed
+from lora_gan.evolution.tasks import EvaluateTask
+from lora_gan.evolution.workers import InProcess
 from lora_gan.rewards import FunctionReward
 from lora_gan.types import PromptBatch
-from tests.helpers.generations import Run, everything, graded, same_runs
+from tests.conftest import tiny
+from tests.helpers.generations import Run, adamw, everything, graded, same, same_runs
+from tests.helpers.settings import grouped
 from tests.helpers.steps import fit
 from tests.system.test_configs import pressed
 from tests.system.test_configs import rows as rows  # the fixture
@@ -137,6 +145,48 @@ def test_several_failures(
     same_runs(alone, train(bases["gpt2"], batch, workers=RayWorkers(2), rewards=[reward]))
     assert {path.name for path in tmp_path.iterdir()} == {EVALUATED, REFINED}
     assert caplog.text.count("a worker failed and is replaced (1 of 3)") == 2
+
+
+@pytest.mark.slow
+def test_a_strategy_in_two_processes_equals_one(
+    bases: dict[str, str], reference: tuple[Run, PromptBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if a worker is killed during an evaluation; tasks carry the mean and seeds, not the members."""
+    sent: list[EvaluateTask] = []
+
+    def recorded(value: Any, *pickler: Any) -> bytes:
+        sent.extend([value] if isinstance(value, EvaluateTask) else [])
+        return to_bytes(value, *pickler)
+
+    monkeypatch.setattr(ray_workers, "to_bytes", recorded)
+    recorders = []
+    for workers, reward in ((InProcess(), graded), (RayWorkers(2), fatal(tmp_path, EVALUATED))):
+        torch.manual_seed(4)
+        rewards = [FunctionReward(reward, name="graded")]
+        settings = {**tiny(bases["gpt2"]), "rewards": rewards, "workers": workers, "discriminator_updates": 0}
+        optimizers = {"generator_optimizer": adamw, "discriminator_optimizer": adamw}
+        module = EvolutionStrategy(**grouped({**settings, **optimizers, "population": 12, "members_at_once": 6}))
+        recorders.append(fit(module, [reference[1]], 2)[0])
+    alone, together = recorders
+    assert (tmp_path / EVALUATED).exists()
+    assert alone.reports == together.reports
+    same(alone.weights, together.weights)
+    assert [len(task.members) for task in sent] == [6] * 4
+    assert all(isinstance(task.members, Perturbed) for task in sent)
+    task = sent[0]
+    weights = sum(w.nbytes for x in task.members[0].values() for w in (x.a, x.b))
+    assert len(to_bytes(task)) < len(to_bytes(replace(task, members=[*task.members]))) - 4 * weights
+
+
+@pytest.mark.slow
+def test_too_little_memory_ends_the_run(
+    bases: dict[str, str], reference: tuple[Run, PromptBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray kills workers where memory runs out; here 1 % of it is too much."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    with pytest.raises(LoraGANError, match=r"a task failed on 2 workers in a row.*running low on memory"):
+        train(bases["gpt2"], reference[1], workers=RayWorkers(1, retries=1))
+    assert not ray.is_initialized()
 
 
 @pytest.mark.slow

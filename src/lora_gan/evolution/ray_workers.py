@@ -11,6 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
 from lora_gan.errors import LoraGANError
@@ -103,6 +104,10 @@ class RayWorkers(Workers):
 class _WorkerPool:
     """Worker processes that run one task at a time.
 
+    They are actors, not Ray's stateless tasks: a process that Ray reuses for another task may be lent another GPU than
+    that on which its module is, so that after a failure two workers can share one. Actors are not restarted by Ray but
+    replaced: a call to a restarting actor fails in seconds, and is repeated on no other, even if its machine is lost.
+
     Args:
         spec: The :class:`WorkerSpec` as bytes.
         size: Number of workers.
@@ -113,7 +118,7 @@ class _WorkerPool:
     def __init__(self, spec: bytes, size: int, gpus: float, retries: int) -> None:
         self._ray = _ray()
         self._spec = self._ray.put(spec)
-        self._actor = self._ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(WorkerActor)
+        self._actor = self._ray.remote(num_cpus=1, num_gpus=gpus)(WorkerActor)
         self._retries = retries
         self._free: list[Any] = []
         self._busy: dict[Any, tuple[Any, int | None]] = {}  # pending call → worker and task index; None: starting
@@ -128,35 +133,29 @@ class _WorkerPool:
             while waiting and self._free:
                 worker, index = self._free.pop(), waiting.popleft()
                 self._busy[worker.run.remote(tasks[index], global_step)] = worker, index
-            ended = self._ray.wait(list(self._busy))[0][0]
+            [ended], _ = self._ray.wait(list(self._busy))
             worker, task = self._busy.pop(ended)
             try:
-                result = self._result(ended)
-            except worker_failures() as failure:
+                result = self._ray.get(ended)
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from error  # as the worker raised it
+            except self._ray.exceptions.RayError as failure:  # process or machine lost, or killed to free memory
                 failures[task] += 1
                 self._on_worker_failure(failure, failures[task])
+                waiting.extendleft(() if task is None else (task,))
+            else:
+                self._free.append(worker)
                 if task is not None:
-                    waiting.appendleft(task)
-                continue
-            self._free.append(worker)
-            if task is not None:
-                results[task] = result
+                    results[task] = result
         return [results[index] for index in range(len(tasks))]
 
     def _start_worker(self) -> None:
         worker = self._actor.remote(self._spec)
         self._busy[worker.open.remote()] = worker, None
 
-    def _result(self, ended: Any) -> Any:
-        """The result of a call; an error of the task is raised as the worker raised it."""
-        try:
-            return self._ray.get(ended)
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-
     def _on_worker_failure(self, failure: Exception, failures: int) -> None:
         """Replace the worker, unless the same task has failed too often."""
-        message = " ".join(str(failure).split())
+        message = shorten(str(failure), 500)
         if failures > self._retries:
             raise LoraGANError(
                 f"a task failed on {failures} workers in a row, likely out of memory: use fewer workers or "
@@ -192,12 +191,6 @@ def _join_cluster(address: str) -> None:
         raise LoraGANError(
             f"no Ray cluster at {address!r}: start one with `ray start --head`, or leave address out ({error})"
         ) from error
-
-
-def worker_failures() -> tuple[type[Exception], ...]:
-    """Ray's errors for a lost process or machine."""
-    errors = _ray().exceptions
-    return errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError
 
 
 @contextmanager

@@ -10,7 +10,7 @@ From the root of the repository, with ``pip install trl==1.16.0`` for the steps 
 The two sides take turns (A B A B …) in one process; each ratio is of one such pair, so other load
 on the machine affects both. The first pair warms up and does not count. On a busy machine threads wait for each other
 and wall time is unreliable: with ``--threads 1`` CPU time is measured. Generations with workers are measured
-in wall time, all of two workers before all of one process: the machine must be idle.
+in wall time, all of one process before all of two workers: the machine must be idle.
 
 Both sides have the same random weights, prompts, LoRA (r = 8, all linear layers), temperature 1, float32, no dropout,
 and produce completions of exactly the same length: the bias of the last layer norm and the row of EOS in the (tied)

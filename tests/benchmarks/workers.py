@@ -95,5 +95,5 @@ def compare_workers(size: Size, folder: Path, repeats: int) -> Iterator[Comparis
         run(kind, size, folder, traffic, 1)
         sent, received = (count / 2e6 for count in (traffic.sent, traffic.received))
         what = f"{kind}, {WORKERS} workers, {sent:.2f} MB to them and {received:.2f} MB back"
-        ours, other = (run(kind, size, folder, workers, repeats) for workers in (RayWorkers(WORKERS), InProcess()))
+        other, ours = (run(kind, size, folder, workers, repeats) for workers in (InProcess(), RayWorkers(WORKERS)))
         yield Comparison(size.name, what, "one process", ours, other, 1.8)

@@ -22,8 +22,8 @@ from lora_gan.callbacks import MovingAverageBaseline
 from lora_gan.cli import main
 from lora_gan.errors import LoraGANError
 from lora_gan.evolution import EvolutionStrategy, RayWorkers, ray_workers
+from lora_gan.evolution.noise import Perturbed
 from lora_gan.evolution.remote import to_bytes
-from lora_gan.evolution.strategy import Perturbed
 from lora_gan.evolution.tasks import EvaluateTask
 from lora_gan.evolution.workers import InProcess
 from lora_gan.rewards import FunctionReward

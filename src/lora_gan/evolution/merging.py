@@ -139,6 +139,8 @@ class MergeModule(EvaluatingModule):
     def _read(self) -> None:
         if not self.parts:
             self.parts = [adapter_weights(self, folder) for folder in self.folders]
+        # a checkpoint is loaded before the module is moved to its device
+        self.parts = [weights_from(weights_state(x), self.device) for x in self.parts]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the adapters, so that their folders may go, and the fitness of all members."""

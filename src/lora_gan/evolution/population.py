@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor
 
 from lora_gan.backbone import GENERATOR, Backbone
@@ -111,6 +111,11 @@ def lora_layers(backbone: Backbone) -> dict[str, LoraLayer]:
     for name, layer in layers.items():
         if GENERATOR in layer.lora_embedding_A:
             raise LoraGANError(f"evolution has no adapters on embeddings: take {name} out of generator.lora.targets")
+        if GENERATOR in layer.lora_A and isinstance(layer, ParamWrapper):
+            raise LoraGANError(
+                f"evolution has no adapters on experts or their router, which are more than a product: got {name}; set "
+                "generator.lora.targets to linear layers, such as [q_proj, v_proj]"
+            )
     return {name: layer for name, layer in layers.items() if GENERATOR in layer.lora_A}
 
 

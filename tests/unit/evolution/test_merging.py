@@ -146,6 +146,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_without_the_folders(
     same(rest.weights, whole.weights[1:])
 
 
+def test_the_adapters_of_a_checkpoint_follow_the_module_to_its_device(
+    merge: Build, batch: PromptBatch, tmp_path: Path
+) -> None:
+    """Lightning loads a checkpoint before it moves the module."""
+    _, trainer = fit(merge(population=4), [batch], 1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    module = merge(population=4)
+    module.on_load_checkpoint(torch.load(tmp_path / "one.ckpt", weights_only=True))
+    module.to("meta")
+    module._read()
+    assert {w.device.type for part in module.parts for x in part.values() for w in (x.a, x.b)} == {"meta"}
+
+
 def test_a_test_measures_each_adapter_and_the_other_merges(merge: Build, batch: PromptBatch) -> None:
     module = merge(population=4)
     fit(module, [batch], 1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from lora_gan.backbone import Backbone, LoraSettings
 from lora_gan.errors import LoraGANError
@@ -16,7 +18,7 @@ from lora_gan.evolution.noise import Perturbed, RankOneNoise
 from lora_gan.evolution.population import read_weights, write_weights
 from lora_gan.sampling import Sampling, draw_uniform, sample
 from lora_gan.types import Rollout
-from tests.conftest import randomise
+from tests.conftest import COMMON, WIDTHS, randomise
 
 
 def population(backbone: Backbone, size: int) -> list[Weights]:
@@ -151,3 +153,18 @@ def test_beams_are_refused(backbone: Backbone) -> None:
     how = Sampling(num_beams=2)
     with pytest.raises(LoraGANError, match="num_beams"):
         sample_population(backbone, [read_weights(backbone)], prompts(backbone), 1, how, torch.zeros(3, 64, 1))
+
+
+def test_experts_and_their_router_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """PEFT's adapters on them are no products with the layer's input; those of the attention are."""
+    config = MixtralConfig(intermediate_size=48, num_key_value_heads=2, num_local_experts=4, **WIDTHS, **COMMON)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    everywhere, attention = LoraSettings(4, 8), LoraSettings(4, 8, ["q_proj", "v_proj"])
+    with pytest.raises(LoraGANError, match=r"experts or their router.*mlp\.gate.*such as \[q_proj, v_proj\]"):
+        read_weights(Backbone(str(tmp_path), everywhere, attention))
+    backbone, how = Backbone(str(tmp_path), attention, everywhere), Sampling(max_new_tokens=4)
+    members = population(backbone, 2)
+    uniform = draw_uniform(6, how, backbone.device, torch.Generator().manual_seed(0))
+    together = sample_population(backbone, members, prompts(backbone), 2, how, uniform)
+    same(together, one_by_one(backbone, members, 2, how, uniform))

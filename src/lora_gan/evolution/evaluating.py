@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -150,7 +150,30 @@ class EvaluatingModule(MemberModule):
         closing = [CloseWorkers(self.workers)] if self.trainer.state.fn == TrainerFn.FITTING else []
         return [*super().configure_callbacks(), *closing]
 
+    @property
+    def refines(self) -> bool:
+        """Whether a generation trains by gradients."""
+        return self.refinement_steps > 0
+
+    def of_search(self) -> dict[str, Any]:
+        """What a search must share with one that goes on from it."""
+        return {"evolution_seed": self.evolution_seed}
+
+    def check_search(self, there: Mapping[str, Any]) -> None:
+        """Refuse to go on from a checkpoint of a search with other settings."""
+        if there != self.of_search():
+            found, wanted = (", ".join(f"{k} {v}" for k, v in x.items()) for x in (self.of_search(), there))
+            raise LoraGANError(
+                f"the search of the checkpoint has {wanted}, here it is {found}; set those of the checkpoint"
+            )
+
     def on_fit_start(self) -> None:
+        untrained = self.discriminator.settings.adapter is None and not self.refines
+        if self.coefficients.adversarial > 0 and untrained:
+            raise LoraGANError(
+                "coefficients.adversarial makes the discriminator's score part of the fitness, and nothing trains it "
+                "here: set it to 0, discriminator.adapter to a trained one, or refine members by gradients"
+            )
         if self.trainer.world_size > 1:
             raise LoraGANError(
                 f"evolution needs a single device, got {self.trainer.world_size} processes: set trainer.devices: 1"

@@ -101,7 +101,8 @@ class MergeModule(EvaluatingModule):
             return {OUTPUT: StepOutput(metrics, evaluations.rollout, None, None, dict(self._seconds))}
 
     def _tell(self, asked: Sequence[Any], fitness: Sequence[float]) -> None:
-        self.search.tell(asked, [-x for x in fitness])  # it minimises
+        if len(set(fitness)) > 1:  # it would rank equal ones by their order, and drift
+            self.search.tell(asked, [-x for x in fitness])  # it minimises
         self.history.append(list(fitness))
 
     def _search_metrics(self) -> dict[str, Tensor]:
@@ -146,7 +147,7 @@ class MergeModule(EvaluatingModule):
         """Save the adapters, so that their folders may go, and the fitness of all members."""
         super().on_save_checkpoint(checkpoint)
         adapters = [weights_state(x) for x in self.parts]
-        checkpoint["lora_gan"][STATE] = {"adapters": adapters, "history": self.history, "search": self._of_search()}
+        checkpoint["lora_gan"][STATE] = {"adapters": adapters, "history": self.history, "search": self.of_search()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load them."""
@@ -156,24 +157,14 @@ class MergeModule(EvaluatingModule):
             raise LoraGANError("the checkpoint is not one of a merge; list its adapter among adapters instead")
         if state is None:
             return
-        if is_fitting(self) and state["search"] != self._of_search():
-            here = ", ".join(f"{name} {value}" for name, value in self._of_search().items())
-            there = ", ".join(f"{name} {value}" for name, value in state["search"].items())
-            raise LoraGANError(
-                f"the search of the checkpoint has {there}, here it is {here}; set those of the checkpoint"
-            )
+        if is_fitting(self):
+            self.check_search(state["search"])
         self.parts = [weights_from(x, self.device) for x in state["adapters"]]
         self.history = state["history"]
         self.generation = len(self.history)
 
-    def _of_search(self) -> dict[str, float]:
-        """What a search must share with one that goes on from it."""
-        return {
-            "adapters": len(self.folders),
-            "population": self.size,
-            "sigma": self.sigma,
-            "evolution_seed": self.evolution_seed,
-        }
+    def of_search(self) -> dict[str, Any]:
+        return {"adapters": len(self.folders), "population": self.size, "sigma": self.sigma, **super().of_search()}
 
     # test
 

@@ -98,6 +98,10 @@ class EvolutionModule(EvaluatingModule):
                 "lower one of them, or raise population"
             )
 
+    @property
+    def refines(self) -> bool:
+        return self.refined > 0
+
     # the generation
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, StepOutput]:

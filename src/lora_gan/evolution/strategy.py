@@ -254,7 +254,14 @@ class EvolutionStrategy(EvaluatingModule):
         """Save what is not the mean or its optimizer; the noise follows from the seed."""
         super().on_save_checkpoint(checkpoint)
         state = {"generation": self.generation, "sigma": self.sigma, "refinement": self.refinement_state}
-        checkpoint["lora_gan"][STATE] = state
+        checkpoint["lora_gan"][STATE] = {**state, "search": self.of_search()}
+
+    def of_search(self) -> dict[str, Any]:
+        how = {
+            "sigma": f"{self.adaptation.sigma} ({type(self.adaptation).__name__})",
+            "noise": type(self.noise).__name__,
+        }
+        return {"population": self.size, **how, **super().of_search()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load it if training is resumed."""
@@ -267,3 +274,4 @@ class EvolutionStrategy(EvaluatingModule):
                 "{class_path: lora_gan.evolution.SavedAdapters, init_args: {folders: [<run>/adapters/generator]}}"
             )
         self.resumed = checkpoint["lora_gan"][STATE]
+        self.check_search(self.resumed["search"])

@@ -202,3 +202,24 @@ def test_another_search_does_not_go_on_from_a_checkpoint(
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     with pytest.raises(LoraGANError, match=r"the search of the checkpoint has adapters 2, population 4, sigma 0\.3"):
         fit(merge(**{"population": 4, **changed}), [batch], 2, ckpt_path=str(tmp_path / "one.ckpt"))
+
+
+def test_the_search_stays_where_all_members_are_equally_fit(merge: Build, batch: PromptBatch, tmp_path: Path) -> None:
+    """Nothing says where to go; a resumed run is as far."""
+    constant = FunctionReward(lambda response, target: 0.5, name="constant")
+    module = merge(population=4, rewards=[constant])
+    _, trainer = fit(module, [batch], 2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    assert list(module.search.mean) == [0.5, 0.5] and module.search.sigma == 0.3
+    again = merge(population=4, rewards=[constant])
+    fit(again, [batch], 3, ckpt_path=str(tmp_path / "two.ckpt"))
+    whole = merge(population=4, rewards=[constant])
+    fit(whole, [batch], 3)
+    assert again.history == whole.history and np.allclose(again.asked(), whole.asked())
+
+
+def test_an_untrained_discriminator_is_no_part_of_the_fitness(merge: Build, batch: PromptBatch) -> None:
+    module = merge(adversarial=0.5)
+    with pytest.raises(LoraGANError, match=r"nothing trains it here: set it to 0, discriminator\.adapter to "):
+        fit(module, [batch], 1)
+    assert not module.history

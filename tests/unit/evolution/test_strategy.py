@@ -14,7 +14,16 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution import DecayingSigma, EvolutionStrategy, FullNoise, Noise, RankOneNoise, Sigma, SuccessRule
+from lora_gan.evolution import (
+    ConstantSigma,
+    DecayingSigma,
+    EvolutionStrategy,
+    FullNoise,
+    Noise,
+    RankOneNoise,
+    Sigma,
+    SuccessRule,
+)
 from lora_gan.evolution import tasks as evolution_tasks
 from lora_gan.evolution.lowrank import Factors, Weights
 from lora_gan.evolution.noise import Perturbed, shifted
@@ -190,6 +199,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     rest, _ = fit(build(), [batch], 3, ckpt_path=str(tmp_path / "one.ckpt"))
     assert rest.reports == whole.reports[1:] and rest.rates == whole.rates[1:]
     same(rest.weights, whole.weights[1:])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"population": 6}, {"sigma": ConstantSigma(0.1)}, {"noise": RankOneNoise()}, {"evolution_seed": 1}]
+)
+def test_another_search_does_not_go_on_from_a_checkpoint(
+    changed: dict[str, Any], strategy: Build, batch: PromptBatch, tmp_path: Path
+) -> None:
+    _, trainer = fit(strategy(), [batch], 1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    there = r"population 4, sigma 0\.02 \(ConstantSigma\), noise FullNoise, evolution_seed 0"
+    with pytest.raises(LoraGANError, match=f"the search of the checkpoint has {there}, here it is "):
+        fit(strategy(**changed), [batch], 2, ckpt_path=str(tmp_path / "one.ckpt"))
 
 
 def test_members_are_made_in_waves(strategy: Build, batch: PromptBatch, monkeypatch: pytest.MonkeyPatch) -> None:

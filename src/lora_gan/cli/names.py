@@ -93,6 +93,8 @@ class Names:
             path, setting = f"{path}.{name}", known[name]
         if path in TOPICS or ("." in value and find(value)):
             self.classes[path] = value
+        elif value.isidentifier() and value[0].isupper():  # a class without its import path, which the parser resolves
+            self.classes.pop(path, None)
 
     def _settings(self, setting: Setting, path: str) -> dict[str, Setting] | None:
         """The settings at a place; None where they cannot be known from the sources."""

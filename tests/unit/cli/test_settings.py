@@ -91,8 +91,11 @@ def test_a_name_that_no_class_has(given: list[str], message: str) -> None:
         ["--model=my.Model", "--model.own=1"],
         ["--trainer.logger=false", "--model.rewards+", "{class_path: my.Reward, init_args: {x: 1}}"],
         ["--model.generator.scheduler=torch.optim.lr_scheduler.StepLR", "--model.generator.scheduler.step_size=3"],
-        ["--model.generator.policy_loss=lora_gan.losses.Reinforce", "--model.generator.policy_loss", "ClippedPPO"]
-        + ["--model.generator.policy_loss.epsilon=0.1"],
+        [
+            "--model.generator.policy_loss=lora_gan.losses.Reinforce",
+            "--model.generator.policy_loss=ClippedPPO",
+            "--model.generator.policy_loss.epsilon=0.1",
+        ],
         ["--print_config", "--ckpt_path=last", "--seed_everything", "1"],
     ],
 )

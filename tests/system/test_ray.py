@@ -21,7 +21,7 @@ import yaml
 from lora_gan.callbacks import MovingAverageBaseline
 from lora_gan.cli import main
 from lora_gan.errors import LoraGANError
-from lora_gan.evolution import EvolutionStrategy, RayWorkers, ray_workers
+from lora_gan.evolution import EvolutionStrategy, RankOneNoise, RayWorkers, ray_workers
 from lora_gan.evolution.noise import Perturbed
 from lora_gan.evolution.remote import to_bytes
 from lora_gan.evolution.tasks import EvaluateTask
@@ -164,8 +164,8 @@ def test_a_strategy_in_two_processes_equals_one(
         torch.manual_seed(4)
         rewards = [FunctionReward(reward, name="graded")]
         settings = {**tiny(bases["gpt2"]), "rewards": rewards, "workers": workers, "discriminator_updates": 0}
-        optimizers = {"generator_optimizer": adamw, "discriminator_optimizer": adamw}
-        module = EvolutionStrategy(**grouped({**settings, **optimizers, "population": 12, "members_at_once": 6}))
+        settings |= {"generator_optimizer": adamw, "discriminator_optimizer": adamw, "noise": RankOneNoise()}
+        module = EvolutionStrategy(**grouped({**settings, "population": 12, "members_at_once": 6}))
         recorders.append(fit(module, [reference[1]], 2)[0])
     alone, together = recorders
     assert (tmp_path / EVALUATED).exists()

@@ -250,9 +250,10 @@ def test_invalid_settings(strategy: Build, changed: dict[str, Any], message: str
         strategy(**changed)
 
 
-def test_a_remote_worker_makes_the_same_members_from_seeds(strategy: Build, batch: PromptBatch) -> None:
+@pytest.mark.parametrize("noise", [FullNoise(), RankOneNoise()])
+def test_a_remote_worker_makes_the_same_members_from_seeds(noise: Noise, strategy: Build, batch: PromptBatch) -> None:
     here, there = (
-        fit(strategy(generator_optimizer=adamw, discriminator_optimizer=adamw, **workers), [batch], 2)[0]
+        fit(strategy(noise=noise, generator_optimizer=adamw, discriminator_optimizer=adamw, **workers), [batch], 2)[0]
         for workers in ({}, {"workers": BytesWorker()})
     )
     assert here.reports == there.reports

@@ -131,11 +131,11 @@ class Perturbed(Sequence[Weights]):
 
     def stacked(self) -> Stacked:
         """All members side by side; those of rank-one noise as changes of the mean."""
-        pairs = sorted({max(member // 2, 0) for member in self.members})
-        changes = self.noise.changes(self.mean, [self._rng(pair) for pair in pairs])
+        of_members = torch.tensor([max(member // 2, 0) for member in self.members])
+        pairs, place = torch.unique(of_members, return_inverse=True)
+        changes = self.noise.changes(self.mean, [self._rng(pair) for pair in pairs.tolist()])
         if changes is None:
             return Stacked.of(list(self))
-        place = torch.tensor([pairs.index(max(member // 2, 0)) for member in self.members])
         size = torch.tensor([self._size(member) for member in self.members])
         return Stacked(
             {name: replace(x, a=x.a[place], b=x.b[place] * size.to(x.b)[:, None, None]) for name, x in changes.items()},
